@@ -1,0 +1,127 @@
+"""Parquet datasets: schemas, the atomic writer, the readers.
+
+Every file opens with `datasets.load_dataset("parquet", ...)` with its pictures decoded, because the HF
+feature metadata is written into the Arrow schema; nothing here needs that library.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from srpo.errors import UserError
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+LATENTS = pa.list_(pa.float16())
+ROW_GROUP = 64
+
+CANDIDATE_FIELDS = {
+    "candidate_id": pa.string(),
+    "prompt_id": pa.string(),
+    "prompt": pa.string(),
+    "index": pa.int32(),
+    "seed": pa.int64(),
+    "image": IMAGE,
+    "latents": LATENTS,
+    "latents_shape": pa.list_(pa.int32()),
+    "steps": pa.int32(),
+    "guidance": pa.float32(),
+}
+_DTYPES = {pa.string(): "string", pa.int32(): "int32", pa.int64(): "int64", pa.float32(): "float32"}
+
+
+def schema(fields: Mapping[str, pa.DataType]) -> pa.Schema:
+    """An Arrow schema carrying the metadata by which HF `datasets` knows the image column."""
+    features: dict[str, Any] = {}
+    for name, kind in fields.items():
+        if kind == IMAGE:
+            features[name] = {"_type": "Image"}
+        elif pa.types.is_list(kind):
+            dtype = "float16" if kind == LATENTS else "int32"
+            features[name] = {"feature": {"dtype": dtype, "_type": "Value"}, "_type": "List"}
+        else:
+            features[name] = {"dtype": _DTYPES[kind], "_type": "Value"}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    return pa.schema(list(fields.items()), metadata=metadata)
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]], fields: Mapping[str, pa.DataType]) -> None:
+    """Write one parquet file, visible under its name only when it is whole.
+
+    The same rows give the same bytes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema(fields))
+    pq.write_table(table, partial, row_group_size=ROW_GROUP, compression="zstd", write_page_checksum=True)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def shards(path: Path) -> list[Path]:
+    """The parquet files of a dataset (a folder, or one file), in name order.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [path] if path.is_file() else sorted(path.glob("*.parquet"))
+    if not found:
+        raise UserError(f"{path}: no parquet file there; run the stage that makes it, or `dvc pull`/`dvc checkout`")
+    return found
+
+
+def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """All rows of a dataset, row group by row group, so that memory stays flat.
+
+    Raises:
+        UserError: a file is damaged or lacks a column.
+    """
+    for shard in shards(path):
+        try:
+            with pq.ParquetFile(shard, page_checksum_verification=True) as file:
+                for group in range(file.num_row_groups):
+                    yield from file.read_row_group(group, columns=columns).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{shard}: not a readable parquet file ({reason:.120}); `dvc checkout` restores it") from None
+
+
+def publish(scratch: Path, out: Path) -> None:
+    """Move a finished scratch folder (or file) to its place under rounds/ in one rename."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir():
+        shutil.rmtree(out)
+    scratch.replace(out)
+
+
+def encode_png(pixels: np.ndarray) -> dict[str, Any]:
+    """An image cell from uint8 pixels [height, width, 3]. PNG level 1: 2.4 times faster than 6, same pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def decode_image(cell: Mapping[str, Any]) -> Image.Image:
+    """The RGB picture of an image cell."""
+    return Image.open(io.BytesIO(cell["bytes"])).convert("RGB")
+
+
+def pixels(cells: Iterable[Mapping[str, Any]]) -> np.ndarray:
+    """uint8 [n, height, width, 3] from image cells of one size."""
+    return np.stack([np.asarray(decode_image(cell)) for cell in cells])
+
+
+def latents_array(row: Mapping[str, Any]) -> np.ndarray:
+    """float16 [channels, height, width]: the sampler's final latents, already times the VAE's scaling factor."""
+    return np.asarray(row["latents"], dtype=np.float16).reshape(row["latents_shape"])

@@ -1,0 +1,93 @@
+"""The tree of rounds: its order, its paths down to base, and where a round's files are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+BASE = "base"
+ROUND_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
+
+
+class HasParent(Protocol):
+    """What the tree needs to know of a round."""
+
+    parent: str
+
+
+@dataclass(frozen=True)
+class RoundFiles:
+    """The paths of one round's files under `<root>/rounds/<key>/`."""
+
+    root: Path
+    key: str
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "rounds" / self.key
+
+    @property
+    def candidates(self) -> Path:
+        return self.folder / "candidates"
+
+    @property
+    def scores(self) -> Path:
+        return self.folder / "scores.parquet"
+
+    @property
+    def winners(self) -> Path:
+        return self.folder / "winners"
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def training(self) -> Path:
+        return self.folder / "training.csv"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / "evaluation"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report"
+
+
+def check_tree(parents: Mapping[str, str]) -> None:
+    """Check that {round: parent} is a tree rooted at `base`.
+
+    Raises:
+        ValueError: bad round name, unknown parent or a cycle; the text names the round.
+    """
+    for key, parent in parents.items():
+        if key == BASE or not ROUND_NAME.fullmatch(key):
+            raise ValueError(f"{key!r} can't name a round; use letters, digits, - and _, and not `base`")
+        if parent != BASE and parent not in parents:
+            raise ValueError(f"{key}.parent: there is no round {parent!r}; name base or a round of this file")
+    for key in parents:
+        seen, at = [key], parents[key]
+        while at != BASE:
+            if at in seen:
+                raise ValueError(f"{key}.parent: the parents run in a circle: {' -> '.join([*seen, at])}")
+            seen.append(at)
+            at = parents[at]
+
+
+def ancestors(tree: Mapping[str, HasParent], key: str) -> list[str]:
+    """The rounds from the first after base down to the parent of `key`, `key` itself left out."""
+    path, at = [], tree[key].parent
+    while at != BASE:
+        path.append(at)
+        at = tree[at].parent
+    return path[::-1]
+
+
+def order(tree: Mapping[str, HasParent]) -> list[str]:
+    """All rounds, parents before children, file order among equals."""
+    depth = {key: len(ancestors(tree, key)) for key in tree}
+    return sorted(tree, key=lambda key: depth[key])
