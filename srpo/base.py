@@ -1,0 +1,60 @@
+"""Stage `base`: write down which base model and which reward models these rounds stand on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+
+from srpo import datasets
+from srpo.errors import UserError
+from srpo.hashing import digest
+from srpo.params import Params
+from srpo.rounds import BASE, RoundFiles
+
+log = logging.getLogger("srpo")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def pin_base(params: Params, root: Path) -> None:
+    """Write `rounds/base/adapter/lineage.json` and `rounds/base/rewards.json`.
+
+    Every other stage depends on one of them, so a changed model folder or revision reruns what it must.
+
+    Raises:
+        UserError: a model is neither a folder or file here nor shaped like a Hub id.
+    """
+    files = RoundFiles(root, BASE)
+    scratch = root / ".srpo" / "scratch" / "base"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    model = params.model
+    write_json(scratch / "lineage.json", {"base": _identity(root, "model.base", model.base, model.revision)})
+    rewards = {
+        name: _identity(root, f"rewards.{name}.model", spec.model, spec.revision)
+        for name, spec in params.rewards.items()
+    }
+    datasets.publish(scratch, files.adapter)
+    write_json(files.folder / "rewards.json", rewards)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON that reads well in a diff, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _identity(root: Path, key: str, source: str, revision: str | None) -> dict[str, str | None]:
+    local = root / source
+    if local.exists():
+        return {"source": source, "revision": None, "digest": digest(local)}
+    if not HUB_ID.fullmatch(source) or source.startswith("data/"):
+        raise UserError(f"{key}: {source!r} is no folder here and no Hub id; `dvc pull data.dvc` brings the embedded ones")
+    if revision is None or not COMMIT.fullmatch(revision):
+        log.warning("%s: %s is not pinned to a commit; what it names may change under you", key, source)
+    return {"source": source, "revision": revision, "digest": None}

@@ -1,0 +1,28 @@
+"""Which device and number format a stage computes in."""
+
+from __future__ import annotations
+
+import torch
+
+from srpo.errors import UserError
+from srpo.params import RuntimeParams
+
+
+def pick_device(runtime: RuntimeParams) -> torch.device:
+    """The device asked for; `auto` takes CUDA when there is one.
+
+    Raises:
+        UserError: CUDA was asked for and there is none.
+    """
+    if runtime.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("runtime.device: cuda was asked for, but torch sees no CUDA device; use auto or cpu")
+    if runtime.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda")
+
+
+def pick_dtype(runtime: RuntimeParams, device: torch.device) -> torch.dtype:
+    """The compute dtype; `auto` is bfloat16 on CUDA and float32 on a CPU."""
+    if runtime.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, runtime.dtype)

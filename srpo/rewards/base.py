@@ -1,0 +1,27 @@
+"""What a reward model is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+Pixels = torch.Tensor
+"""uint8 [n, 3, height, width], RGB."""
+
+
+class Reward(Protocol):
+    """Scores pictures against prompts."""
+
+    def score(self, images: Pixels, prompts: Sequence[str]) -> torch.Tensor:
+        """float32 [n] on the CPU: image i against prompt i, higher is better, in the family's own units."""
+        ...
+
+
+class FeatureReward(Reward, Protocol):
+    """A reward whose image features also serve FID, KID and diversity."""
+
+    def features(self, images: Pixels) -> torch.Tensor:
+        """float32 [n, dim] on the CPU."""
+        ...
