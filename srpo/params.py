@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from srpo import rounds
 from srpo.errors import UserError
+from srpo.rewards import FAMILIES
 
 PARAMS_FILE = "params.yaml"
 STAGES_WITH_OVERRIDES = ("generate", "select", "train")
@@ -173,7 +174,10 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _rewards_fit(self) -> Params:
-        for name in self.rewards:
+        for name, spec in self.rewards.items():
+            if spec.kind not in FAMILIES:
+                known = ", ".join(FAMILIES)
+                raise ValueError(f"rewards.{name}.kind: unknown reward {spec.kind!r}; choose one of {known}")
             if not name.isidentifier() or name in RESERVED_COLUMNS:
                 raise ValueError(f"rewards.{name}: not usable as a column name; rename the reward")
         roles = {spec.role for spec in self.rewards.values()}

@@ -16,10 +16,11 @@ from diffusers import StableDiffusionXLPipeline
 
 from srpo.device import pick_device, pick_dtype
 from srpo.errors import UserError
+from srpo.lineage import WEIGHTS_FILE
 from srpo.params import ModelParams, Params
 
 CPU_TILE = 16
-WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def score(params: Params, root: Path, key: str) -> None:
 def load_rewards(params: Params, root: Path) -> dict[str, Reward]:
     """All reward models of the params, by name."""
     device = pick_device(params.runtime)
-    return {name: load_reward(name, spec, root, device) for name, spec in params.rewards.items()}
+    return {name: load_reward(spec, root, device) for name, spec in params.rewards.items()}
 
 
 def score_batch(

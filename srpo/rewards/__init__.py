@@ -1,15 +1,17 @@
-"""Reward models by family name."""
+"""Reward models by family name. Light to import: a family's own imports come with its first use."""
 
 from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from srpo.errors import UserError
-from srpo.params import RewardParams
 from srpo.rewards.base import FeatureReward, Pixels, Reward
+
+if TYPE_CHECKING:
+    import torch
+
+    from srpo.params import RewardParams
 
 FAMILIES = {
     "clip": "srpo.rewards.clip:ClipReward",
@@ -17,23 +19,16 @@ FAMILIES = {
 }
 
 
-def load_reward(name: str, spec: RewardParams, root: Path, device: torch.device) -> Reward:
-    """The reward model that `rewards.<name>` describes.
+def load_reward(spec: RewardParams, root: Path, device: torch.device) -> Reward:
+    """The reward model that a section of `rewards` describes.
 
     Raises:
-        UserError: unknown family, or its model can't be loaded.
+        UserError: its model can't be loaded.
     """
-    check_family(name, spec)
     module, attribute = FAMILIES[spec.kind].split(":")
     family = getattr(importlib.import_module(module), attribute)
     model = str(root / spec.model) if (root / spec.model).exists() else spec.model
     return family(model, spec.revision, device)
 
 
-def check_family(name: str, spec: RewardParams) -> None:
-    """Raises UserError when `rewards.<name>.kind` names no family."""
-    if spec.kind not in FAMILIES:
-        raise UserError(f"rewards.{name}.kind: unknown reward {spec.kind!r}; choose one of {', '.join(FAMILIES)}")
-
-
-__all__ = ["FAMILIES", "FeatureReward", "Pixels", "Reward", "check_family", "load_reward"]
+__all__ = ["FAMILIES", "FeatureReward", "Pixels", "Reward", "load_reward"]

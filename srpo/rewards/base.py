@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-Pixels = torch.Tensor
+Pixels: TypeAlias = "torch.Tensor"
 """uint8 [n, 3, height, width], RGB."""
 
 

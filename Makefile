@@ -1,0 +1,35 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Needs Python >= 3.11 and a package index.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test test-all lint env data clean
+
+env: $(BIN)/.installed
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv -c constraints.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m compileall -q $(BIN)/../lib || true
+	touch $@
+
+data: env
+	$(BIN)/dvc pull --quiet data.dvc
+
+demo: data
+	$(BIN)/python -m flows.rounds
+	@$(BIN)/python -m srpo table
+
+test: data
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: data
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean:
+	rm -rf rounds .srpo mlflow.db mlartifacts dvc.lock

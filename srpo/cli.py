@@ -1,0 +1,147 @@
+"""The command line: thin commands over the stages. What computes is imported by the command that uses it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from srpo import __version__
+from srpo.errors import UserError
+from srpo.params import PARAMS_FILE, Params, load_params
+
+app = typer.Typer(
+    name="srpo",
+    help="Fine-tune SDXL toward human preference by rejection sampling, in rounds.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Round = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rounds` in params.yaml")]
+RoundOrBase = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rounds` in params.yaml, or base")]
+
+
+def run(argv: list[str]) -> int:
+    """Run one command and return its exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    for chatty in ("alembic", "mlflow", "httpx", "diffusers", "transformers", "datasets"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    try:
+        code = app(args=argv, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except UserError as error:
+        print(f"srpo: error: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("srpo: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's usage errors, wherever this typer keeps its click
+            print(f"srpo: error: {error.format_message()}", file=sys.stderr)
+            return 2
+        raise
+
+
+def _load(key: str | None = None, *, base: bool = False) -> tuple[Params, Path]:
+    params, root = load_params(PARAMS_FILE), Path.cwd()
+    if key is not None and not (base and key == "base"):
+        params.for_round(key)
+    return params, root
+
+
+@app.command()
+def base() -> None:
+    """Write down which base model and reward models these rounds stand on."""
+    from srpo.base import pin_base
+
+    pin_base(*_load())
+
+
+@app.command()
+def generate(key: Round) -> None:
+    """Make N candidate pictures for every train prompt."""
+    params, root = _load(key)
+    from srpo.generate import generate
+
+    generate(params, root, key)
+
+
+@app.command()
+def score(key: Round) -> None:
+    """Score every candidate with every reward model."""
+    params, root = _load(key)
+    from srpo.score import score
+
+    score(params, root, key)
+
+
+@app.command()
+def select(key: Round) -> None:
+    """Keep the best candidate of every prompt."""
+    params, root = _load(key)
+    from srpo.select import select
+
+    select(params, root, key)
+
+
+@app.command()
+def train(key: Round) -> None:
+    """Fine-tune on the winners."""
+    params, root = _load(key)
+    from srpo import tracking
+    from srpo.train import train
+
+    with tracking.live(params, root, key) as curve:
+        train(params, root, key, curve.log)
+
+
+@app.command()
+def evaluate(key: RoundOrBase) -> None:
+    """Sample the eval prompts and measure."""
+    params, root = _load(key, base=True)
+    from srpo import tracking
+    from srpo.evaluate import evaluate
+
+    evaluate(params, root, key)
+    tracking.project(params, root, key)
+
+
+@app.command()
+def report(key: Round) -> None:
+    """Write the round's report page."""
+    params, root = _load(key)
+    from srpo import tracking
+    from srpo.report import report
+
+    report(params, root, key)
+    tracking.project(params, root, key)
+
+
+@app.command()
+def track() -> None:
+    """Rebuild all of MLflow's records from rounds/ and dvc.lock."""
+    params, root = _load()
+    from srpo import tracking
+
+    if not tracking.sync(params, root):
+        raise typer.Exit(1)
+
+
+@app.command()
+def table() -> None:
+    """Print all evaluated rounds, one line each."""
+    params, root = _load()
+    from rich.console import Console
+
+    from srpo.summary import campaign_rows, render
+
+    Console().print(render(campaign_rows(root, params)))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)

@@ -1,0 +1,47 @@
+"""What an adapter came from, written beside its weights."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+from srpo.base import write_json
+from srpo.hashing import code_digest, digest, file_digest
+from srpo.params import STAGES_WITH_OVERRIDES, Params
+from srpo.rounds import BASE, RoundFiles
+
+WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+
+
+def write_lineage(adapter: Path, params: Params, root: Path, key: str) -> None:
+    """Write `lineage.json` into a folder that already holds the adapter's weights.
+
+    It names by sha256 the weights, the winners they were trained on, the parent's weights and the base model,
+    with the round's resolved params, the code and the library versions. It holds no date and no path of this
+    machine: the same training writes the same bytes.
+    """
+    parent = params.rounds[key].parent
+    resolved = params.for_round(key)
+    parent_weights = RoundFiles(root, parent).adapter / WEIGHTS_FILE
+    write_json(
+        adapter / "lineage.json",
+        {
+            "round": key,
+            "parent": parent,
+            "base": read_lineage(root, BASE)["base"],
+            "parent_adapter": None if parent == BASE else file_digest(parent_weights),
+            "winners": digest(RoundFiles(root, key).winners),
+            "adapter": file_digest(adapter / WEIGHTS_FILE),
+            "params": {"seed": params.seed, "model": params.model.model_dump()}
+            | {stage: getattr(resolved, stage).model_dump() for stage in STAGES_WITH_OVERRIDES},
+            "code": code_digest(),
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft")},
+        },
+    )
+
+
+def read_lineage(root: Path, key: str) -> dict[str, Any]:
+    """The `lineage.json` of a round, or of `base`."""
+    return json.loads((RoundFiles(root, key).adapter / "lineage.json").read_text(encoding="utf-8"))

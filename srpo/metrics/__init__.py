@@ -1,0 +1,1 @@
+"""Measures over sets of pictures and of scores."""
