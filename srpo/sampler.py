@@ -42,7 +42,7 @@ def load_pipeline(model: ModelParams, dtype: torch.dtype) -> StableDiffusionXLPi
     """
     try:
         pipeline = StableDiffusionXLPipeline.from_pretrained(
-            model.base, revision=model.revision, variant=model.variant, torch_dtype=dtype, use_safetensors=True
+            model.base, revision=model.revision, variant=model.variant, dtype=dtype, use_safetensors=True
         )
     except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
@@ -65,9 +65,9 @@ class Sampler:
         dtype = pick_dtype(params.runtime, self.device)
         pipeline = load_pipeline(params.model, dtype)
         if adapter is not None and (adapter / WEIGHTS_FILE).exists():
-            pipeline.load_lora_weights(adapter, weight_name=WEIGHTS_FILE)
-            pipeline.fuse_lora()
-            pipeline.unload_lora_weights()
+            pipeline.unet.load_lora_adapter(adapter, weight_name=WEIGHTS_FILE, prefix="unet")
+            pipeline.unet.fuse_lora()
+            pipeline.unet.unload_lora()
         if pipeline.vae.config.force_upcast:
             pipeline.vae.to(torch.float32)
         pipeline.to(self.device)

@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionM
 from diffusers.training_utils import compute_snr
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from srpo import datasets
@@ -89,7 +90,7 @@ def _with_lora(unet: UNet2DConditionModel, settings: TrainParams, params: Params
         folder = RoundFiles(root, parent).adapter
         if not (folder / WEIGHTS_FILE).exists():
             raise UserError(f"{folder / WEIGHTS_FILE}: missing; run train of round {parent} or `dvc checkout`")
-        state = StableDiffusionXLPipeline.lora_state_dict(folder, weight_name=WEIGHTS_FILE)
+        state = load_file(folder / WEIGHTS_FILE)
         state = {name.removeprefix("unet."): value for name, value in state.items()}
         try:
             result = set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(state), adapter_name="default")

@@ -1,0 +1,51 @@
+"""An exact judge for worlds whose every prompt has a known picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from srpo import datasets
+from srpo.errors import UserError
+from srpo.rewards.base import Pixels
+
+
+class TemplateReward:
+    """1.0 when the template nearest to the picture shows the picture's prompt, else 0.0.
+
+    Nearest is by squared pixel distance over all templates. Its mean over many pictures is prompt accuracy.
+    """
+
+    def __init__(self, model: str, revision: str | None, device: torch.device) -> None:
+        """Read the templates.
+
+        Args:
+            model: parquet file with columns image and prompt, one row per prompt there is.
+
+        Raises:
+            UserError: it can't be read.
+        """
+        if not Path(model).is_file():
+            raise UserError(f"rewards: {model!r} is no parquet file of templates")
+        rows = list(datasets.read_rows(Path(model), ["image", "prompt"]))
+        pictures = torch.from_numpy(datasets.pixels(row["image"] for row in rows))
+        self.templates = pictures.permute(0, 3, 1, 2).flatten(1).float().div(255).to(device)
+        self.prompts = [row["prompt"] for row in rows]
+        self.device = device
+
+    @torch.inference_mode()
+    def score(self, images: Pixels, prompts: Sequence[str]) -> torch.Tensor:
+        """float32 [n], 0.0 or 1.0.
+
+        Raises:
+            UserError: a prompt without a template, or pictures of another size.
+        """
+        if unknown := sorted(set(prompts) - set(self.prompts)):
+            raise UserError(f"rewards: no template for prompt {unknown[0]!r}; this judge knows only its own world")
+        flat = images.to(self.device).flatten(1).float().div(255)
+        if flat.shape[1] != self.templates.shape[1]:
+            raise UserError("rewards: templates and pictures differ in size")
+        nearest = torch.cdist(flat, self.templates).argmin(dim=1).tolist()
+        return torch.tensor([float(self.prompts[best] == prompt) for best, prompt in zip(nearest, prompts, strict=True)])
