@@ -89,9 +89,9 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     tokens = letters + [f"{letter}</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(
-        vocab_file=str(folder / "vocab.json"), merges_file=str(folder / "merges.txt"), model_max_length=LENGTH
-    )
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def _text_config(width: int, projection: int) -> CLIPTextConfig:
