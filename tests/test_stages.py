@@ -1,0 +1,181 @@
+"""The stages on a random-weight world: what their files hold, and what may not change them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from srpo import datasets
+from srpo.base import pin_base
+from srpo.evaluate import evaluate, read_metrics
+from srpo.generate import generate
+from srpo.lineage import WEIGHTS_FILE, read_lineage
+from srpo.params import Params, load_params
+from srpo.rounds import RoundFiles
+from srpo.score import score
+from srpo.select import select
+from srpo.train import train
+
+
+@pytest.fixture
+def params(world: Path) -> Params:
+    pin_base(load_params(), world)
+    return load_params()
+
+
+def with_batch_size(params: Params, size: int) -> Params:
+    return params.model_copy(update={"runtime": params.runtime.model_copy(update={"batch_size": size})})
+
+
+def run_round(params: Params, root: Path, key: str) -> RoundFiles:
+    for stage in (generate, score, select, train):
+        stage(params, root, key)
+    return RoundFiles(root, key)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_candidates_do_not_depend_on_the_batch_size(params: Params, world: Path) -> None:
+    files, found = RoundFiles(world, "001"), []
+    for size in (1, 5, 16):
+        generate(with_batch_size(params, size), world, "001")
+        found.append(content(files.candidates))
+    assert found[0] == found[1] == found[2]
+    rows = list(datasets.read_rows(files.candidates))
+    assert len(rows) == 4 * 3
+    assert len({row["seed"] for row in rows}) == len({tuple(row["latents"]) for row in rows}) == len(rows)
+
+
+def test_a_killed_generate_keeps_its_shards_and_ends_the_same(
+    params: Params, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = RoundFiles(world, "001")
+    generate(params, world, "001")
+    undisturbed = content(files.candidates)
+    written, real = [], datasets.write_table
+
+    def dies_at_second(path: Path, *args) -> None:
+        if written and not path.with_name("allowed").exists():
+            raise KeyboardInterrupt
+        real(path, *args)
+        written.append(path)
+
+    monkeypatch.setattr(datasets, "write_table", dies_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        generate(params, world, "001")
+    first = written[0]
+    stamp = first.stat().st_mtime_ns
+    monkeypatch.setattr(datasets, "write_table", real)
+    generate(params, world, "001")
+    assert content(files.candidates) == undisturbed
+    assert (files.candidates / first.name).stat().st_mtime_ns == stamp, "the finished shard was made again"
+
+
+def test_pictures_are_the_decoded_latents(params: Params, world: Path) -> None:
+    from srpo.sampler import Sampler
+
+    generate(params, world, "001")
+    rows = list(datasets.read_rows(RoundFiles(world, "001").candidates))[:3]
+    latents = torch.from_numpy(np.stack([datasets.latents_array(row) for row in rows]))
+    decoded = Sampler(params).decode(latents).numpy()
+    assert np.array_equal(decoded, datasets.pixels(row["image"] for row in rows))
+
+
+def test_sampling_agrees_with_the_diffusers_pipeline(params: Params, world: Path) -> None:
+    """The loop of our own must do what `StableDiffusionXLPipeline.__call__` does."""
+    from srpo.sampler import Sampler
+
+    sampler = Sampler(params)
+    embeds, noise = sampler.encode(["a red circle", "a blue square"]), sampler.noise([1, 2], 32, 32)
+    for guidance in (1.0, 4.0):
+        ours = sampler.denoise(noise, embeds[[0, 1]], embeds[[-1]], num_inference_steps=5, guidance_scale=guidance)
+        theirs = sampler.pipeline(
+            prompt=["a red circle", "a blue square"],
+            latents=noise,
+            num_inference_steps=5,
+            guidance_scale=guidance,
+            height=32,
+            width=32,
+            output_type="latent",
+        ).images
+        assert torch.allclose(ours, theirs, atol=2e-4), (ours - theirs).abs().max()
+
+
+def test_datasets_open_with_pictures_in_hf_datasets(params: Params, world: Path) -> None:
+    import datasets as hf
+
+    files = RoundFiles(world, "001")
+    for stage in (generate, score, select):
+        stage(params, world, "001")
+    for folder, rows in ((files.candidates, 12), (files.winners, 4)):
+        pattern = str(folder / "*.parquet")
+        loaded = hf.load_dataset("parquet", data_files=pattern, split="train", cache_dir=str(world / "hf"))
+        assert loaded.num_rows == rows
+        assert loaded[0]["image"].size == (32, 32)
+
+
+def test_two_rounds_chain_and_their_adapters_open_in_plain_diffusers(params: Params, world: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+    from safetensors.torch import load_file
+
+    from srpo.sampler import Sampler
+
+    first, second = run_round(params, world, "001"), run_round(params, world, "002")
+    lineage = read_lineage(world, "002")
+    assert lineage["parent_adapter"] == read_lineage(world, "001")["adapter"]
+    assert lineage["base"] == read_lineage(world, "base")["base"]
+    one, two = (load_file(files.adapter / WEIGHTS_FILE) for files in (first, second))
+    assert one.keys() == two.keys()
+    plain = StableDiffusionXLPipeline.from_pretrained(world / "data" / "base")
+    plain.load_lora_weights(second.adapter)
+    noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    options = {"latents": noise, "num_inference_steps": 3, "guidance_scale": 1.0, "height": 32, "width": 32}
+    theirs = plain(prompt="a red circle", output_type="latent", **options).images
+    sampler = Sampler(params, second.adapter)
+    embeds = sampler.encode(["a red circle"])
+    ours = sampler.denoise(noise, embeds[[0]], embeds[[-1]], num_inference_steps=3, guidance_scale=1.0)
+    assert torch.allclose(ours, theirs, atol=2e-4)
+    untouched = Sampler(params).denoise(noise, embeds[[0]], embeds[[-1]], num_inference_steps=3, guidance_scale=1.0)
+    assert not torch.allclose(ours, untouched, atol=2e-4), "the adapter changes nothing"
+
+
+def test_training_twice_gives_the_same_bytes(params: Params, world: Path) -> None:
+    files, seen = run_round(params, world, "001"), []
+    before = content(files.adapter), files.training.read_bytes()
+    train(params, world, "001", lambda metrics, step: seen.append((step, metrics["loss"])))
+    assert (content(files.adapter), files.training.read_bytes()) == before
+    assert [step for step, _ in seen] == [1, 2, 3]
+
+
+def test_evaluation_pairs_base_and_round(params: Params, world: Path) -> None:
+    evaluate(params, world, "base")
+    run_round(params, world, "001")
+    evaluate(params, world, "001")
+    base, tuned = read_metrics(world, "base"), read_metrics(world, "001")
+    assert base["verdict"] == "-" and tuned["verdict"] in ("pass", "fail")
+    assert tuned["sweep"].keys() == {"1.0", "2.0"}
+    assert set(tuned["gate"]) == {"judge_win_rate", "accuracy_win_rate", "fid_ratio", "diversity_ratio"}
+    keys = ["prompt_id", "index", "guidance"]
+    tables = [
+        pl.read_parquet(RoundFiles(world, key).evaluation / "per_prompt.parquet").select(keys) for key in ("base", "001")
+    ]
+    assert tables[0].equals(tables[1])
+    assert tables[0].height == 2 * 2 * 2
+
+
+def test_rank_can_not_change_between_parent_and_child(params: Params, world: Path) -> None:
+    from srpo.errors import UserError
+
+    run_round(params, world, "001")
+    for stage in (generate, score, select):
+        stage(params, world, "002")
+    text = (world / "params.yaml").read_text()
+    (world / "params.yaml").write_text(text.replace("rank: 2", "rank: 3"))
+    with pytest.raises(UserError, match=r"rounds\.002\.train"):
+        train(load_params(), world, "002")
