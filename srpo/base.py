@@ -54,7 +54,9 @@ def _identity(root: Path, key: str, source: str, revision: str | None) -> dict[s
     if local.exists():
         return {"source": source, "revision": None, "digest": digest(local)}
     if not HUB_ID.fullmatch(source) or source.startswith("data/"):
-        raise UserError(f"{key}: {source!r} is no folder here and no Hub id; `dvc pull data.dvc` brings the embedded ones")
+        raise UserError(
+            f"{key}: {source!r} is no folder here and no Hub id; `dvc pull data.dvc` brings the embedded ones"
+        )
     if revision is None or not COMMIT.fullmatch(revision):
         log.warning("%s: %s is not pinned to a commit; what it names may change under you", key, source)
     return {"source": source, "revision": revision, "digest": None}

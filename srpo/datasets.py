@@ -77,7 +77,9 @@ def shards(path: Path) -> list[Path]:
     """
     found = [path] if path.is_file() else sorted(path.glob("*.parquet"))
     if not found:
-        raise UserError(f"{path}: no parquet file there; run the stage that makes it, or `dvc pull`/`dvc checkout`")
+        raise UserError(
+            f"{path}: no parquet file there; run the stage that makes it, or `dvc pull`/`dvc checkout`"
+        )
     return found
 
 
@@ -94,7 +96,9 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict
                     yield from file.read_row_group(group, columns=columns).to_pylist()
         except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{shard}: not a readable parquet file ({reason:.120}); `dvc checkout` restores it") from None
+            raise UserError(
+                f"{shard}: not a readable parquet file ({reason:.120}); `dvc checkout` restores it"
+            ) from None
 
 
 def publish(scratch: Path, out: Path) -> None:

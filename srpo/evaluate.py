@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from srpo import datasets
 from srpo.base import write_json
 from srpo.gate import check_gate
 from srpo.hashing import derive_seed
+from srpo.lineage import read_metrics
 from srpo.metrics.compare import diversity, win_rate
 from srpo.metrics.fid import frechet_distance, kernel_distance
 from srpo.params import Params
@@ -74,13 +74,13 @@ def evaluate(params: Params, root: Path, key: str) -> None:
     log.info("evaluate %s: %s", key, ", ".join(f"{name} {reported[name]:.3f}" for name in [*rewards, "fid"]))
 
 
-def read_metrics(root: Path, key: str) -> dict[str, Any]:
-    """The `metrics.json` of a round, or of `base`."""
-    return json.loads((RoundFiles(root, key).evaluation / "metrics.json").read_text(encoding="utf-8"))
-
-
 def _sample(
-    sampler: Sampler, embeds: PromptEmbeds, prompts: list[Prompt], guidance: float, params: Params, progress: tqdm
+    sampler: Sampler,
+    embeds: PromptEmbeds,
+    prompts: list[Prompt],
+    guidance: float,
+    params: Params,
+    progress: tqdm,
 ) -> tuple[torch.Tensor, list[tuple[Prompt, int]]]:
     settings = params.evaluate
     places = [(row, index) for row in range(len(prompts)) for index in range(settings.images_per_prompt)]
@@ -162,7 +162,9 @@ def _best(metrics: dict, judge: str) -> float:
     return float(max(metrics["sweep"], key=lambda guidance: metrics["sweep"][guidance][judge]))
 
 
-def _pair(scores: pl.DataFrame, other: pl.DataFrame, judge: str, guidance: float, other_guidance: float) -> float:
+def _pair(
+    scores: pl.DataFrame, other: pl.DataFrame, judge: str, guidance: float, other_guidance: float
+) -> float:
     def column(table: pl.DataFrame, at: float) -> np.ndarray:
         rows = table.filter((pl.col("guidance") - at).abs() < 1e-4).sort("prompt_id", "index")
         return rows[judge].cast(pl.Float32).to_numpy()

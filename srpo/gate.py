@@ -29,7 +29,11 @@ def check_gate(
         limit = settings.min_judge_win_rate
         rules[f"{judge}_win_rate"] = {"value": rate, "limit": limit, "passed": rate >= limit}
     ratio = _best_fid(metrics) / max(_best_fid(base), 1e-12)
-    rules["fid_ratio"] = {"value": ratio, "limit": settings.max_fid_ratio, "passed": ratio <= settings.max_fid_ratio}
+    rules["fid_ratio"] = {
+        "value": ratio,
+        "limit": settings.max_fid_ratio,
+        "passed": ratio <= settings.max_fid_ratio,
+    }
     kept = metrics["diversity"] / max(base["diversity"], 1e-12)
     limit = settings.min_diversity_ratio
     rules["diversity_ratio"] = {"value": kept, "limit": limit, "passed": kept >= limit}

@@ -53,7 +53,12 @@ def generate(params: Params, root: Path, key: str) -> None:
 
 
 def _candidates(
-    sampler: Sampler, prompts: list[Prompt], params: Params, settings: GenerateParams, key: str, progress: tqdm
+    sampler: Sampler,
+    prompts: list[Prompt],
+    params: Params,
+    settings: GenerateParams,
+    key: str,
+    progress: tqdm,
 ) -> list[dict]:
     plan = [(row, index) for row in range(len(prompts)) for index in range(settings.candidates_per_prompt)]
     seeds = [derive_seed(params.seed, key, prompts[row].id, index) for row, index in plan]

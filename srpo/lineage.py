@@ -1,4 +1,4 @@
-"""What an adapter came from, written beside its weights."""
+"""What an adapter came from, written beside its weights, and the readers of the small JSON records."""
 
 from __future__ import annotations
 
@@ -45,3 +45,8 @@ def write_lineage(adapter: Path, params: Params, root: Path, key: str) -> None:
 def read_lineage(root: Path, key: str) -> dict[str, Any]:
     """The `lineage.json` of a round, or of `base`."""
     return json.loads((RoundFiles(root, key).adapter / "lineage.json").read_text(encoding="utf-8"))
+
+
+def read_metrics(root: Path, key: str) -> dict[str, Any]:
+    """The evaluation's `metrics.json` of a round, or of `base`."""
+    return json.loads((RoundFiles(root, key).evaluation / "metrics.json").read_text(encoding="utf-8"))

@@ -41,7 +41,9 @@ def load_prompts(path: Path | str) -> list[Prompt]:
             continue
         prompt = _parse(line, f"{path}:{number}")
         if prompt.id in line_of:
-            raise UserError(f"{path}:{number}: id {prompt.id!r} stands on line {line_of[prompt.id]} too; make it unique")
+            raise UserError(
+                f"{path}:{number}: id {prompt.id!r} stands on line {line_of[prompt.id]} too; make it unique"
+            )
         line_of[prompt.id] = number
         prompts.append(prompt)
     if not prompts:

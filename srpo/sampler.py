@@ -22,7 +22,6 @@ from srpo.params import ModelParams, Params
 CPU_TILE = 16
 
 
-
 @dataclass(frozen=True)
 class PromptEmbeds:
     """Text conditioning of n prompts: `tokens` [n, length, dim] and `pooled` [n, pooled_dim]."""
@@ -78,7 +77,10 @@ class Sampler:
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Conditioning of `prompts`, with the empty prompt's appended as the last row."""
         tokens, no_tokens, pooled, no_pooled = self.pipeline.encode_prompt(
-            prompt=list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=True
+            prompt=list(prompts),
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
         )
         return PromptEmbeds(torch.cat([tokens, no_tokens[:1]]), torch.cat([pooled, no_pooled[:1]]))
 
@@ -86,7 +88,9 @@ class Sampler:
         """Unit noise, float32 [n, channels, height / 8, width / 8], one CPU generator per seed."""
         factor = self.pipeline.vae_scale_factor
         shape = (self.unet.config.in_channels, height // factor, width // factor)
-        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        return torch.stack(
+            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        )
 
     @torch.inference_mode()
     def denoise(

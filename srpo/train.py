@@ -59,7 +59,9 @@ def train(params: Params, root: Path, key: str, on_step: OnStep = lambda metrics
     datasets.publish(curve, files.training)
     datasets.publish(scratch, files.adapter)
     last = [row["loss"] for row in history[-20:]]
-    log.info("train %s: %d steps on %d winners, loss %.4f", key, len(history), len(latents), sum(last) / len(last))
+    log.info(
+        "train %s: %d steps on %d winners, loss %.4f", key, len(history), len(latents), sum(last) / len(last)
+    )
 
 
 def _load_winners(
@@ -89,16 +91,22 @@ def _with_lora(unet: UNet2DConditionModel, settings: TrainParams, params: Params
     if parent != BASE:
         folder = RoundFiles(root, parent).adapter
         if not (folder / WEIGHTS_FILE).exists():
-            raise UserError(f"{folder / WEIGHTS_FILE}: missing; run train of round {parent} or `dvc checkout`")
+            raise UserError(
+                f"{folder / WEIGHTS_FILE}: missing; run train of round {parent} or `dvc checkout`"
+            )
         state = load_file(folder / WEIGHTS_FILE)
         state = {name.removeprefix("unet."): value for name, value in state.items()}
         try:
-            result = set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(state), adapter_name="default")
+            result = set_peft_model_state_dict(
+                unet, convert_unet_state_dict_to_peft(state), adapter_name="default"
+            )
         except RuntimeError:
             result = None
         own = get_peft_model_state_dict(unet)
         if result is None or result.unexpected_keys or len(own) != len(state):
-            raise UserError(f"rounds.{key}.train: rank or target_modules differ from those of parent {parent}; keep them")
+            raise UserError(
+                f"rounds.{key}.train: rank or target_modules differ from those of parent {parent}; keep them"
+            )
     for parameter in unet.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

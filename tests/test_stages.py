@@ -11,9 +11,9 @@ import torch
 
 from srpo import datasets
 from srpo.base import pin_base
-from srpo.evaluate import evaluate, read_metrics
+from srpo.evaluate import evaluate
 from srpo.generate import generate
-from srpo.lineage import WEIGHTS_FILE, read_lineage
+from srpo.lineage import WEIGHTS_FILE, read_lineage, read_metrics
 from srpo.params import Params, load_params
 from srpo.rounds import RoundFiles
 from srpo.score import score
@@ -94,7 +94,9 @@ def test_sampling_agrees_with_the_diffusers_pipeline(params: Params, world: Path
     sampler = Sampler(params)
     embeds, noise = sampler.encode(["a red circle", "a blue square"]), sampler.noise([1, 2], 32, 32)
     for guidance in (1.0, 4.0):
-        ours = sampler.denoise(noise, embeds[[0, 1]], embeds[[-1]], num_inference_steps=5, guidance_scale=guidance)
+        ours = sampler.denoise(
+            noise, embeds[[0, 1]], embeds[[-1]], num_inference_steps=5, guidance_scale=guidance
+        )
         theirs = sampler.pipeline(
             prompt=["a red circle", "a blue square"],
             latents=noise,
@@ -141,7 +143,9 @@ def test_two_rounds_chain_and_their_adapters_open_in_plain_diffusers(params: Par
     embeds = sampler.encode(["a red circle"])
     ours = sampler.denoise(noise, embeds[[0]], embeds[[-1]], num_inference_steps=3, guidance_scale=1.0)
     assert torch.allclose(ours, theirs, atol=2e-4)
-    untouched = Sampler(params).denoise(noise, embeds[[0]], embeds[[-1]], num_inference_steps=3, guidance_scale=1.0)
+    untouched = Sampler(params).denoise(
+        noise, embeds[[0]], embeds[[-1]], num_inference_steps=3, guidance_scale=1.0
+    )
     assert not torch.allclose(ours, untouched, atol=2e-4), "the adapter changes nothing"
 
 
@@ -163,7 +167,8 @@ def test_evaluation_pairs_base_and_round(params: Params, world: Path) -> None:
     assert set(tuned["gate"]) == {"judge_win_rate", "accuracy_win_rate", "fid_ratio", "diversity_ratio"}
     keys = ["prompt_id", "index", "guidance"]
     tables = [
-        pl.read_parquet(RoundFiles(world, key).evaluation / "per_prompt.parquet").select(keys) for key in ("base", "001")
+        pl.read_parquet(RoundFiles(world, key).evaluation / "per_prompt.parquet").select(keys)
+        for key in ("base", "001")
     ]
     assert tables[0].equals(tables[1])
     assert tables[0].height == 2 * 2 * 2

@@ -1,0 +1,1 @@
+"""Prefect over DVC: schedules, retries, cancellation and artifacts. Nothing here computes."""

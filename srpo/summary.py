@@ -1,0 +1,53 @@
+"""The campaign as a table: one row per evaluated round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from srpo import rounds as tree
+from srpo.lineage import read_metrics
+from srpo.params import PARAMS_FILE, Params, load_params
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SET_MEASURES = ("fid", "kid", "diversity")
+
+
+def campaign_rows(root: Path, params: Params) -> list[dict[str, Any]]:
+    """Base first, then rounds parents before children, those that have an evaluation.
+
+    Keys: round, every reward's name, fid, kid, diversity (numbers at the reported guidance) and verdict.
+    """
+    rows = []
+    for key in (tree.BASE, *tree.order(params.rounds)):
+        if (tree.RoundFiles(root, key).evaluation / "metrics.json").exists():
+            metrics = read_metrics(root, key)
+            names = [*params.rewards, *SET_MEASURES, "verdict"]
+            rows.append({"round": key} | {name: metrics.get(name) for name in names})
+    return rows
+
+
+def campaign_table(root: Path | str) -> list[dict[str, Any]]:
+    """`campaign_rows` of the project folder `root`, by its params.yaml."""
+    return campaign_rows(Path(root), load_params(Path(root) / PARAMS_FILE))
+
+
+def render(rows: list[dict[str, Any]]) -> Table:
+    """The rows as a table for the terminal: three decimals, `-` where there is nothing."""
+    from rich.table import Table
+
+    table = Table(title="SRPO campaign, on held-out prompts")
+    for name in rows[0] if rows else ("round",):
+        table.add_column(name, justify="left" if name in ("round", "verdict") else "right")
+    for row in rows:
+        table.add_row(*(show(value) for value in row.values()))
+    return table
+
+
+def show(value: Any) -> str:
+    """A cell's text."""
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return "-" if value is None else str(value)
