@@ -42,9 +42,7 @@ def over_rounds(rows: Sequence[Mapping], names: Sequence[str]) -> str:
 def sweep(sweeps: Mapping[str, Mapping], names: Sequence[str]) -> str:
     """One chart per name: its value against guidance, a line per entry of `sweeps` (label -> metrics' sweep)."""
     figure, axes = _axes(len(names))
-    palette = dict(
-        zip(sweeps, [COLOURS["base"], COLOURS["parent"], COLOURS["round"]][-len(sweeps) :], strict=True)
-    )
+    palette = dict(zip(sweeps, [COLOURS["base"], COLOURS["parent"], COLOURS["round"]][-len(sweeps) :], strict=True))
     for axis, name in zip(axes, names, strict=True):
         for label, values in sweeps.items():
             guidance = sorted(values, key=float)

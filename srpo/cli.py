@@ -21,9 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Round = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rounds` in params.yaml")]
-RoundOrBase = Annotated[
-    str, typer.Argument(metavar="ROUND", help="a key of `rounds` in params.yaml, or base")
-]
+RoundOrBase = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rounds` in params.yaml, or base")]
 
 
 def run(argv: list[str]) -> int:

@@ -77,9 +77,7 @@ def shards(path: Path) -> list[Path]:
     """
     found = [path] if path.is_file() else sorted(path.glob("*.parquet"))
     if not found:
-        raise UserError(
-            f"{path}: no parquet file there; run the stage that makes it, or `dvc pull`/`dvc checkout`"
-        )
+        raise UserError(f"{path}: no parquet file there; run the stage that makes it, or `dvc pull`/`dvc checkout`")
     return found
 
 

@@ -162,9 +162,7 @@ def _best(metrics: dict, judge: str) -> float:
     return float(max(metrics["sweep"], key=lambda guidance: metrics["sweep"][guidance][judge]))
 
 
-def _pair(
-    scores: pl.DataFrame, other: pl.DataFrame, judge: str, guidance: float, other_guidance: float
-) -> float:
+def _pair(scores: pl.DataFrame, other: pl.DataFrame, judge: str, guidance: float, other_guidance: float) -> float:
     def column(table: pl.DataFrame, at: float) -> np.ndarray:
         rows = table.filter((pl.col("guidance") - at).abs() < 1e-4).sort("prompt_id", "index")
         return rows[judge].cast(pl.Float32).to_numpy()

@@ -53,9 +53,7 @@ class GenerateParams(Section):
     guidance_scale: Guidance = Field(description="classifier-free guidance; 1 is unguided")
     height: Pixels = Field(description="pixels")
     width: Pixels = Field(description="pixels")
-    prompts_per_shard: PositiveInt = Field(
-        32, description="prompts in one parquet shard; also the unit of resume"
-    )
+    prompts_per_shard: PositiveInt = Field(32, description="prompts in one parquet shard; also the unit of resume")
 
 
 class RewardParams(Section):
@@ -80,9 +78,7 @@ class SelectParams(Section):
 class TrainParams(Section):
     """LoRA fine-tuning on the winners' latents."""
 
-    rank: int = Field(
-        ge=1, le=1024, description="LoRA rank; a round inherits its parent's adapter, so it stays"
-    )
+    rank: int = Field(ge=1, le=1024, description="LoRA rank; a round inherits its parent's adapter, so it stays")
     target_modules: list[str] = Field(
         default=["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="UNet modules that get LoRA"
     )
@@ -92,9 +88,7 @@ class TrainParams(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="linear warm-up")
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="after warm-up")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay")
-    snr_gamma: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="min-SNR weighting; null is off"
-    )
+    snr_gamma: Annotated[float, Field(gt=0)] | None = Field(None, description="min-SNR weighting; null is off")
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="share of samples trained on the empty prompt, so that guidance keeps working"
     )
@@ -106,9 +100,7 @@ class EvaluateParams(Section):
 
     images_per_prompt: PositiveInt = Field(description="images per eval prompt and guidance scale")
     num_inference_steps: int = Field(ge=1, le=1000, description="denoising steps")
-    guidance_scales: list[Guidance] = Field(
-        min_length=1, description="the sweep; reward alone favours high values"
-    )
+    guidance_scales: list[Guidance] = Field(min_length=1, description="the sweep; reward alone favours high values")
     guidance_scale: Guidance = Field(description="the one of the sweep whose numbers are reported")
     height: Pixels = Field(description="pixels")
     width: Pixels = Field(description="pixels")
@@ -130,18 +122,14 @@ class GateParams(Section):
         0.5, description="each judge's win rate against base, at least"
     )
     max_fid_ratio: Annotated[float, Field(gt=0)] = Field(1.0, description="FID over base FID, at most")
-    min_diversity_ratio: Annotated[float, Field(ge=0)] = Field(
-        0.5, description="diversity over base's, at least"
-    )
+    min_diversity_ratio: Annotated[float, Field(ge=0)] = Field(0.5, description="diversity over base's, at least")
 
 
 class RuntimeParams(Section):
     """Hardware. Changing it changes no result, so no stage depends on it."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA when it is there")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: bfloat16 on CUDA"
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: bfloat16 on CUDA")
     batch_size: PositiveInt = Field(16, description="images denoised at once")
 
 

@@ -64,9 +64,7 @@ def round_record(params: Params, root: Path, key: str) -> RoundRecord:
         record.tags["srpo.git_revision"] = revision
     if key != BASE:
         resolved = params.for_round(key)
-        record.params = _flat(
-            {stage: getattr(resolved, stage).model_dump() for stage in STAGES_WITH_OVERRIDES}
-        )
+        record.params = _flat({stage: getattr(resolved, stage).model_dump() for stage in STAGES_WITH_OVERRIDES})
         record.params |= {"seed": str(params.seed), "parent": params.rounds[key].parent}
     record.params |= _flat({"model": params.model.model_dump()})
     if (files.adapter / "lineage.json").exists():
@@ -158,7 +156,5 @@ def _dvc_hashes(root: Path, key: str) -> dict[str, str]:
 
 
 def _git_revision(root: Path) -> str | None:
-    result = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     return result.stdout.strip() or None

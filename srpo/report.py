@@ -48,8 +48,7 @@ def report(params: Params, root: Path, key: str) -> None:
         winners_sheet=_data_uri((scratch / "winners.png").read_bytes(), "image/png"),
         tuned_sheet=_data_uri((scratch / "tuned.png").read_bytes(), "image/png"),
         charts={
-            name: _data_uri(svg.encode(), "image/svg+xml")
-            for name, svg in _charts(params, files, metrics).items()
+            name: _data_uri(svg.encode(), "image/svg+xml") for name, svg in _charts(params, files, metrics).items()
         },
         lineage=_lineage_rows(root, key),
         selection=_selection(files),
@@ -95,9 +94,7 @@ def _winners_sheet(params: Params, files: RoundFiles) -> Image.Image:
         if row["candidate_id"] in losers
     }
     reward = columns[-1]
-    known = pl.read_parquet(files.scores, columns=["candidate_id", reward]).filter(
-        pl.col("candidate_id").is_in(losers)
-    )
+    known = pl.read_parquet(files.scores, columns=["candidate_id", reward]).filter(pl.col("candidate_id").is_in(losers))
     scores = dict(known.iter_rows())
     pairs = [
         Pair(
@@ -133,9 +130,7 @@ def _tuned_sheet(root: Path, key: str) -> Image.Image:
         )
         for place in _spread(first, PAIRS)
     ]
-    return contact_sheet(
-        pairs, f"Round {key}: held-out prompts, same noise", "the base model", f"after round {key}"
-    )
+    return contact_sheet(pairs, f"Round {key}: held-out prompts, same noise", "the base model", f"after round {key}")
 
 
 def _spread(items: list, count: int) -> list:

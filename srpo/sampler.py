@@ -88,9 +88,7 @@ class Sampler:
         """Unit noise, float32 [n, channels, height / 8, width / 8], one CPU generator per seed."""
         factor = self.pipeline.vae_scale_factor
         shape = (self.unet.config.in_channels, height // factor, width // factor)
-        return torch.stack(
-            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        )
+        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
     @torch.inference_mode()
     def denoise(

@@ -30,9 +30,7 @@ def select(params: Params, root: Path, key: str) -> None:
     weights = {name: params.rewards[name].weight for name in params.reward_names("select")}
     winners = choose_winners(scores, weights, settings)
     if winners.is_empty():
-        raise UserError(
-            f"rounds.{key}.select: no winner is left of {scores.height} candidates; loosen min_margin"
-        )
+        raise UserError(f"rounds.{key}.select: no winner is left of {scores.height} candidates; loosen min_margin")
     by_id = {row["candidate_id"]: row for row in winners.to_dicts()}
     scratch = scratch_folder(root, "select", key, "redone from the start")
     fields = datasets.CANDIDATE_FIELDS | dict.fromkeys(params.rewards, pa.float32())
@@ -42,9 +40,7 @@ def select(params: Params, root: Path, key: str) -> None:
         datasets.write_table(scratch / f"shard-{number:05d}.parquet", shard, fields)
         found += len(shard)
     if found != len(by_id):
-        raise UserError(
-            f"{files.scores}: scores of other candidates than {files.candidates} holds; rerun score"
-        )
+        raise UserError(f"{files.scores}: scores of other candidates than {files.candidates} holds; rerun score")
     prompts = scores["prompt_id"].n_unique()
     summary = {"prompts": prompts, "candidates": scores.height, "winners": found}
     summary |= {f"candidates_{name}": scores[name].mean() for name in params.rewards}

@@ -87,11 +87,7 @@ def project(params: Params, root: Path, key: str) -> bool:
 
 def sync(params: Params, root: Path) -> bool:
     """Project base and every round that has files; False when MLflow can't be reached."""
-    keys = [
-        key
-        for key in (BASE, *order(params.rounds))
-        if (RoundFiles(root, key).adapter / "lineage.json").exists()
-    ]
+    keys = [key for key in (BASE, *order(params.rounds)) if (RoundFiles(root, key).adapter / "lineage.json").exists()]
     return all(project(params, root, key) for key in keys)
 
 
@@ -112,9 +108,7 @@ def _project_campaign(client: MlflowClient, experiment: str, params: Params, roo
     return run_id
 
 
-def _project_round(
-    client: MlflowClient, experiment: str, params: Params, root: Path, key: str, campaign: str
-) -> None:
+def _project_round(client: MlflowClient, experiment: str, params: Params, root: Path, key: str, campaign: str) -> None:
     wanted = projection.round_record(params, root, key)
     last = {name: value for name, value, _ in wanted.points}
     found = _children(client, experiment, params, key)
@@ -213,8 +207,6 @@ def _attempt(what: str, work: Callable[[], None]) -> bool:
         work()
     except Exception as error:  # whatever a tracking server can do wrong, the round goes on
         reason = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))
-        log.warning(
-            "MLflow: %s not recorded (%s: %.160s); run `srpo track` later", what, type(error).__name__, reason
-        )
+        log.warning("MLflow: %s not recorded (%s: %.160s); run `srpo track` later", what, type(error).__name__, reason)
         return False
     return True

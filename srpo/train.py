@@ -59,14 +59,10 @@ def train(params: Params, root: Path, key: str, on_step: OnStep = lambda metrics
     datasets.publish(curve, files.training)
     datasets.publish(scratch, files.adapter)
     last = [row["loss"] for row in history[-20:]]
-    log.info(
-        "train %s: %d steps on %d winners, loss %.4f", key, len(history), len(latents), sum(last) / len(last)
-    )
+    log.info("train %s: %d steps on %d winners, loss %.4f", key, len(history), len(latents), sum(last) / len(last))
 
 
-def _load_winners(
-    path: Path, sampler: Sampler
-) -> tuple[torch.Tensor, PromptEmbeds, torch.Tensor, tuple[int, int]]:
+def _load_winners(path: Path, sampler: Sampler) -> tuple[torch.Tensor, PromptEmbeds, torch.Tensor, tuple[int, int]]:
     rows = list(datasets.read_rows(path, ["prompt", "latents", "latents_shape", "weight"]))
     if not rows:
         raise UserError(f"{path}: holds no winners; run select")
@@ -91,15 +87,11 @@ def _with_lora(unet: UNet2DConditionModel, settings: TrainParams, params: Params
     if parent != BASE:
         folder = RoundFiles(root, parent).adapter
         if not (folder / WEIGHTS_FILE).exists():
-            raise UserError(
-                f"{folder / WEIGHTS_FILE}: missing; run train of round {parent} or `dvc checkout`"
-            )
+            raise UserError(f"{folder / WEIGHTS_FILE}: missing; run train of round {parent} or `dvc checkout`")
         state = load_file(folder / WEIGHTS_FILE)
         state = {name.removeprefix("unet."): value for name, value in state.items()}
         try:
-            result = set_peft_model_state_dict(
-                unet, convert_unet_state_dict_to_peft(state), adapter_name="default"
-            )
+            result = set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(state), adapter_name="default")
         except RuntimeError:
             result = None
         own = get_peft_model_state_dict(unet)

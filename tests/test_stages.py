@@ -94,9 +94,7 @@ def test_sampling_agrees_with_the_diffusers_pipeline(params: Params, world: Path
     sampler = Sampler(params)
     embeds, noise = sampler.encode(["a red circle", "a blue square"]), sampler.noise([1, 2], 32, 32)
     for guidance in (1.0, 4.0):
-        ours = sampler.denoise(
-            noise, embeds[[0, 1]], embeds[[-1]], num_inference_steps=5, guidance_scale=guidance
-        )
+        ours = sampler.denoise(noise, embeds[[0, 1]], embeds[[-1]], num_inference_steps=5, guidance_scale=guidance)
         theirs = sampler.pipeline(
             prompt=["a red circle", "a blue square"],
             latents=noise,
@@ -143,9 +141,7 @@ def test_two_rounds_chain_and_their_adapters_open_in_plain_diffusers(params: Par
     embeds = sampler.encode(["a red circle"])
     ours = sampler.denoise(noise, embeds[[0]], embeds[[-1]], num_inference_steps=3, guidance_scale=1.0)
     assert torch.allclose(ours, theirs, atol=2e-4)
-    untouched = Sampler(params).denoise(
-        noise, embeds[[0]], embeds[[-1]], num_inference_steps=3, guidance_scale=1.0
-    )
+    untouched = Sampler(params).denoise(noise, embeds[[0]], embeds[[-1]], num_inference_steps=3, guidance_scale=1.0)
     assert not torch.allclose(ours, untouched, atol=2e-4), "the adapter changes nothing"
 
 

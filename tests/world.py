@@ -46,9 +46,7 @@ def build_world(root: Path) -> Path:
     write_prompts(data / "prompts" / "eval.jsonl", texts[4:], "eval")
     pictures = np.random.default_rng(0).integers(0, 255, (12, SIZE, SIZE, 3), dtype=np.uint8)
     fields = {"image": datasets.IMAGE, "prompt": pa.string()}
-    rows = [
-        {"image": datasets.encode_png(pixels), "prompt": texts[i % 6]} for i, pixels in enumerate(pictures)
-    ]
+    rows = [{"image": datasets.encode_png(pixels), "prompt": texts[i % 6]} for i, pixels in enumerate(pictures)]
     datasets.write_table(data / "reference" / "reference.parquet", rows, fields)
     datasets.write_table(data / "templates.parquet", rows[:6], fields)
     shutil.copy(REPO / "dvc.yaml", root)
@@ -165,6 +163,4 @@ def _clip(width: int) -> CLIPModel:
         projection_dim=16,
     )
     text = _text_config(width, 16)
-    return CLIPModel(
-        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
-    )
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16))

@@ -25,9 +25,7 @@ class ClipReward:
             UserError: it can't be loaded.
         """
         try:
-            self.model = CLIPModel.from_pretrained(
-                model, revision=revision, use_safetensors=True, dtype=torch.float32
-            )
+            self.model = CLIPModel.from_pretrained(model, revision=revision, use_safetensors=True, dtype=torch.float32)
             self.processor = CLIPProcessor.from_pretrained(model, revision=revision)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
@@ -39,9 +37,7 @@ class ClipReward:
     def score(self, images: Pixels, prompts: Sequence[str]) -> torch.Tensor:
         """float32 [n]: 100 * cosine of image i and prompt i."""
         distinct = sorted(set(prompts))
-        tokens = self.processor.tokenizer(
-            distinct, padding="max_length", truncation=True, return_tensors="pt"
-        )
+        tokens = self.processor.tokenizer(distinct, padding="max_length", truncation=True, return_tensors="pt")
         texts = _pooled(self.model.get_text_features(**tokens.to(self.device)))
         texts = torch.nn.functional.normalize(texts, dim=-1)
         texts = texts[[distinct.index(prompt) for prompt in prompts]]

@@ -43,9 +43,7 @@ class TemplateReward:
             UserError: a prompt without a template, or pictures of another size.
         """
         if unknown := sorted(set(prompts) - set(self.prompts)):
-            raise UserError(
-                f"rewards: no template for prompt {unknown[0]!r}; this judge knows only its own world"
-            )
+            raise UserError(f"rewards: no template for prompt {unknown[0]!r}; this judge knows only its own world")
         flat = images.to(self.device).flatten(1).float().div(255)
         if flat.shape[1] != self.templates.shape[1]:
             raise UserError("rewards: templates and pictures differ in size")
