@@ -110,7 +110,8 @@ def _raise(what: str, code: int, lines: list[str]) -> None:
 def _show(key: str, tracking_uri: str) -> None:
     create_table_artifact(summary.campaign_table("."), key="srpo-metrics", description=f"All rounds up to {key}")
     create_markdown_artifact(
-        f"- report: `rounds/{key}/report/index.html`\n- MLflow: `mlflow ui --backend-store-uri {_safe(tracking_uri)}`\n",
+        f"- report: `rounds/{key}/report/index.html`\n"
+        f"- MLflow: `mlflow ui --backend-store-uri {_safe(tracking_uri)}`\n",
         key=f"srpo-round-{key.lower().replace('_', '-')}",
         description=f"Where to look at round {key}",
     )

@@ -87,7 +87,10 @@ def test_a_signal_to_the_client_ends_the_command_and_its_children(server, number
 
 
 def test_nothing_outlives_the_driver(server, tmp_path: Path) -> None:
-    code = "import os, sys, time\nfrom srpo import warm\nwith warm.started():\n print(os.environ['SRPO_WARM'], flush=True)\n time.sleep(60)"
+    code = (
+        "import os, time\nfrom srpo import warm\nwith warm.started():\n"
+        " print(os.environ['SRPO_WARM'], flush=True)\n time.sleep(60)"
+    )
     environ = {name: value for name, value in os.environ.items() if name != warm.SOCKET_VARIABLE}
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environ)
     socket = driver.stdout.readline().strip()
