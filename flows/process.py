@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
-import ctypes
 import os
-import re
 import signal
 import subprocess
-import sys
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
+from srpo.warm import end_with_parent
+
 TERM_GRACE_SECONDS = 15
-_LINE_END = re.compile(r"[\r\n]")
+PROGRESS_SECONDS = 30
+TAIL_LINES = 200
 
 
 def run_group(command: Sequence[str], on_line: Callable[[str], None]) -> tuple[int, list[str]]:
@@ -29,30 +32,44 @@ def run_group(command: Sequence[str], on_line: Callable[[str], None]) -> tuple[i
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},  # else lines wait in the child until it has 8 kB of them
         start_new_session=True,
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        preexec_fn=end_with_parent(signal.SIGTERM),
     )
-    tail: list[str] = []
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
     try:
         for line in _lines(process.stdout.fileno()):
-            tail = [*tail[-199:], line]
+            tail.append(line)
             on_line(line)
-        return process.wait(), tail
+        return process.wait(), list(tail)
     finally:
         _end_group(process)
         process.stdout.close()
 
 
 def _lines(fd: int) -> Iterator[str]:
-    """Lines as they come. Of the states a progress bar draws over each other only the last one counts."""
-    pending = ""
+    """Lines as they come. Of the states a progress bar draws over each other: one in 30 s, and the last one."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a chunk may end inside a character
+    pending, shown_at = "", time.monotonic()
     while data := os.read(fd, 65536):
-        *whole, pending = (pending + data.decode(errors="replace")).split("\n")
+        *whole, pending = (pending + decoder.decode(data)).split("\n")
         for line in whole:
-            if shown := line.rstrip("\r").rpartition("\r")[2].rstrip():
-                yield shown
-    if shown := _LINE_END.split(pending)[-1].rstrip():
-        yield shown
+            if state := _last_state(line):
+                yield state
+        if whole:
+            shown_at = time.monotonic()
+        elif "\r" in pending and time.monotonic() - shown_at > PROGRESS_SECONDS:
+            if state := _last_state(pending):
+                yield state
+            shown_at = time.monotonic()
+        if pending.count("\r") > 1:
+            pending = "\r" + pending.rstrip("\r").rpartition("\r")[2]
+    if state := _last_state(pending):
+        yield state
+
+
+def _last_state(line: str) -> str:
+    return line.rstrip("\r").rpartition("\r")[2].rstrip()
 
 
 def _end_group(process: subprocess.Popen) -> None:
@@ -65,8 +82,3 @@ def _end_group(process: subprocess.Popen) -> None:
             process.wait(grace)
     with contextlib.suppress(ProcessLookupError):  # what the leader left behind
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def _die_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -1,11 +1,11 @@
 """The flow `srpo-rounds`: every stage of the wanted rounds, one Prefect task each, one DVC stage each.
 
 DVC owns the graph, the cache and the lock file; a task is `dvc repro --single-item <stage>` in a child process.
+`python -m flows.rounds` runs it here and now; `prefect deployment run srpo-rounds/local` has a worker run it.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import signal
@@ -16,25 +16,39 @@ import typer
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import TerminationSignal
+from prefect.settings import (
+    PREFECT_SERVER_ANALYTICS_ENABLED,
+    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
+    temporary_settings,
+)
+from prefect.states import Completed, Failed, State
 
 from flows.process import run_group
 from srpo import rounds as tree
 from srpo import summary, warm
 from srpo.errors import UserError
-from srpo.params import load_params
+from srpo.params import Params, load_params
 
 ROUND_STAGES = ("generate", "score", "select", "train", "evaluate", "report")
+BASE_STAGES = ("base", "evaluate-base")
 BAD_INPUT = 2
 RETRIES = 2
-RETRY_DELAYS = [float(os.environ.get("SRPO_RETRY_DELAY", 10)) * factor for factor in (1, 4)]
+RETRY_DELAYS = [float(os.environ.get("SRPO_RETRY_DELAY", "10")) * factor for factor in (1, 4)]
+# for the temporary server that Prefect starts when none is configured; what the user set wins
+PREFECT_DEFAULTS = {
+    PREFECT_SERVER_ANALYTICS_ENABLED: False,
+    # the first start migrates an empty database: 26 s on two slow cores, and Prefect gives up after 20
+    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 300,
+}
 
 
-class StageFailed(RuntimeError):
+class StageDied(RuntimeError):
     """A stage died; its last words are in the run's log. It may be tried again."""
 
 
 class BadInput(RuntimeError):
-    """A stage refused its input. Trying again would give the same answer."""
+    """A stage, or DVC before it, refused its input. Trying again would give the same answer."""
 
 
 def _may_retry(_task, _run, state) -> bool:
@@ -48,28 +62,30 @@ def _may_retry(_task, _run, state) -> bool:
     retry_delay_seconds=RETRY_DELAYS,
     retry_condition_fn=_may_retry,
 )
-def reproduce(stage: str, force: bool = False, push: bool = False) -> str:
+def reproduce(stage: str, force: bool = False, push: bool = False) -> State[str] | str:
     """Reproduce one DVC stage; `dvc push` its outputs if asked.
 
     Returns:
-        `ran`, or `unchanged` when DVC found nothing to do.
+        `ran`, or the state Cached when DVC found nothing to do.
 
     Raises:
-        BadInput: the stage exited with status 2.
-        StageFailed: anything else went wrong.
+        BadInput: the stage exited with status 2, or DVC did not even start it.
+        StageDied: anything else went wrong.
     """
-    code, lines = _dvc(["--wait-for-lock", "repro", "--single-item", *(["--force"] if force else []), stage])
+    code, lines = _dvc("repro", "--single-item", *(["--force"] if force else []), stage)
     if code != 0:
-        _raise(stage, code, lines)
+        raise _failure(stage, code, lines)
     if push:
-        code, lines = _dvc(["push", stage])
+        code, pushed = _dvc("push", stage)
         if code != 0:
-            _raise(f"push of {stage}", code, lines)
-    return "unchanged" if any("didn't change" in line for line in lines) else "ran"
+            raise StageDied(f"push of {stage}: {_last_words(pushed, code)}")
+    if f"Stage '{stage}' didn't change, skipping" in lines:
+        return Completed(name="Cached", message="DVC: nothing changed", data="cached")
+    return "ran"
 
 
 @flow(name="srpo-rounds", flow_run_name="srpo-rounds", validate_parameters=True)
-def srpo_rounds(rounds: list[str] | None = None, push: bool = False, force: bool = False) -> None:
+def srpo_rounds(rounds: list[str] | None = None, push: bool = False, force: bool = False) -> State | None:
     """Bring rounds up to date: base first, then each round's stages, parents before children.
 
     Args:
@@ -77,38 +93,68 @@ def srpo_rounds(rounds: list[str] | None = None, push: bool = False, force: bool
         push: `dvc push` each stage's outputs to the default remote as soon as it is done.
         force: run the named rounds' stages even if nothing changed.
     """
-    params = load_params()
-    wanted = rounds or list(params.rounds)
+    try:
+        params = load_params()
+        keys = needed(params, rounds)
+        with warm.started():
+            for stage in BASE_STAGES:
+                reproduce(stage, push=push)
+            for key in keys:
+                forced = force and key in (rounds or keys)
+                for stage in ROUND_STAGES:
+                    reproduce(f"{stage}@{key}", force=forced, push=push)
+                    if stage == "evaluate":
+                        _show_table(key)
+                _show_addresses(key, params.tracking.uri)
+            code, _ = run_group([sys.executable, "-m", "srpo", "track"], get_run_logger().info)
+        if code != 0:
+            get_run_logger().warning("MLflow is behind; `srpo track` brings it up to date when it can be reached")
+    except (UserError, BadInput) as error:  # returned, not raised: the user needs the line, not a traceback
+        return Failed(message=str(error), data=error)
+    return None
+
+
+def needed(params: Params, rounds: list[str] | None) -> list[str]:
+    """The rounds to bring up to date for `rounds` (None: all): they and their ancestors, parents first.
+
+    Raises:
+        UserError: params.yaml has no such round.
+    """
+    wanted = list(params.rounds) if rounds is None else rounds
     if unknown := [key for key in wanted if key not in params.rounds]:
         raise UserError(f"rounds: no round {unknown[0]!r} in params.yaml; it has {', '.join(params.rounds)}")
-    needed = {ancestor for key in wanted for ancestor in [*tree.ancestors(params.rounds, key), key]}
-    for stage in ("base", "evaluate-base"):
-        reproduce(stage, push=push)
-    for key in tree.order(params.rounds):
-        if key in needed:
-            for stage in ROUND_STAGES:
-                reproduce(f"{stage}@{key}", force=force and key in wanted, push=push)
-            _show(key, params.tracking.uri)
-    code, _ = run_group([sys.executable, "-m", "srpo", "track"], get_run_logger().info)
-    if code != 0:
-        get_run_logger().warning("MLflow is behind; `srpo track` brings it up to date when it can be reached")
+    keys = {ancestor for key in wanted for ancestor in [*tree.ancestors(params.rounds, key), key]}
+    return [key for key in tree.order(params.rounds) if key in keys]
 
 
-def _dvc(arguments: list[str]) -> tuple[int, list[str]]:
-    return run_group([sys.executable, "-m", "srpo.warm", "dvc", *arguments], get_run_logger().info)
+def _dvc(command: str, *arguments: str) -> tuple[int, list[str]]:
+    whole = [sys.executable, "-m", "srpo.warm", "dvc", "--wait-for-lock", command, *arguments]
+    return run_group(whole, get_run_logger().info)
 
 
-def _raise(what: str, code: int, lines: list[str]) -> None:
+def _failure(stage: str, code: int, lines: list[str]) -> BadInput | StageDied:
     text = "\n".join(lines)
-    own = re.findall(r"srpo: error: (.*)", text)
-    exited = re.findall(r"exited with (-?\d+)", text)
+    exited = re.findall(r"failed to run: .*, exited with (-?\d+)$", text, re.MULTILINE)
     if exited and int(exited[-1]) == BAD_INPUT:
-        raise BadInput(own[-1] if own else f"{what}: refused its input")
-    raise StageFailed(f"{what}: {lines[-1] if lines else f'exit status {code}'}")
+        own = re.findall(r"srpo: error: (.*)", text)
+        return BadInput(own[-1] if own else f"{stage}: refused its input")
+    words = _last_words(lines, code)
+    # dvc's own statuses are 251 to 255; before a stage starts they mean a missing dependency or a broken file
+    if code >= 251 and not any(line.startswith("Running stage ") for line in lines):
+        return BadInput(f"{stage}: {words}")
+    return StageDied(f"{stage}: {words}")
 
 
-def _show(key: str, tracking_uri: str) -> None:
+def _last_words(lines: list[str], code: int) -> str:
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines or [f"exit status {code}"])[-1]
+
+
+def _show_table(key: str) -> None:
     create_table_artifact(summary.campaign_table("."), key="srpo-metrics", description=f"All rounds up to {key}")
+
+
+def _show_addresses(key: str, tracking_uri: str) -> None:
     create_markdown_artifact(
         f"- report: `rounds/{key}/report/index.html`\n"
         f"- MLflow: `mlflow ui --backend-store-uri {_safe(tracking_uri)}`\n",
@@ -132,20 +178,20 @@ def main(
     """Run the flow here and now, with a warm process behind it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        load_params()
-        with warm.started():
+        needed(load_params(), round_)  # before the seconds that Prefect takes to start
+        # the warm server's imports overlap with Prefect's start
+        with warm.started(), temporary_settings(set_defaults=PREFECT_DEFAULTS):
             srpo_rounds(rounds=round_, push=push, force=force)
     except (UserError, BadInput) as error:
         print(f"srpo: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except StageFailed as error:
-        print(f"srpo: {error}", file=sys.stderr)
+    except StageDied as error:
+        print(f"srpo: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, TerminationSignal):
+        print("srpo: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     typer.run(main)

@@ -1,67 +1,161 @@
-"""Contact sheets: pictures beside pictures, with their captions."""
+"""Pictures beside pictures: which ones to compare, and the contact sheets that show them. No torch in here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any
 
+import polars as pl
 from PIL import Image, ImageDraw, ImageFont
 
+from srpo import datasets
+from srpo.errors import UserError
+from srpo.params import Params
+from srpo.rounds import BASE, RoundFiles
+
 PAPER, INK, FAINT = (255, 255, 255), (25, 27, 31), (110, 116, 125)
-THUMB, GAP, COLUMNS = 144, 14, 4
+PAIRS, COLUMNS, GAP = 12, 4, 14
+TINY, LARGE = 128, 256  # pixels: tiny pictures are enlarged up to the first, larger ones reduced to the second
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pictures to compare, what was asked for, and a line of text under each."""
+    """Two pictures to compare, what was asked for, and the lines of text under each."""
 
     left: Image.Image
     right: Image.Image
     prompt: str
-    left_text: str
-    right_text: str
+    left_lines: tuple[str, ...]
+    right_lines: tuple[str, ...]
+
+
+def winners_and_losers(params: Params, files: RoundFiles, count: int = PAIRS) -> list[Pair]:
+    """Winner and loser of prompts spread evenly over all margins, widest first, with every reward's score.
+
+    Raises:
+        UserError: winners, candidates or scores are missing or do not belong together.
+    """
+    names = [*params.reward_names("select"), *params.reward_names("judge")]
+    columns = ["candidate_id", "prompt", "margin", "loser_id", *names]
+    winners = pl.DataFrame(list(datasets.read_rows(files.winners, columns)))
+    chosen = _spread(winners.sort(["margin", "candidate_id"], descending=[True, False]).to_dicts(), count)
+    losers = [row["loser_id"] for row in chosen]
+    scores = {row["candidate_id"]: row for row in datasets.read_rows(files.scores, ["candidate_id", *names])}
+    left = _pictures(files.winners, [row["candidate_id"] for row in chosen])
+    right = _pictures(files.candidates, losers)
+    if not scores.keys() >= set(losers):
+        raise UserError(f"{files.scores}: lacks the scores of losers that {files.winners} names; rerun score")
+
+    def lines(row: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(f"{name} {row[name]:.2f}" for name in names)
+
+    return [
+        Pair(
+            left[row["candidate_id"]],
+            right[row["loser_id"]],
+            row["prompt"],
+            lines(row),
+            lines(scores[row["loser_id"]]),
+        )
+        for row in chosen
+    ]
+
+
+def before_and_after(root: Path, key: str, count: int = PAIRS) -> list[Pair]:
+    """Base's picture and this round's for the same held-out prompt and the same noise.
+
+    Raises:
+        UserError: samples of base or of the round are missing or damaged, or share no prompt.
+    """
+
+    def samples(name: str) -> dict[tuple[str, int], dict[str, Any]]:
+        rows = datasets.read_rows(RoundFiles(root, name).evaluation / "samples.parquet")
+        return {(row["prompt_id"], row["index"]): row for row in rows}
+
+    before, after = samples(BASE), samples(key)
+    shared = sorted(place for place in after if place in before and place[1] == 0)
+    if not shared:
+        raise UserError(f"rounds/{key}/evaluation: its samples share no prompt with base's; rerun evaluate")
+    return [
+        Pair(
+            datasets.decode_image(before[place]["image"]),
+            datasets.decode_image(after[place]["image"]),
+            after[place]["prompt"],
+            (BASE,),
+            (f"round {key}",),
+        )
+        for place in _spread(shared, count)
+    ]
 
 
 def contact_sheet(pairs: Sequence[Pair], title: str, left: str, right: str) -> Image.Image:
     """A sheet of pairs, four a row, under a title and a legend that says what left and right are."""
-    cell_width, cell_height = 2 * THUMB + 4, THUMB + 58
-    columns = min(COLUMNS, max(1, len(pairs)))
-    rows = -(-len(pairs) // columns)
-    top = 64
-    size = (columns * (cell_width + GAP) + GAP, top + rows * (cell_height + GAP))
-    sheet = Image.new("RGB", size, PAPER)
+    thumbs = [(thumbnail(pair.left), thumbnail(pair.right)) for pair in pairs]
+    side = max(max(image.size) for both in thumbs for image in both)
+    lines = max(len(text) for pair in pairs for text in (pair.left_lines, pair.right_lines))
+    width, height = 2 * side + 4, side + 16 * lines + 42
+    columns = min(COLUMNS, len(pairs))
+    rows, top = -(-len(pairs) // columns), 68
+    sheet = Image.new("RGB", (max(560, columns * (width + GAP) + GAP), top + rows * (height + GAP)), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, 12), title, INK, font(20))
-    pen.text((GAP, 38), f"left: {left}    right: {right}", FAINT, font(14))
-    for number, pair in enumerate(pairs):
-        x = GAP + (number % columns) * (cell_width + GAP)
-        y = top + (number // columns) * (cell_height + GAP)
-        sheet.paste(_thumb(pair.left), (x, y))
-        sheet.paste(_thumb(pair.right), (x + THUMB + 4, y))
-        pen.text((x, y + THUMB + 4), _fit(pen, pair.left_text, THUMB, 12), FAINT, font(12))
-        pen.text((x + THUMB + 4, y + THUMB + 4), _fit(pen, pair.right_text, THUMB, 12), FAINT, font(12))
-        for line, text in enumerate(_wrap(pen, pair.prompt, cell_width, 13, lines=2)):
-            pen.text((x, y + THUMB + 21 + 16 * line), text, INK, font(13))
+    pen.text((GAP, 40), f"left: {left}    right: {right}", FAINT, font(14))
+    for number, (pair, both) in enumerate(zip(pairs, thumbs, strict=True)):
+        x = GAP + (number % columns) * (width + GAP)
+        y = top + (number // columns) * (height + GAP)
+        for offset, image, text in zip((0, side + 4), both, (pair.left_lines, pair.right_lines), strict=True):
+            sheet.paste(image, (x + offset, y))
+            for line, words in enumerate(text):
+                pen.text((x + offset, y + side + 4 + 16 * line), _fit(pen, words, side, 12), FAINT, font(12))
+        for line, words in enumerate(_wrap(pen, pair.prompt, width, 13, lines=2)):
+            pen.text((x, y + side + 6 + 16 * (lines + line)), words, INK, font(13))
     return sheet
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """Tiny pictures by a whole factor, so that every pixel stays a square; large ones averaged down to 256."""
+    longest = max(image.size)
+    if longest <= TINY:
+        factor = TINY // longest
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    small = image.copy()
+    small.thumbnail((LARGE, LARGE), Image.Resampling.LANCZOS)
+    return small
 
 
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which Matplotlib carries, so that sheets look the same everywhere."""
-    from matplotlib import font_manager
+    import matplotlib
 
-    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
-def _thumb(image: Image.Image) -> Image.Image:
-    # tiny pictures keep their hard pixels, large ones are averaged
-    method = Image.Resampling.NEAREST if image.width < THUMB else Image.Resampling.LANCZOS
-    scale = THUMB / max(image.size)
-    resized = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), method)
-    square = Image.new("RGB", (THUMB, THUMB), (236, 238, 241))
-    square.paste(resized, ((THUMB - resized.width) // 2, (THUMB - resized.height) // 2))
-    return square
+def _pictures(path: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
+    # a dataset of 1024 px candidates is far larger than memory: only the rows asked for are read
+    found = (
+        pl.scan_parquet(datasets.shards(path))
+        .select("candidate_id", "image")
+        .filter(pl.col("candidate_id").is_in(list(ids)))
+    )
+    try:
+        pictures = {key: datasets.decode_image(cell) for key, cell in found.collect().iter_rows()}
+    except (pl.exceptions.PolarsError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not readable ({reason:.120}); `dvc checkout` restores it") from None
+    if missing := set(ids) - pictures.keys():
+        raise UserError(f"{path}: lacks {sorted(missing)[0]!r}; candidates, scores and winners are not of one run")
+    return pictures
+
+
+def _spread(items: list, count: int) -> list:
+    """`count` items at even distances, the first and the last among them."""
+    if len(items) <= count:
+        return items
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def _fit(pen: ImageDraw.ImageDraw, text: str, width: int, size: int) -> str:
@@ -74,7 +168,7 @@ def _fit(pen: ImageDraw.ImageDraw, text: str, width: int, size: int) -> str:
 
 def _wrap(pen: ImageDraw.ImageDraw, text: str, width: int, size: int, lines: int) -> list[str]:
     done, line = [], ""
-    for word in text.replace("\n", " ").split():
+    for word in text[:1000].split():  # more could never show
         longer = f"{line} {word}".strip()
         if line and pen.textlength(longer, font(size)) > width:
             done.append(line)

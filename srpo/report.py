@@ -3,150 +3,121 @@
 from __future__ import annotations
 
 import base64
+import io
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from srpo import charts, datasets
+from srpo import charts, datasets, pictures
 from srpo.lineage import read_lineage, read_metrics
 from srpo.params import Params
-from srpo.pictures import Pair, contact_sheet
 from srpo.rounds import BASE, RoundFiles
 from srpo.scratch import scratch_folder
 from srpo.summary import SET_MEASURES, show
-
-PAIRS = 12
 
 
 def report(params: Params, root: Path, key: str) -> None:
     """Write `rounds/<key>/report/`: index.html, winners.png and tuned.png.
 
-    The page embeds its pictures and loads nothing. The same files give the same bytes.
+    The page embeds its pictures and loads nothing. The same files give the same bytes. Of other rounds only
+    the evaluations of base and of the parent are read.
 
     Raises:
         UserError: a dataset of the round is missing or damaged.
     """
     files, parent = RoundFiles(root, key), params.rounds[key].parent
-    scratch = scratch_folder(root, "report", key, "redone from the start")
-    _winners_sheet(params, files).save(scratch / "winners.png", optimize=True)
-    _tuned_sheet(root, key).save(scratch / "tuned.png", optimize=True)
-    path = list(dict.fromkeys((BASE, parent, key)))
-    metrics = {name: read_metrics(root, name) for name in path}
+    learned, tuned = pictures.winners_and_losers(params, files), pictures.before_and_after(root, key)
+    metrics = {name: read_metrics(root, name) for name in dict.fromkeys((BASE, parent, key))}
+    training = pl.read_csv(files.training)
     names = [*params.rewards, *SET_MEASURES]
-    environment = Environment(loader=PackageLoader("srpo"), autoescape=select_autoescape(default=True))
-    environment.filters["show"] = show
-    page = environment.get_template("report.html").render(
+    page = _environment().get_template("report.html").render(
         key=key,
         parent=parent,
-        params=params,
+        selects=params.reward_names("select"),
+        judges=params.reward_names("judge"),
         metrics=metrics[key],
-        rows=[{"round": name} | metrics[name] for name in path],
+        rows=[{"round": name} | found for name, found in metrics.items()],
         names=names,
-        winners_sheet=_data_uri((scratch / "winners.png").read_bytes(), "image/png"),
-        tuned_sheet=_data_uri((scratch / "tuned.png").read_bytes(), "image/png"),
-        charts={
-            name: _data_uri(svg.encode(), "image/svg+xml") for name, svg in _charts(params, files, metrics).items()
-        },
+        steps=training.height,
+        tuned=[_figure(pair) for pair in tuned],
+        learned=[_figure(pair) for pair in learned],
+        charts=_charts(params, files, metrics, training),
         lineage=_lineage_rows(root, key),
         selection=_selection(files),
-    )
+    )  # fmt: skip
+    scratch = scratch_folder(root, "report", key, "redone from the start")
     (scratch / "index.html").write_text(page, encoding="utf-8")
+    _save_sheet(learned, f"Round {key}: what it learned from", "the winner", "the worst of its prompt",
+                scratch / "winners.png")  # fmt: skip
+    _save_sheet(tuned, f"Round {key}: held-out prompts, same noise", "the base model", f"after round {key}",
+                scratch / "tuned.png")  # fmt: skip
     datasets.publish(scratch, files.report)
 
 
-def _charts(params: Params, files: RoundFiles, metrics: dict[str, dict]) -> dict[str, str]:
-    labels = {name: f"round {name}" if name != BASE else BASE for name in metrics}
-    scores, winners = pl.read_parquet(files.scores), _winner_scores(params, files)
-    curve = pl.read_csv(files.training)
+def _environment() -> Environment:
+    # prompts are other people's text: everything is escaped, whatever the template's name
+    environment = Environment(loader=PackageLoader("srpo"), autoescape=True, undefined=StrictUndefined)
+    environment.filters["show"] = show
+    return environment
+
+
+def _save_sheet(pairs: list[pictures.Pair], title: str, left: str, right: str, path: Path) -> None:
+    pictures.contact_sheet(pairs, title, left, right).save(path, optimize=True)
+
+
+def _figure(pair: pictures.Pair) -> dict[str, Any]:
+    """A pair for the page: separate pictures and real text, so that it reads on a phone and aloud."""
     return {
-        "sweep": charts.sweep(
-            {labels[name]: found["sweep"] for name, found in metrics.items()}, [*params.rewards, "fid"]
-        ),
-        "histograms": charts.histograms(
-            {name: scores[name].to_numpy() for name in params.rewards},
-            {name: winners[name].to_numpy() for name in params.rewards},
-        ),
-        "training": charts.training(curve["step"].to_list(), curve["loss"].to_list()),
+        "prompt": pair.prompt,
+        "sides": [
+            {"picture": _picture_uri(image), "tiny": max(image.size) <= pictures.TINY, "lines": lines}
+            for image, lines in ((pair.left, pair.left_lines), (pair.right, pair.right_lines))
+        ],
     }
 
 
-def _winner_scores(params: Params, files: RoundFiles) -> pl.DataFrame:
-    return pl.read_parquet(datasets.shards(files.winners), columns=list(params.rewards))
+def _picture_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    if max(image.size) <= pictures.TINY:  # the browser enlarges it
+        image.save(buffer, format="PNG", optimize=True)
+        return _data_uri(buffer.getvalue(), "image/png")
+    pictures.thumbnail(image).save(buffer, format="JPEG", quality=90)
+    return _data_uri(buffer.getvalue(), "image/jpeg")
 
 
-def _winners_sheet(params: Params, files: RoundFiles) -> Image.Image:
-    """Winner beside loser for prompts spread over all margins, largest first."""
-    columns = ["candidate_id", "prompt", "margin", "loser_id", "image", params.reward_names("select")[0]]
-    margins = sorted(
-        datasets.read_rows(files.winners, ["candidate_id", "margin"]),
-        key=lambda row: (-row["margin"], row["candidate_id"]),
-    )
-    wanted = {row["candidate_id"]: place for place, row in enumerate(_spread(margins, PAIRS))}
-    chosen = [row for row in datasets.read_rows(files.winners, columns) if row["candidate_id"] in wanted]
-    chosen.sort(key=lambda row: wanted[row["candidate_id"]])
-    losers = {row["loser_id"] for row in chosen}
-    pictures = {
-        row["candidate_id"]: datasets.decode_image(row["image"])
-        for row in datasets.read_rows(files.candidates, ["candidate_id", "image"])
-        if row["candidate_id"] in losers
+def _charts(params: Params, files: RoundFiles, metrics: dict[str, dict], training: pl.DataFrame) -> dict[str, list]:
+    """By section, (name, SVG data URI): a chart each, so that the page can stack them on a narrow screen."""
+    rewards = list(params.rewards)
+    scores = pl.read_parquet(files.scores, columns=rewards)
+    winners = pl.read_parquet(datasets.shards(files.winners), columns=rewards)
+    rows = [{"round": name} | found for name, found in metrics.items()]
+    sweeps = {name if name == BASE else f"round {name}": found["sweep"] for name, found in metrics.items()}
+    steps, loss = training["step"].to_list(), training["loss"].to_list()
+    drawn = {
+        "rounds": {name: charts.over_rounds(rows, [name]) for name in [*rewards, *SET_MEASURES]},
+        "sweep": {name: charts.sweep(sweeps, [name]) for name in [*rewards, "fid"]},
+        "histograms": {
+            name: charts.histograms({name: scores[name].to_numpy()}, {name: winners[name].to_numpy()})
+            for name in rewards
+        },
+        "training": {"training loss": charts.training(steps, loss)},
     }
-    reward = columns[-1]
-    known = pl.read_parquet(files.scores, columns=["candidate_id", reward]).filter(pl.col("candidate_id").is_in(losers))
-    scores = dict(known.iter_rows())
-    pairs = [
-        Pair(
-            datasets.decode_image(row["image"]),
-            pictures[row["loser_id"]],
-            row["prompt"],
-            f"{reward} {row[reward]:.2f}",
-            f"{reward} {scores[row['loser_id']]:.2f}",
-        )
-        for row in chosen
-    ]
-    return contact_sheet(
-        pairs, f"Round {files.key}: what was kept", "the winner", "the worst candidate of the same prompt"
-    )
-
-
-def _tuned_sheet(root: Path, key: str) -> Image.Image:
-    """Base beside this round, same prompt and same noise."""
-
-    def samples(name: str) -> dict[tuple[str, int], dict[str, Any]]:
-        rows = datasets.read_rows(RoundFiles(root, name).evaluation / "samples.parquet")
-        return {(row["prompt_id"], row["index"]): row for row in rows}
-
-    before, after = samples(BASE), samples(key)
-    first = [place for place in after if place in before and place[1] == 0]
-    pairs = [
-        Pair(
-            datasets.decode_image(before[place]["image"]),
-            datasets.decode_image(after[place]["image"]),
-            after[place]["prompt"],
-            BASE,
-            f"round {key}",
-        )
-        for place in _spread(first, PAIRS)
-    ]
-    return contact_sheet(pairs, f"Round {key}: held-out prompts, same noise", "the base model", f"after round {key}")
-
-
-def _spread(items: list, count: int) -> list:
-    """`count` items at even distances, the first and the last among them."""
-    if len(items) <= count:
-        return items
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+    return {
+        section: [(name, _data_uri(svg.encode(), "image/svg+xml")) for name, svg in found.items()]
+        for section, found in drawn.items()
+    }
 
 
 def _lineage_rows(root: Path, key: str) -> list[tuple[str, str]]:
     lineage = read_lineage(root, key)
     base = lineage["base"]
     return [
-        ("adapter", lineage["adapter"]),
+        ("this round's adapter", lineage["adapter"]),
         ("winners it was trained on", lineage["winners"]),
-        (f"parent adapter ({lineage['parent']})", lineage["parent_adapter"] or "none: starts from base"),
+        (f"parent's adapter ({lineage['parent']})", lineage["parent_adapter"] or "none: starts from base"),
         ("base model", f"{base['source']}  {base['digest'] or base['revision'] or 'not pinned'}"),
         ("code", lineage["code"]),
         ("versions", ", ".join(f"{name} {version}" for name, version in lineage["versions"].items())),
@@ -154,9 +125,10 @@ def _lineage_rows(root: Path, key: str) -> list[tuple[str, str]]:
 
 
 def _selection(files: RoundFiles) -> dict[str, Any]:
-    import json
-
-    return json.loads((files.winners / "selection.json").read_text(encoding="utf-8"))
+    """How many candidates became winners, from the data itself: no file but the datasets need be there."""
+    scores = pl.read_parquet(files.scores, columns=["prompt_id"])
+    winners = sum(1 for _ in datasets.read_rows(files.winners, ["candidate_id"]))
+    return {"candidates": scores.height, "prompts": scores["prompt_id"].n_unique(), "winners": winners}
 
 
 def _data_uri(data: bytes, kind: str) -> str:

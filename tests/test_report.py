@@ -2,88 +2,154 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from srpo.base import pin_base
-from srpo.evaluate import evaluate
-from srpo.generate import generate
+from srpo import pictures
+from srpo.errors import UserError
+from srpo.lineage import read_lineage, read_metrics
 from srpo.params import load_params
 from srpo.report import report
 from srpo.rounds import RoundFiles
-from srpo.score import score
-from srpo.select import select
 from srpo.summary import campaign_table, render
-from srpo.train import train
-from tests.world import write_prompts
+from tests.campaign import PROMPTS, build_campaign
 
 
 @pytest.fixture(scope="module")
-def reported(shared_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("reported") / "project"
-    shutil.copytree(shared_world, root)
-    text = (root / "params.yaml").read_text()
-    accuracy = next(line for line in text.splitlines() if line.startswith("  accuracy:"))
-    (root / "params.yaml").write_text(text.replace(accuracy + "\n", ""))  # it knows no prompts like these
-    write_prompts(
-        root / "data/prompts/train.jsonl", ["<script>alert(1)</script> & co", "مرحبا 🎈", "a b", "c d"], "train"
-    )
-    params = load_params(root / "params.yaml")
-    pin_base(params, root)
-    evaluate(params, root, "base")
-    for stage in (generate, score, select, train, evaluate, report):
-        stage(params, root, "001")
+    report(build_campaign(root), root, "002")
     return root
 
 
-class Links(HTMLParser):
-    def __init__(self) -> None:
+@pytest.fixture
+def project(reported: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(reported, tmp_path / "project")
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags, links and words."""
+
+    def __init__(self, root: Path) -> None:
         super().__init__()
+        self.html = (RoundFiles(root, "002").report / "index.html").read_text(encoding="utf-8")
         self.targets: list[str] = []
         self.tags: list[str] = []
+        self.words: list[str] = []
+        self.feed(self.html)
 
     def handle_starttag(self, tag, attrs) -> None:
         self.tags.append(tag)
         self.targets += [value for name, value in attrs if name in ("src", "href")]
 
+    def handle_data(self, data: str) -> None:
+        self.words.append(data.strip())
+
 
 def test_the_page_is_self_contained(reported: Path) -> None:
-    page = (RoundFiles(reported, "001").report / "index.html").read_text()
-    links = Links()
-    links.feed(page)
-    assert links.targets and all(target.startswith("data:image/") for target in links.targets)
-    assert "script" not in links.tags and "link" not in links.tags
-    assert not re.search(r"url\(|@import", page)
+    page = Page(reported)
+    assert page.targets and all(target.startswith("data:image/") for target in page.targets)
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert not re.search(r"url\(|@import", page.html)
+    assert str(reported) not in page.html
+
+
+def test_a_prompt_is_text_and_nothing_else(reported: Path) -> None:
+    page = Page(reported)
+    assert "<script>" not in page.html
+    # once among the held-out prompts, once among the winners
+    assert all(page.words.count(prompt.strip()) == 2 for prompt in PROMPTS)
 
 
 def test_the_page_shows_verdict_gate_and_hashes(reported: Path) -> None:
-    from srpo.lineage import read_lineage, read_metrics
-
-    page = (RoundFiles(reported, "001").report / "index.html").read_text()
-    metrics, lineage = read_metrics(reported, "001"), read_lineage(reported, "001")
-    assert f'class="verdict {metrics["verdict"]}"' in page
-    for rule in metrics["gate"]:
-        assert rule in page
-    assert lineage["adapter"] in page and lineage["winners"] in page
+    page, metrics, lineage = Page(reported), read_metrics(reported, "002"), read_lineage(reported, "002")
+    assert f'class="verdict {metrics["verdict"]}"' in page.html
+    for name, rule in metrics["gate"].items():
+        assert name in page.words and f"{rule['value']:.3f}" in page.words
+    assert {lineage["adapter"], lineage["winners"], lineage["parent_adapter"], lineage["code"]} <= set(page.words)
 
 
-def test_the_same_files_give_the_same_report(reported: Path) -> None:
-    folder = RoundFiles(reported, "001").report
+def test_the_charts_show_base_parent_and_round(reported: Path) -> None:
+    svgs = [base64.b64decode(target.split(",")[1]).decode() for target in Page(reported).targets if "svg" in target]
+    words = [set(re.findall(r">([^<>]+)</text>", svg)) for svg in svgs]
+    for name in ("reward", "judge", "accuracy", "fid"):
+        assert any({name, "base", "001", "002"} <= found for found in words), f"no curve of {name} over rounds"
+        assert any({name, "base", "round 001", "round 002", "guidance"} <= found for found in words), "no sweep"
+    assert any({"candidates", "winners"} <= found for found in words)
+    assert any("training loss" in found for found in words)
+
+
+def test_the_same_files_give_the_same_report(project: Path) -> None:
+    folder = RoundFiles(project, "002").report
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    report(load_params(reported / "params.yaml"), reported, "001")
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert set(before) == {"index.html", "winners.png", "tuned.png"}
-    assert Image.open(folder / "winners.png").width > 500
+    code = "import sys; from pathlib import Path; from srpo.params import load_params; from srpo.report import report\n"
+    code += "report(load_params('params.yaml'), Path(), '002'); print({'torch', 'diffusers', 'mlflow'} & set(sys.modules))"
+    repo = Path(__file__).parent.parent
+    done = subprocess.run(  # another process, so that no seed or cache of this one helps
+        [sys.executable, "-c", code], cwd=project, env={"PYTHONPATH": str(repo), "PYTHONHASHSEED": "7"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert done.stdout.strip() == "set()", "slow to import"
+
+
+def test_only_base_parent_and_the_round_are_read(project: Path) -> None:
+    before = (RoundFiles(project, "002").report / "index.html").read_bytes()
+    for needless in ("001/candidates", "001/winners", "001/adapter", "001/evaluation/samples.parquet",
+                     "base/evaluation/per_prompt.parquet", "002/evaluation/per_prompt.parquet"):  # fmt: skip
+        path = project / "rounds" / needless
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    report(load_params(project / "params.yaml"), project, "002")
+    assert (RoundFiles(project, "002").report / "index.html").read_bytes() == before
+
+
+def test_a_number_that_is_none_does_not_stop_the_report(project: Path) -> None:
+    path = RoundFiles(project, "002").evaluation / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"diversity": float("nan"), "kid": None}))
+    report(load_params(project / "params.yaml"), project, "002")
+    assert {"nan", "-"} <= set(Page(project).words)
+
+
+def test_scores_of_another_run_are_an_error_that_says_so(project: Path) -> None:
+    shutil.copy(project / "rounds/001/candidates/shard-00000.parquet", project / "rounds/002/candidates")
+    for shard in ("shard-00001.parquet", "shard-00002.parquet"):
+        (project / "rounds/002/candidates" / shard).unlink()
+    with pytest.raises(UserError, match=r"candidates: lacks 'train-000\d-\d'"):
+        report(load_params(project / "params.yaml"), project, "002")
+
+
+def test_pictures_are_scaled_to_be_seen() -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    enlarged = np.asarray(pictures.thumbnail(Image.fromarray(pixels)))
+    assert np.array_equal(enlarged, pixels.repeat(2, axis=0).repeat(2, axis=1))
+    assert pictures.thumbnail(Image.new("RGB", (1024, 768))).size == (256, 192)
+
+
+def test_the_sheet_holds_every_pair(reported: Path) -> None:
+    params = load_params(reported / "params.yaml")
+    pairs = pictures.winners_and_losers(params, RoundFiles(reported, "002"))
+    assert len(pairs) == len(PROMPTS)
+    assert all(float(pair.left_lines[0].split()[1]) >= float(pair.right_lines[0].split()[1]) for pair in pairs)
+    assert [line.split()[0] for line in pairs[0].left_lines] == ["reward", "judge", "accuracy"]
+    chosen = pictures.winners_and_losers(params, RoundFiles(reported, "002"), count=3)
+    assert chosen[0].prompt == pairs[0].prompt and chosen[-1].prompt == pairs[-1].prompt, "the ends are shown"
+    assert Image.open(RoundFiles(reported, "002").report / "winners.png").width > 4 * 2 * pictures.TINY
 
 
 def test_the_table_has_a_row_per_evaluated_round(reported: Path) -> None:
     rows = campaign_table(reported)
-    assert [row["round"] for row in rows] == ["base", "001"]
+    assert [row["round"] for row in rows] == ["base", "001", "002"]
     assert [column.header for column in render(rows).columns] == [
-        "round", "reward", "judge", "fid", "kid", "diversity", "verdict",
+        "round", "reward", "judge", "accuracy", "fid", "kid", "diversity", "verdict",
     ]  # fmt: skip

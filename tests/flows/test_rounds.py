@@ -4,94 +4,42 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from prefect.testing.utilities import prefect_test_harness
+from prefect.client.orchestration import get_client
 
-from flows.rounds import BadInput, srpo_rounds
-from srpo import warm
-
-REPO = Path(__file__).parents[2]
-
-# stands where `srpo` would: writes each stage's outputs, notes that it ran, and misbehaves on request
-STAND_IN = """#!{python}
-import json, os, pathlib, signal, sys, time
-stage, key = (sys.argv[1:] + ["base"])[:2]
-with open("ran.txt", "a") as log: log.write(stage + "@" + key + "\\n")
-trouble = pathlib.Path("trouble-" + stage + "-" + key)
-if trouble.exists():
-    what = trouble.read_text()
-    if what == "bad input":
-        print("srpo: error: params.yaml: seed: too odd", file=sys.stderr); sys.exit(2)
-    if what == "die once":
-        trouble.unlink(); os.kill(os.getpid(), signal.SIGKILL)
-    if what == "hang":
-        print("hanging", os.getpid(), flush=True); time.sleep(120)
-folder = pathlib.Path("rounds", key)
-outs = {{
-    "base": ["adapter/lineage.json", "rewards.json"], "generate": ["candidates/x"], "score": ["scores.parquet"],
-    "select": ["winners/x"], "train": ["adapter/x", "training.csv"], "report": ["report/index.html"],
-    "evaluate": ["evaluation/per_prompt.parquet", "evaluation/samples.parquet", "evaluation/guidance.csv"],
-    "track": [],
-}}[stage]
-for out in outs:
-    (folder / out).parent.mkdir(parents=True, exist_ok=True)
-    (folder / out).write_text(stage + key)
-if stage == "evaluate":
-    metrics = dict.fromkeys(["reward", "judge", "accuracy", "fid", "kid", "diversity"], 1.0) | {{"verdict": "pass"}}
-    (folder / "evaluation/metrics.json").write_text(json.dumps(metrics))
-"""
+from flows import rounds as module
+from flows.rounds import BadInput, StageDied, needed, srpo_rounds
+from srpo.params import load_params
+from tests.flows.conftest import REPO, ran, stages
 
 
-@pytest.fixture(scope="module")
-def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for file in ("params.yaml", "dvc.yaml"):
-        shutil.copy(REPO / file, tmp_path)
-    for file in ("data/prompts/train.jsonl", "data/prompts/eval.jsonl", "data/reference/reference.parquet"):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text("x")
-    stand_in = tmp_path / "bin" / "srpo"
-    stand_in.parent.mkdir()
-    stand_in.write_text(STAND_IN.format(python=sys.executable))
-    stand_in.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", str(REPO))
-    monkeypatch.delenv(warm.SOCKET_VARIABLE, raising=False)
-    monkeypatch.chdir(tmp_path)
-    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], check=True)
-    return tmp_path
-
-
-def ran(workspace: Path) -> list[str]:
-    path = workspace / "ran.txt"
-    lines = path.read_text().split() if path.exists() else []
-    path.unlink(missing_ok=True)
-    return [line for line in lines if not line.startswith("track")]
-
-
-def stages(*keys: str) -> list[str]:
-    names = ("generate", "score", "select", "train", "evaluate", "report")
-    return [f"{name}@{key}" for key in keys for name in names]
-
-
-def test_stages_run_in_order_once_and_a_death_is_retried(workspace: Path, prefect_server, monkeypatch) -> None:
-    from flows import rounds as module
-
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.reproduce, "retry_delay_seconds", [0, 0])
+
+
+def run_flow(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.rounds", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that a signal can go to all of it, as Ctrl-C does
+    )
+
+
+def is_gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_stages_run_in_order_once_and_a_death_is_retried(workspace: Path, prefect_server) -> None:
     (workspace / "trouble-train-001").write_text("die once")
     srpo_rounds(rounds=["001"])
     first = stages("001")
@@ -99,50 +47,93 @@ def test_stages_run_in_order_once_and_a_death_is_retried(workspace: Path, prefec
     assert ran(workspace) == ["base@base", "evaluate@base", *first]
     srpo_rounds(rounds=["002"])
     assert ran(workspace) == stages("002")
+    srpo_rounds(rounds=["002"])
+    assert ran(workspace) == []
     srpo_rounds(rounds=["001"], force=True)
     assert ran(workspace) == stages("001")
 
+    with get_client(sync_client=True) as client:
+        names = {(run.name, run.state.name) for run in client.read_task_runs(limit=200)}
+        tables = [a for a in client.read_artifacts() if a.key == "srpo-metrics"]
+    assert {("train@001", "Completed"), ("train@001", "Cached"), ("evaluate-base", "Cached")} <= names
+    rows = json.loads(sorted(tables, key=lambda artifact: artifact.created)[-1].data)
+    assert [row["round"] for row in rows] == ["base", "001", "002"] and rows[1]["verdict"] == "pass"
 
-def test_bad_input_is_not_retried_and_says_what_is_wrong(workspace: Path, prefect_server) -> None:
+
+def test_push_carries_each_stage_to_the_default_remote(workspace: Path, prefect_server) -> None:
+    remote = workspace / "remote"
+    subprocess.run([sys.executable, "-m", "dvc", "remote", "add", "-q", "-d", "store", str(remote)], check=True)
+    (workspace / "trouble-score-001").write_text("bad input")
+    with pytest.raises(BadInput):
+        srpo_rounds(rounds=["001"], push=True)
+    pushed = {path.read_text() for path in remote.rglob("*") if path.is_file()}
+    assert {"basebase", "evaluatebase", "generate001"} <= pushed
+
+
+def test_bad_input_is_not_retried_and_says_what_is_wrong(workspace: Path, prefect_server, capfd) -> None:
     (workspace / "trouble-evaluate-base").write_text("bad input")
-    with pytest.raises(BadInput, match=r"params\.yaml: seed: too odd"):
+    with pytest.raises(BadInput, match=r"^params\.yaml: seed: too odd$"):
         srpo_rounds()
     assert ran(workspace) == ["base@base", "evaluate@base"]
+    assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_cancelling_leaves_no_process_behind(workspace: Path, prefect_server, number) -> None:
+def test_what_dvc_refuses_to_start_is_bad_input(workspace: Path, prefect_server) -> None:
+    for file in (workspace / "data" / "prompts").iterdir():
+        file.unlink()
+    with pytest.raises(BadInput, match=r"data.* does not exist"):
+        srpo_rounds()
+    assert ran(workspace) == ["base@base"]
+
+
+def test_a_stage_that_keeps_dying_is_tried_three_times(workspace: Path, prefect_server) -> None:
+    (workspace / "trouble-base-base").write_text("die")
+    with pytest.raises(StageDied, match="srpo base, exited with -9"):
+        srpo_rounds()
+    assert ran(workspace) == ["base@base"] * 3
+
+
+@pytest.mark.parametrize(
+    ("number", "whole_group"), [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGKILL, False)]
+)
+def test_ending_the_flow_leaves_no_process_behind(workspace: Path, prefect_server, number, whole_group) -> None:
     (workspace / "trouble-evaluate-base").write_text("hang")
-    environ = os.environ | {warm.PRELOAD_VARIABLE: "json"}
-    flow = subprocess.Popen(
-        [sys.executable, "-m", "flows.rounds"], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    for line in flow.stdout:
-        if "hanging" in line:
-            break
-    family = psutil.Process(flow.pid).children(recursive=True)
-    assert any("trouble" in name or "srpo" in " ".join(p.cmdline()) for p in family for name in [p.name()])
-    flow.send_signal(number)
-    flow.stdout.read()
-    assert flow.wait(60) != 0
-    end = time.monotonic() + 20
-    while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family) and time.monotonic() < end:
+    flow = run_flow()
+    hanging = next(line for line in flow.stdout if "hanging" in line)
+    family = [psutil.Process(int(pid)) for pid in hanging.split("hanging ")[1].split()]
+    family += psutil.Process(flow.pid).children(recursive=True)
+    (os.killpg if whole_group else os.kill)(flow.pid, number)
+    end = time.monotonic() + 30
+    while not all(map(is_gone, family)) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert [process for process in family if not is_gone(process)] == []
+    output = flow.stdout.read()
+    assert flow.wait(60) == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    assert "Traceback" not in output
 
 
-def test_an_unknown_round_is_one_line_and_status_2(workspace: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.rounds", "--round", "009"],
-        env=os.environ | {warm.PRELOAD_VARIABLE: "json"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "srpo: error: rounds: no round '009' in params.yaml" in done.stderr
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--round", "009"), "rounds: no round '009' in params.yaml; it has 001, 002, 003"),
+        ((), "params.yaml: seed: "),
+    ],
+)
+def test_bad_parameters_are_one_line_and_status_2(workspace: Path, change, message) -> None:
+    if not change:
+        params = workspace / "params.yaml"
+        params.write_text(params.read_text().replace("seed: 0", "seed: odd", 1))
+    flow = run_flow(*change)
+    output = flow.communicate(timeout=60)[0].strip()
+    assert flow.returncode == 2
+    assert output.startswith(f"srpo: error: {message}") and "\n" not in output
     assert ran(workspace) == []
+
+
+def test_a_round_brings_its_ancestors() -> None:
+    params = load_params(REPO / "params.yaml")
+    assert needed(params, ["002"]) == ["001", "002"]
+    assert needed(params, None) == list(params.rounds)
 
 
 def test_the_deployment_file_names_what_exists() -> None:
@@ -151,4 +142,4 @@ def test_the_deployment_file_names_what_exists() -> None:
     deployment = YAML(typ="safe").load((REPO / "prefect.yaml").read_text())["deployments"][0]
     file, function = deployment["entrypoint"].split(":")
     assert (REPO / file).exists() and function == "srpo_rounds"
-    assert set(deployment["parameters"]) <= set(json.loads(json.dumps(srpo_rounds.parameters.properties)))
+    assert set(deployment["parameters"]) <= set(srpo_rounds.parameters.properties)

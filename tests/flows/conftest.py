@@ -1,0 +1,99 @@
+"""A real Prefect server and a real DVC workspace with stand-in stages."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prefect.testing.utilities import prefect_test_harness
+
+from srpo import warm
+
+REPO = Path(__file__).parents[2]
+
+# stands where `srpo` would: writes each stage's outputs, notes that it ran, and misbehaves on request
+STAND_IN = """#!{python}
+import json, os, pathlib, signal, subprocess, sys, time
+stage, key = (sys.argv[1:] + ["base"])[:2]
+with open("ran.txt", "a") as log: log.write(stage + "@" + key + "\\n")
+trouble = pathlib.Path("trouble-" + stage + "-" + key)
+if trouble.exists():
+    what = trouble.read_text()
+    if what == "bad input":
+        print("srpo: error: params.yaml: seed: too odd", file=sys.stderr); sys.exit(2)
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "die once":
+        trouble.unlink(); os.kill(os.getpid(), signal.SIGKILL)
+    if what == "hang":
+        loader = subprocess.Popen(["sleep", "120"])
+        print("hanging", os.getpid(), loader.pid, flush=True); time.sleep(120)
+folder = pathlib.Path("rounds", key)
+outs = {{
+    "base": ["adapter/lineage.json", "rewards.json"], "generate": ["candidates/x"], "score": ["scores.parquet"],
+    "select": ["winners/x"], "train": ["adapter/x", "training.csv"], "report": ["report/index.html"],
+    "evaluate": ["evaluation/per_prompt.parquet", "evaluation/samples.parquet", "evaluation/guidance.csv"],
+}}[stage]
+for out in outs:
+    (folder / out).parent.mkdir(parents=True, exist_ok=True)
+    (folder / out).write_text(stage + key)
+if stage == "evaluate":
+    metrics = dict.fromkeys(["reward", "judge", "accuracy", "fid", "kid", "diversity"], 1.0) | {{"verdict": "pass"}}
+    (folder / "evaluation/metrics.json").write_text(json.dumps(metrics))
+"""
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=300):
+        yield
+
+
+@pytest.fixture(scope="session")
+def warm_dvc() -> Iterator[str]:
+    """The address of a warm server that knows DVC: the flow's `dvc` processes are most of these tests' time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPO))
+        patch.setenv(warm.PRELOAD_VARIABLE, " ".join(item for item in warm.PRELOAD if item.startswith("dvc")))
+        patch.delenv(warm.SOCKET_VARIABLE, raising=False)
+        with warm.started():
+            yield os.environ.get(warm.SOCKET_VARIABLE, "")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_dvc: str) -> Path:
+    """The project's own dvc.yaml and params.yaml over stand-in stages, as the current directory."""
+    for file in ("params.yaml", "dvc.yaml"):
+        shutil.copy(REPO / file, tmp_path)
+    for file in ("data/prompts/train.jsonl", "data/prompts/eval.jsonl", "data/reference/reference.parquet"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("x")
+    stand_in = tmp_path / "bin" / "srpo"
+    stand_in.parent.mkdir()
+    stand_in.write_text(STAND_IN.format(python=sys.executable))
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    monkeypatch.setenv(warm.SOCKET_VARIABLE, warm_dvc)
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], check=True)
+    return tmp_path
+
+
+def ran(workspace: Path) -> list[str]:
+    """The stages that ran since the last call, in order."""
+    path = workspace / "ran.txt"
+    lines = path.read_text().split() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return lines
+
+
+def stages(*keys: str) -> list[str]:
+    """All stages of these rounds, in order."""
+    names = ("generate", "score", "select", "train", "evaluate", "report")
+    return [f"{name}@{key}" for key in keys for name in names]

@@ -1,0 +1,54 @@
+"""A command's output as lines."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from flows import process
+from flows.process import run_group
+
+
+def output_of(code: str) -> list[str]:
+    lines: list[str] = []
+    assert run_group([sys.executable, "-c", code], lines.append) == (0, lines)
+    return lines
+
+
+def test_lines_of_both_streams_in_order_of_writing() -> None:
+    assert output_of("import sys\nprint('one')\nprint('two', file=sys.stderr)\nprint('three', end='')") == [
+        "one",
+        "two",
+        "three",
+    ]
+
+
+def test_only_the_last_state_of_a_progress_bar_stays() -> None:
+    assert output_of(r"print('0 %\r 50 %\r100 %\r\ndone')") == ["100 %", "done"]
+
+
+def test_a_long_progress_bar_shows_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "PROGRESS_SECONDS", 0.3)
+    code = "import time\nfor i in range(10): print(f'step {i}', end='\\r', flush=True); time.sleep(0.1)"
+    lines = output_of(code)
+    assert 2 <= len(lines) <= 5 and lines[-1] == "step 9"
+
+
+def test_a_character_cut_by_a_read_stays_whole() -> None:
+    code = "import os, time\nfor byte in 'prompt: مرحبا 🎈\\n'.encode(): os.write(1, bytes([byte])); time.sleep(0.002)"
+    assert output_of(code) == ["prompt: مرحبا 🎈"]
+
+
+def test_an_exception_ends_the_command() -> None:
+    pids = []
+
+    def on_line(line: str) -> None:
+        pids.append(int(line))
+        raise RuntimeError("cancelled")
+
+    with pytest.raises(RuntimeError, match="cancelled"):
+        run_group(["sh", "-c", "echo $$; sleep 60"], on_line)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(pids[0], 0)
