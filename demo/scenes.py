@@ -1,0 +1,92 @@
+"""The tiny world: one coloured shape, somewhere, on a background. Pictures, captions, and wrong captions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIZE = 64
+SUPERSAMPLING = 4
+COLOURS = {
+    "red": (214, 40, 40),
+    "orange": (247, 140, 30),
+    "yellow": (250, 220, 60),
+    "green": (40, 160, 70),
+    "blue": (40, 90, 210),
+    "purple": (150, 60, 180),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+POSITIONS = {"left": (18, 32), "right": (46, 32), "top": (32, 18), "bottom": (32, 46), "center": (32, 32)}
+BACKGROUNDS = {"white": (245, 245, 245), "grey": (135, 135, 135), "black": (15, 15, 15)}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows."""
+
+    colour: str
+    shape: str
+    position: str
+    background: str
+
+    @property
+    def caption(self) -> str:
+        """The one sentence that says it."""
+        return f"a {self.colour} {self.shape} at the {self.position} on a {self.background} background"
+
+
+def all_scenes() -> list[Scene]:
+    """Every scene there is, 360 of them, in a fixed order."""
+    return [Scene(*parts) for parts in product(COLOURS, SHAPES, POSITIONS, BACKGROUNDS)]
+
+
+def miscaptioned(scene: Scene, rng: np.random.Generator, wrong: float) -> Scene:
+    """The scene that a careless caption would name: colour and shape each mistaken with probability `wrong`.
+
+    A mistake always names the same neighbour (red is called orange, a circle a square), because a model
+    averages scattered mistakes away but learns a habit.
+    """
+    if rng.random() < wrong:
+        scene = replace(scene, colour=_neighbour(scene.colour, tuple(COLOURS)))
+    if rng.random() < wrong:
+        scene = replace(scene, shape=_neighbour(scene.shape, SHAPES))
+    return scene
+
+
+def render(scene: Scene, rng: np.random.Generator | None = None) -> np.ndarray:
+    """uint8 [64, 64, 3]. With `rng` place, size and shade vary a little; without it the picture is the template."""
+    jitter = rng.uniform(-1, 1, 9) if rng else np.zeros(9)
+    x, y = np.array(POSITIONS[scene.position]) + 1.5 * jitter[:2]
+    radius = 12 + 1.0 * jitter[2]
+    colour = _shade(COLOURS[scene.colour], 10 * jitter[3:6])
+    paper = _shade(BACKGROUNDS[scene.background], 8 * jitter[6:9])
+    canvas = Image.new("RGB", (SIZE * SUPERSAMPLING,) * 2, paper)
+    pen = ImageDraw.Draw(canvas)
+    for part in _outlines(scene.shape, x, y, radius):
+        points = [(SUPERSAMPLING * px, SUPERSAMPLING * py) for px, py in part]
+        pen.ellipse(points, fill=colour) if scene.shape == "circle" else pen.polygon(points, fill=colour)
+    return np.asarray(canvas.resize((SIZE, SIZE), Image.Resampling.BOX))
+
+
+def _outlines(shape: str, x: float, y: float, r: float) -> list[list[tuple[float, float]]]:
+    def box(w: float, h: float) -> list[tuple[float, float]]:
+        return [(x - w, y - h), (x + w, y - h), (x + w, y + h), (x - w, y + h)]
+
+    if shape == "circle":
+        return [[(x - r, y - r), (x + r, y + r)]]
+    if shape == "square":
+        return [box(r, r)]
+    if shape == "triangle":
+        return [[(x, y - 1.1 * r), (x + 1.15 * r, y + r), (x - 1.15 * r, y + r)]]
+    return [box(1.15 * r, 0.38 * r), box(0.38 * r, 1.15 * r)]
+
+
+def _shade(colour: tuple[int, int, int], change: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(value) for value in np.clip(np.round(np.array(colour) + change), 0, 255))
+
+
+def _neighbour(name: str, names: tuple[str, ...]) -> str:
+    return names[names.index(name) ^ 1]
