@@ -105,7 +105,7 @@ def srpo_rounds(rounds: list[str] | None = None, push: bool = False, force: bool
                     reproduce(f"{stage}@{key}", force=forced, push=push)
                     if stage == "evaluate":
                         _show_table(key)
-                _show_addresses(key, params.tracking.uri)
+                _show_addresses(params, key)
             code, _ = run_group([sys.executable, "-m", "srpo", "track"], get_run_logger().info)
         if code != 0:
             get_run_logger().warning("MLflow is behind; `srpo track` brings it up to date when it can be reached")
@@ -154,18 +154,12 @@ def _show_table(key: str) -> None:
     create_table_artifact(summary.campaign_table("."), key="srpo-metrics", description=f"All rounds up to {key}")
 
 
-def _show_addresses(key: str, tracking_uri: str) -> None:
+def _show_addresses(params: Params, key: str) -> None:
     create_markdown_artifact(
-        f"- report: `rounds/{key}/report/index.html`\n"
-        f"- MLflow: `mlflow ui --backend-store-uri {_safe(tracking_uri)}`\n",
+        "".join(f"- {name}: `{value}`\n" for name, value in summary.addresses(params, key).items()),
         key=f"srpo-round-{key.lower().replace('_', '-')}",
         description=f"Where to look at round {key}",
     )
-
-
-def _safe(uri: str) -> str:
-    """The URI without user and password: artifacts are for everyone to read."""
-    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def main(

@@ -132,13 +132,18 @@ def track() -> None:
 
 @app.command()
 def table() -> None:
-    """Print all evaluated rounds, one line each."""
+    """Print all evaluated rounds, one line each, and where to look further."""
     params, root = _load()
     from rich.console import Console
 
-    from srpo.summary import campaign_rows, render
+    from srpo.summary import addresses, campaign_rows, render
 
-    Console().print(render(campaign_rows(root, params)))
+    rows, console = campaign_rows(root, params), Console()
+    if not rows:
+        raise UserError("rounds/: no round is evaluated yet; `make demo` or `dvc repro` runs them")
+    console.print(render(rows))
+    for name, value in addresses(params, rows[-1]["round"]).items():
+        console.print(f"{name + ':':8} {value}", highlight=False, soft_wrap=True)
 
 
 @app.command()

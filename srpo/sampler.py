@@ -19,7 +19,7 @@ from srpo.errors import UserError
 from srpo.lineage import WEIGHTS_FILE
 from srpo.params import ModelParams, Params
 
-CPU_TILE = 16
+CPU_TILE = 32
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,18 @@ def campaign_rows(root: Path, params: Params) -> list[dict[str, Any]]:
 def campaign_table(root: Path | str) -> list[dict[str, Any]]:
     """`campaign_rows` of the project folder `root`, by its params.yaml."""
     return campaign_rows(Path(root), load_params(Path(root) / PARAMS_FILE))
+
+
+def addresses(params: Params, key: str) -> dict[str, str]:
+    """Where to look at a round: its report's path, and the command or address that opens MLflow.
+
+    User and password are left out of the address: what prints this is for everyone to read.
+    """
+    uri = re.sub(r"//\S*@", "//", params.tracking.uri)
+    return {
+        "report": f"rounds/{key}/report/index.html",
+        "MLflow": uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}",
+    }
 
 
 def render(rows: list[dict[str, Any]]) -> Table:

@@ -94,7 +94,9 @@ def test_the_same_files_give_the_same_report(project: Path) -> None:
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert set(before) == {"index.html", "winners.png", "tuned.png"}
     code = "import sys; from pathlib import Path; from srpo.params import load_params; from srpo.report import report\n"
-    code += "report(load_params('params.yaml'), Path(), '002'); print({'torch', 'diffusers', 'mlflow'} & set(sys.modules))"
+    code += (
+        "report(load_params('params.yaml'), Path(), '002'); print({'torch', 'diffusers', 'mlflow'} & set(sys.modules))"
+    )
     repo = Path(__file__).parent.parent
     done = subprocess.run(  # another process, so that no seed or cache of this one helps
         [sys.executable, "-c", code], cwd=project, env={"PYTHONPATH": str(repo), "PYTHONHASHSEED": "7"},

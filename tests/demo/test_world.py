@@ -1,0 +1,83 @@
+"""The tiny world: its pictures say what its captions say, and a minute-size run makes every part of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from demo.make import QUICK, make_world, split
+from demo.scenes import COLOURS, POSITIONS, SHAPES, all_scenes, miscaptioned, render
+
+
+@pytest.fixture(scope="module")
+def quick_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quick") / "data"
+    make_world(out, QUICK)
+    return out
+
+
+def test_no_two_scenes_share_a_caption_or_a_picture() -> None:
+    scenes = all_scenes()
+    assert len({scene.caption for scene in scenes}) == len({render(scene).tobytes() for scene in scenes}) == 360
+
+
+def test_both_prompt_sets_hold_every_part_of_the_world() -> None:
+    train, held_out = split(all_scenes())
+    assert not set(train) & set(held_out)
+    for scenes in (train, held_out):
+        assert {scene.colour for scene in scenes} == set(COLOURS)
+        assert {scene.shape for scene in scenes} == set(SHAPES)
+        assert {scene.position for scene in scenes} == set(POSITIONS)
+
+
+def test_wrong_captions_have_one_habit() -> None:
+    rng, scene = np.random.default_rng(0), all_scenes()[0]
+    told = Counter(miscaptioned(scene, rng, 0.3).caption for _ in range(2000))
+    assert len(told) == 4
+    assert abs(told[scene.caption] / 2000 - 0.49) < 0.04
+
+
+def test_the_exact_judge_reads_pictures_of_the_world(quick_world: Path) -> None:
+    """Its errors are the noise of the accuracy that the campaign reports."""
+    from srpo.rewards.templates import TemplateReward
+
+    judge = TemplateReward(str(quick_world / "templates.parquet"), None, torch.device("cpu"))
+    rng, scenes = np.random.default_rng(1), all_scenes()
+    pictures = torch.from_numpy(np.stack([render(scene, rng) for scene in scenes])).permute(0, 3, 1, 2)
+    noisy = (pictures + 20 * torch.randn(pictures.shape, generator=torch.manual_seed(0))).clamp(0, 255).byte()
+    captions = [scene.caption for scene in scenes]
+    assert judge.score(pictures, captions).mean() > 0.99
+    assert judge.score(noisy, captions).mean() > 0.98
+    assert judge.score(pictures, captions[1:] + captions[:1]).mean() < 0.01
+
+
+def test_the_models_are_in_the_formats_that_srpo_reads(quick_world: Path) -> None:
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+
+    from srpo.params import RewardParams
+    from srpo.rewards import load_reward
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(quick_world / "base")
+    assert isinstance(pipeline.vae, AutoencoderKL) and pipeline.vae_scale_factor == 8
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
+    assert 2e6 < sum(parameter.numel() for part in parts for parameter in part.parameters()) < 4e6
+    assert pipeline.unet.config.addition_embed_type == "text_time"
+    scores = {}
+    for name, role in (("reward", "select"), ("judge", "judge")):
+        spec = RewardParams(kind="clip", model=str(quick_world / name), role=role)
+        clip = load_reward(spec, quick_world, torch.device("cpu"))
+        scores[name] = clip.score(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), ["a red circle", "a blue cross"])
+    assert not torch.equal(scores["reward"], scores["judge"])
+    shipped = [path for path in quick_world.rglob("*") if path.is_file() and "work" not in path.parts]
+    assert sum(path.stat().st_size for path in shipped) < 10e6
+    assert not [path.name for path in shipped if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_what_is_there_is_kept(quick_world: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in quick_world.rglob("*.safetensors")}
+    make_world(quick_world, QUICK)
+    assert {path: path.stat().st_mtime_ns for path in quick_world.rglob("*.safetensors")} == before
