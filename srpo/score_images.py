@@ -174,7 +174,7 @@ def _score(
     scored = []
     with tqdm(total=len(files), unit="img", desc="score-images", mininterval=2) as progress:
         for part, pixels in _batches(files):
-            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
             members = [rows[i] for i in part]
             scores = score_batch(rewards, images, [row["prompt"] for row in members])
             columns = {name: values.tolist() for name, values in scores.items()}
