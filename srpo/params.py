@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from srpo import rounds
 from srpo.errors import UserError
-from srpo.rewards import find_family
+from srpo.rewards import FAMILIES, find_family
 
 PARAMS_FILE = "params.yaml"
 STAGES_WITH_OVERRIDES = ("generate", "select", "train")
@@ -199,6 +199,8 @@ class Params(Section):
                 find_family(spec.kind)
             except UserError as error:
                 raise ValueError(f"rewards.{name}.kind: {error}") from None
+            if spec.kind in FAMILIES and spec.model is None:
+                raise ValueError(f"rewards.{name}.model: missing; {spec.kind} has no published model, so name one")
             if not name.isidentifier() or name in RESERVED_COLUMNS:
                 raise ValueError(f"rewards.{name}: not usable as a column name; rename the reward")
         roles = {spec.role for spec in self.rewards.values()}

@@ -95,7 +95,7 @@ def test_broken_latents_are_found_across_row_groups_and_slices(tmp_path: Path) -
     rng = np.random.default_rng(0)
     rows = [{"candidate_id": f"c{i}", "latents": rng.normal(size=3 + i % 5).astype(np.float16)} for i in range(150)]
     for i in (0, 63, 64, 149):
-        rows[i]["latents"][i % 3] = np.nan
+        rows[i]["latents"][0 if i % 2 else -1] = np.nan
     fields = {name: datasets.CANDIDATE_FIELDS[name] for name in ("candidate_id", "latents")}
     datasets.write_table(tmp_path / "shard.parquet", rows, fields)
     assert datasets.broken_latents(tmp_path) == {"c0", "c63", "c64", "c149"}

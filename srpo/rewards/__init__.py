@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 import sys
 from importlib.metadata import entry_points
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from srpo.params import RewardParams
 
+log = logging.getLogger("srpo")
 ENTRY_POINTS = "srpo.rewards"
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -80,7 +82,11 @@ def load_reward(spec: RewardParams, root: Path, device: torch.device, dtype: tor
         family = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, SyntaxError) as error:
         raise UserError(f"kind {spec.kind!r} can't be imported: {' '.join(str(error).split()):.200}") from error
-    model = spec.model and (str(root / spec.model) if (root / spec.model).exists() else spec.model)
+    model = spec.model
+    if model and (root / model).exists():
+        model = str(root / model)
+    elif model:
+        log.info("loading %s from the Hub's cache or the Hub: %s@%s", spec.kind, model, spec.revision or "main")
     return family(model, spec.revision, device, dtype or torch.float32)
 
 

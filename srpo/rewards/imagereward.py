@@ -25,8 +25,8 @@ class ImageReward:
 
     Units: standard deviations over the authors' training pictures: mean 0, most within -2 to 2. Only the prompt's
     first 35 tokens are read. Preprocessing: shortest side to 224 bicubic, centre crop, OpenAI's mean and spread.
-    Source: `zai-org/ImageReward` (formerly THUDM), file ImageReward.pt; the package of that name, which pins old
-    libraries, isn't needed. Licence: Apache-2.0. It has no features for FID.
+    Source: `zai-org/ImageReward` (formerly THUDM), file ImageReward.pt; the package of that name, which no longer
+    imports beside today's transformers, isn't needed. Licence: Apache-2.0. It has no features for FID.
     """
 
     def __init__(
