@@ -112,18 +112,14 @@ def reward_specs(rewards: Sequence[str]) -> tuple[dict[str, RewardParams], Runti
         name = kind if kind not in specs else text
         if text in known:
             specs[name] = known[text]
-        elif model or ":" in kind or (kind in FAMILIES and FAMILIES[kind].model):
-            specs[name] = _spec(text, kind, model)
+        elif not model and kind in FAMILIES and FAMILIES[kind].model is None:
+            raise UserError(f"--reward: {kind} has no published model; write {kind}=model")
         else:
-            published = [family for family in FAMILIES if FAMILIES[family].model]
-            raise UserError(
-                f"--reward: {text!r} is no reward of {PARAMS_FILE} and no family with a published model;"
-                f" choose one of {', '.join([*known, *published])}, or write kind=model[@revision]"
-            )
+            specs[name] = _spec(text, kind, model, list(known))
     return specs, params.runtime if params else RuntimeParams()
 
 
-def _spec(text: str, kind: str, model: str) -> RewardParams:
+def _spec(text: str, kind: str, model: str, known: list[str]) -> RewardParams:
     revision = None
     if "@" in model and not Path(model).exists():
         model, _, revision = model.rpartition("@")
@@ -131,7 +127,8 @@ def _spec(text: str, kind: str, model: str) -> RewardParams:
         find_family(kind)
         return RewardParams(kind=kind, model=model or None, revision=revision, role="judge")
     except UserError as error:
-        raise UserError(f"--reward: {error}") from None
+        here = f"; {PARAMS_FILE} has {', '.join(known)}" if known else ""
+        raise UserError(f"--reward: {error}{here}") from None
     except ValidationError:
         raise UserError(f"--reward: {text!r} can't be read; write kind=model[@revision]") from None
 

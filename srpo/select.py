@@ -36,12 +36,11 @@ def select(params: Params, root: Path, key: str) -> None:
     sound = scores.filter(~pl.col("rejected"))
     winners = choose_winners(sound, weights, settings)
     prompts = scores["prompt_id"].n_unique()
-    summary = {"prompts": prompts, "candidates": scores.height, "winners": winners.height}
-    summary |= {"rejected": scores.height - sound.height} | odd_scores(sound, weights)
-    _report_oddities(key, summary)
+    rejected, odd = scores.height - sound.height, odd_scores(sound, weights)
+    _report_oddities(key, rejected, odd, weights)
     if winners.is_empty():
         raise UserError(
-            f"rounds.{key}.select: no winner is left of {scores.height} candidates ({summary['rejected']} rejected);"
+            f"rounds.{key}.select: no winner is left of {scores.height} candidates ({rejected} rejected);"
             " loosen min_margin or combine, or look at the scores"
         )
     by_id = {row["candidate_id"]: row for row in winners.drop("rejected").to_dicts()}
@@ -54,6 +53,7 @@ def select(params: Params, root: Path, key: str) -> None:
         found += len(shard)
     if found != len(by_id):
         raise UserError(f"{files.scores}: scores of other candidates than {files.candidates} holds; rerun score")
+    summary = {"prompts": prompts, "candidates": scores.height, "winners": found, "rejected": rejected} | odd
     summary |= {f"candidates_{name}": _mean(scores[name]) for name in params.rewards}
     summary |= {f"winners_{name}": _mean(winners[name]) for name in params.rewards}
     write_json(scratch / "selection.json", summary)
@@ -99,15 +99,16 @@ def choose_winners(scores: pl.DataFrame, weights: dict[str, float], settings: Se
     return best.sort("prompt_id")
 
 
-def odd_scores(scores: pl.DataFrame, weights: dict[str, float]) -> dict[str, dict[str, int]]:
-    """By selecting reward: its scores that are NaN or infinite, and the prompts for which the rest are all equal."""
-    found: dict[str, dict[str, int]] = {"not_finite": {}, "constant_prompts": {}}
+def odd_scores(scores: pl.DataFrame, weights: dict[str, float]) -> dict[str, int]:
+    """By selecting reward: `not_finite_<name>`, its scores that are NaN or infinite, and
+    `constant_prompts_<name>`, the prompts for which the rest are all equal."""
+    found: dict[str, int] = {}
     for name in weights:
         finite = scores.filter(pl.col(name).is_finite())
-        found["not_finite"][name] = scores.height - finite.height
+        found[f"not_finite_{name}"] = scores.height - finite.height
         spread = finite.group_by("prompt_id").agg(pl.len(), (pl.col(name).max() - pl.col(name).min()).alias("spread"))
         # a lone candidate says nothing about the reward
-        found["constant_prompts"][name] = spread.filter((pl.col("spread") == 0) & (pl.col("len") > 1)).height
+        found[f"constant_prompts_{name}"] = spread.filter((pl.col("spread") == 0) & (pl.col("len") > 1)).height
     return found
 
 
@@ -144,10 +145,13 @@ def _constant(name: str) -> pl.Expr:
     return pl.col(name).max().over("prompt_id") == pl.col(name).min().over("prompt_id")
 
 
-def _report_oddities(key: str, summary: dict) -> None:
-    parts = [f"{summary['rejected']} candidates rejected as no pictures"] if summary["rejected"] else []
-    parts += [f"{name} is NaN or infinite for {count}" for name, count in summary["not_finite"].items() if count]
-    parts += [f"{name} is constant for {count} prompts" for name, count in summary["constant_prompts"].items() if count]
+def _report_oddities(key: str, rejected: int, odd: dict[str, int], weights: dict[str, float]) -> None:
+    parts = [f"{rejected} candidates rejected as no pictures"] if rejected else []
+    for name in weights:
+        if count := odd[f"not_finite_{name}"]:
+            parts.append(f"{name} is NaN or infinite for {count} candidates")
+        if count := odd[f"constant_prompts_{name}"]:
+            parts.append(f"{name} is constant for {count} prompts")
     if parts:
         log.warning("select %s: %s", key, "; ".join(parts))
 

@@ -65,6 +65,24 @@ def test_black_pictures_and_nan_latents_never_win(params: Params, world: Path, c
     assert "select 001: 3 candidates rejected as no pictures" in caplog.text
 
 
+def test_odd_rewards_are_counted_and_told(params: Params, world: Path, caplog) -> None:
+    files = RoundFiles(world, "001")
+    generate(params, world, "001")
+    score(params, world, "001")
+    table = pl.read_parquet(files.scores)
+    reward = pl.when(pl.col("prompt_id") == "train-0000").then(1.0).otherwise(pl.col("reward"))
+    reward = pl.when(pl.col("prompt_id") == "train-0001").then(float("nan")).otherwise(reward)
+    table.with_columns(reward.cast(pl.Float32).alias("reward")).write_parquet(files.scores)
+    select(params, world, "001")
+    summary = json.loads((files.winners / "selection.json").read_text())
+    assert (summary["prompts"], summary["winners"]) == (4, 3)
+    assert (summary["not_finite_reward"], summary["constant_prompts_reward"]) == (3, 1)
+    assert summary["candidates_reward"] == pytest.approx(
+        table.with_columns(reward.alias("reward")).filter(pl.col("reward").is_finite())["reward"].mean(), rel=1e-5
+    )
+    assert "select 001: reward is NaN or infinite for 3 candidates; reward is constant for 1 prompts" in caplog.text
+
+
 def test_a_round_of_black_pictures_is_an_error(params: Params, world: Path) -> None:
     files = RoundFiles(world, "001")
     generate(params, world, "001")

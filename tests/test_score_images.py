@@ -71,6 +71,29 @@ def test_a_reward_of_params_yaml_is_known_by_its_name(folder: Path, world: Path)
     assert table["judge"].is_finite().all() and table["prompt_id"].is_null().all()
 
 
+def test_a_class_of_ones_own_needs_no_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own_rewards.py").write_text(
+        "class Redness:\n"
+        "    def __init__(self, model, revision, device, dtype): pass\n"
+        "    def score(self, images, prompts): return images[:, 0].float().mean(dim=(1, 2))\n"
+    )
+    assert run(folder, "--prompt", "x", "--reward", "own_rewards:Redness") == 0
+    table = pl.read_parquet("image-scores.parquet")
+    assert table["own_rewards:Redness"][0] == pytest.approx(PIXELS[0][..., 0].mean(), abs=1e-3)
+
+
+def test_a_revision_follows_the_last_at_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from srpo.score_images import reward_specs
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a@b").mkdir()
+    specs, _ = reward_specs(["clip=owner/name@abc", "pickscore=a@b", "hpsv2"])
+    found = [(spec.model, spec.revision) for spec in specs.values()]
+    assert found[:2] == [("owner/name", "abc"), ("a@b", None)]
+    assert found[2][0] == "xswu/HPSv2" and len(found[2][1]) == 40
+
+
 def test_pictures_are_read_upright_and_on_white(tmp_path: Path) -> None:
     image = Image.fromarray(PIXELS[0][:, :16])
     exif = image.getexif()
@@ -87,9 +110,15 @@ BAD = {
     "no prompt": (["pictures", "--reward", "clip"], "--prompts: give a prompt file, or one --prompt"),
     "both": (["pictures", "--reward", "clip", "--prompt", "x", "--prompts", "prompts.jsonl"], "and not both"),
     "no reward": (["pictures", "--prompt", "x"], "--reward"),
-    "unknown reward": (["pictures", "--prompt", "x", "--reward", "clap"], "--reward: 'clap' is no reward"),
+    "unknown reward": (
+        ["pictures", "--prompt", "x", "--reward", "clap"],
+        "--reward: unknown reward 'clap'; choose one of clip,",
+    ),
     "unknown kind": (["pictures", "--prompt", "x", "--reward", "clap=m"], "--reward: unknown reward 'clap'"),
-    "no model": (["pictures", "--prompt", "x", "--reward", "templates"], "no family with a published model"),
+    "no model": (
+        ["pictures", "--prompt", "x", "--reward", "templates"],
+        "templates has no published model; write templates=model",
+    ),
     "missing model": (
         ["pictures", "--prompt", "x", "--reward", "clip=./nowhere"],
         "rewards.clip: can't load './nowhere'",
