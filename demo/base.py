@@ -135,7 +135,10 @@ def train_base(
     """
     torch.manual_seed(2)
     generator = torch.Generator().manual_seed(2)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(pretrained) if pretrained else make_pipeline(vae, tokenizer)
+    if pretrained:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(pretrained, dtype=torch.float32)
+    else:
+        pipeline = make_pipeline(vae, tokenizer)
     pipeline.set_progress_bar_config(disable=True)
     parts = {name: getattr(pipeline, name).train() for name in ("unet", "text_encoder", "text_encoder_2")}
     averaged = {name: copy.deepcopy(part).eval() for name, part in parts.items()}
