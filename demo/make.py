@@ -17,7 +17,7 @@ from srpo import datasets
 
 log = logging.getLogger("demo")
 # As SDXL itself: first many careless captions, then fewer and better ones. What is wrong stays wrong in one way.
-PRETRAINING_WRONG, WRONG = 0.3, 0.15
+PRETRAINING_WRONG, WRONG = 0.3, 0.2
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Effort:
     vae_steps: int = 3000
     clip_steps: int = 1200
     pretraining_steps: int = 5000
-    base_steps: int = 1500
+    base_steps: int = 1000
 
 
 QUICK = Effort(pictures_per_scene=1, vae_steps=5, clip_steps=5, pretraining_steps=5, base_steps=5)
