@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,21 +14,28 @@ from srpo.params import PARAMS_FILE, Params, load_params
 if TYPE_CHECKING:
     from rich.table import Table
 
-SET_MEASURES = ("fid", "kid", "diversity")
+SET_MEASURES = ("fid", "kid", "cmmd", "diversity", "drift")
 
 
 def campaign_rows(root: Path, params: Params) -> list[dict[str, Any]]:
     """Base first, then rounds parents before children, those that have an evaluation.
 
-    Keys: round, every reward's name, fid, kid, diversity (numbers at the reported guidance) and verdict.
+    Keys: round, every reward's name, SET_MEASURES (numbers at the reported guidance) and verdict, which also says
+    what the gate found.
     """
     rows = []
     for key in (tree.BASE, *tree.order(params.rounds)):
         if (tree.RoundFiles(root, key).evaluation / "metrics.json").exists():
             metrics = read_metrics(root, key)
-            names = [*params.rewards, *SET_MEASURES, "verdict"]
-            rows.append({"round": key} | {name: metrics.get(name) for name in names})
+            numbers = {name: metrics.get(name) for name in (*params.rewards, *SET_MEASURES)}
+            rows.append({"round": key} | numbers | {"verdict": verdict(metrics)})
     return rows
+
+
+def verdict(metrics: Mapping[str, Any]) -> str:
+    """The verdict of a `metrics.json`, with the gate's finding if there is one."""
+    finding = metrics.get("finding", "-")
+    return metrics["verdict"] if finding == "-" else f"{metrics['verdict']}: {finding}"
 
 
 def campaign_table(root: Path | str) -> list[dict[str, Any]]:
