@@ -42,7 +42,8 @@ Place = tuple[Prompt, int]
 def evaluate(params: Params, root: Path, key: str) -> None:
     """Write `rounds/<key>/evaluation/`.
 
-    metrics.json: headline numbers at the reported guidance; win rates and verdict as in gate.json.
+    metrics.json: flat headline numbers at the reported guidance, but win rates (over base, each model at its own
+    best guidance, with the interval's lower end) and the verdict as in gate.json.
     guidance.csv: every measure with its interval at every guidance scale (`Observation.measures`).
     gate.json, not for base: the rules, win rates against base and parent, the pictures' drift in looks.
     per_prompt.parquet: every reward of every picture. samples.parquet: some pictures.
@@ -83,7 +84,7 @@ def evaluate(params: Params, root: Path, key: str) -> None:
     _write_sweep(scratch / "guidance.csv", sweep)
     names = ["images", *rewards, "fid", "kid", "cmmd", "diversity"]
     headline = {name: sweep[str(settings.guidance_scale)][name] for name in names}
-    metrics = {"guidance_scale": settings.guidance_scale} | headline | drift
+    metrics = {"guidance": settings.guidance_scale} | headline | drift
     if key == BASE:
         metrics |= {"verdict": "-", "finding": "-"}
     else:
@@ -91,7 +92,8 @@ def evaluate(params: Params, root: Path, key: str) -> None:
         write_json(scratch / "gate.json", gate)
         for judge in params.reward_names("judge"):
             found = gate["win_rate"][judge]["best"]
-            metrics |= Estimate(found["value"], found["low"], found["high"]).flat(f"{judge}_win_rate")
+            # both ends stand in gate.json; a table of many columns is read less than one of few
+            metrics |= {f"{judge}_win_rate": found["value"], f"{judge}_win_rate_low": found["low"]}
         metrics |= {"verdict": gate["verdict"], "finding": gate["finding"] or "-"}
     write_json(scratch / "metrics.json", metrics)
     datasets.publish(scratch, files.evaluation)

@@ -46,7 +46,7 @@ def campaign_points(params: Params, root: Path) -> list[Point]:
         if not (RoundFiles(root, key).evaluation / "metrics.json").exists():
             continue
         metrics = read_metrics(root, key)
-        rates = [f"{judge}_win_rate{end}" for judge in params.reward_names("judge") for end in ("", "_low", "_high")]
+        rates = [f"{judge}_win_rate{end}" for judge in params.reward_names("judge") for end in ("", "_low")]
         names = (*params.rewards, *SET_MEASURES, "drift_kid", *rates)
         values = {name: metrics[name] for name in names if name in metrics} | _selection(root, key)
         points += [(f"{name}{suffix}", float(value), depth) for name, value in values.items()]

@@ -92,7 +92,7 @@ def _picture_uri(image: Image.Image) -> str:
 
 def _row(name: str, metrics: dict[str, Any], sweep: dict[str, dict[str, float]]) -> dict[str, Any]:
     """A round's line of the first table: its headline numbers, and the intervals of those that have one."""
-    reported = sweep[str(metrics["guidance_scale"])]
+    reported = sweep[str(metrics["guidance"])]
     spread = {
         measure: f"{show(reported[f'{measure}_low'])} to {show(reported[f'{measure}_high'])}"
         for measure in reported

@@ -57,11 +57,20 @@ def addresses(params: Params, key: str) -> dict[str, str]:
 
 def render(rows: list[dict[str, Any]]) -> Table:
     """The rows as a table for the terminal: three decimals, `-` where there is nothing."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="SRPO campaign, on held-out prompts")
+    # narrow enough for 80 columns; where a name is long, the words of the verdict wrap and no number does
+    table = Table(
+        title="SRPO campaign, on held-out prompts",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
     for name in rows[0] if rows else ("round",):
-        table.add_column(name, justify="left" if name in ("round", "verdict") else "right")
+        words = name in ("round", "verdict")
+        table.add_column(name, justify="left" if words else "right", no_wrap=name != "verdict")
     for row in rows:
         table.add_row(*(show(value) for value in row.values()))
     return table

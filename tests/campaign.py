@@ -96,7 +96,7 @@ def write_evaluation(params: Params, root: Path, key: str, size: int = 16, shift
         }
         sweep[str(guidance)] |= dict.fromkeys(LOOKS, 0.4 + 0.1 * gain) | {f"{name}_std": 0.1 for name in LOOKS}
     names = ["images", *params.rewards, "fid", "kid", "cmmd", "diversity"]
-    metrics = {"guidance_scale": settings.guidance_scale}
+    metrics = {"guidance": settings.guidance_scale}
     metrics |= {name: sweep[str(settings.guidance_scale)][name] for name in names}
     metrics |= {"drift": 5.0 * depth, "drift_kid": 0.05 * depth, "verdict": "-", "finding": "-"}
     if key != BASE:
@@ -110,7 +110,7 @@ def write_evaluation(params: Params, root: Path, key: str, size: int = 16, shift
         }
         write_json(files.evaluation / "gate.json", gate | {"looks": appearance(sweep, base)})
         for judge in params.reward_names("judge"):
-            metrics |= win.flat(f"{judge}_win_rate")
+            metrics |= {f"{judge}_win_rate": win.value, f"{judge}_win_rate_low": win.low}
         metrics |= {"verdict": gate["verdict"], "finding": gate["finding"] or "-"}
     write_json(files.evaluation / "metrics.json", metrics)
     with (files.evaluation / "guidance.csv").open("w", newline="") as file:
