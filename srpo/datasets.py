@@ -90,6 +90,8 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict
     for shard in shards(path):
         try:
             with pq.ParquetFile(shard, page_checksum_verification=True) as file:
+                if missing := set(columns or ()) - set(file.schema_arrow.names):
+                    raise UserError(f"{shard}: has no column {sorted(missing)[0]!r}; rerun what makes this file")
                 for group in range(file.num_row_groups):
                     yield from file.read_row_group(group, columns=columns).to_pylist()
         except (pa.ArrowException, OSError) as error:
