@@ -28,7 +28,7 @@ SEAL = 32  # bytes of sha256 in front of a cache file's content
 
 @dataclass(frozen=True)
 class Reference:
-    """Features float32 [m, dim] of all reference pictures, and their Gaussian with its root."""
+    """Features float32 [m, dim] of all reference pictures, and the Gaussian fitted to them."""
 
     features: np.ndarray
     gaussian: Gaussian
@@ -79,15 +79,11 @@ def _compute(path: Path, extractor: Extractor) -> Reference:
 
 def _pack(reference: Reference) -> bytes:
     fitted = reference.gaussian
-    arrays = {"features": reference.features, "mean": fitted.mean, "covariance": fitted.covariance}
-    # the root is the costly half of every Frechet distance to this set
     return safetensors.numpy.save(
-        {name: np.ascontiguousarray(a) for name, a in (arrays | {"root": fitted.root}).items()}
+        {"features": reference.features, "mean": fitted.mean, "covariance": fitted.covariance}
     )
 
 
 def _unpack(content: bytes) -> Reference:
     arrays = safetensors.numpy.load(content)
-    fitted = Gaussian(arrays["mean"], arrays["covariance"])
-    fitted.__dict__["root"] = arrays["root"]  # where cached_property would put it
-    return Reference(arrays["features"], fitted)
+    return Reference(arrays["features"], Gaussian(arrays["mean"], arrays["covariance"]))

@@ -40,7 +40,7 @@ def test_the_second_time_nothing_is_looked_at_and_all_is_the_same(tmp_path: Path
     assert (first.seen, second.seen) == (10, 0)
     assert np.array_equal(one.features, two.features) and one.features.shape == (10, 12)
     assert np.allclose(one.gaussian.covariance, np.cov(one.features.astype(float), rowvar=False))
-    assert np.array_equal(one.gaussian.root, two.gaussian.root)
+    assert np.array_equal(one.gaussian.covariance, two.gaussian.covariance)
     other = gaussian(one.features[:7])
     assert frechet_distance(other, one.gaussian) == frechet_distance(other, two.gaussian)
 
