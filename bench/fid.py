@@ -3,8 +3,8 @@
     python -m bench.fid [--images 3000] [--dim 2048] [--tiny-dim 64] [--files 200]
 
 Frechet and KID start from the same random features. The last two lines start from the same PNG files, with a
-network of random weights in place of InceptionV3: decode, resize, embed, fit, compare. "Again" is a second
-comparison with the same reference, from the cache; clean-fid keeps none for a network it does not know.
+network of random weights in place of InceptionV3: decode, resize, embed, fit, compare. "Cached" is a
+second comparison with the same reference; clean-fid keeps none for a network it does not know.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def from_files(count: int, folder: Path) -> list[tuple[str, tuple, tuple]]:
             moments.add(network.features(to_tensor(batch)).numpy())
         return frechet_distance(moments.gaussian(), reference.gaussian)
 
-    name = f"FID, {count} files of {SIZE} px"
-    return [(name, timed(ours), theirs), (f"{name}, again", timed(ours), theirs)]
+    name = f"FID, {count} files"
+    return [(name, timed(ours), theirs), (f"{name}, cached", timed(ours), theirs)]
 
 
 def _stand_in(layers: torch.nn.Module, folder: Path) -> InceptionFeatures:

@@ -82,19 +82,10 @@ def evaluate(params: Params, root: Path, key: str) -> None:
     _write_samples(scratch / "samples.parquet", samples)
     _write_scores(scratch / "per_prompt.parquet", rows, list(rewards))
     _write_sweep(scratch / "guidance.csv", sweep)
-    names = ["images", *rewards, "fid", "kid", "cmmd", "diversity"]
-    headline = {name: sweep[str(settings.guidance_scale)][name] for name in names}
-    metrics = {"guidance": settings.guidance_scale} | headline | drift
-    if key == BASE:
-        metrics |= {"verdict": "-", "finding": "-"}
-    else:
-        gate = _judge(params, root, key, sweep, pl.DataFrame(rows))
+    gate = None if key == BASE else _judge(params, root, key, sweep, pl.DataFrame(rows))
+    if gate:
         write_json(scratch / "gate.json", gate)
-        for judge in params.reward_names("judge"):
-            found = gate["win_rate"][judge]["best"]
-            # both ends stand in gate.json; a table of many columns is read less than one of few
-            metrics |= {f"{judge}_win_rate": found["value"], f"{judge}_win_rate_low": found["low"]}
-        metrics |= {"verdict": gate["verdict"], "finding": gate["finding"] or "-"}
+    metrics = _headline(params, sweep[str(settings.guidance_scale)], drift, gate)
     write_json(scratch / "metrics.json", metrics)
     datasets.publish(scratch, files.evaluation)
     log.info("evaluate %s: %s", key, ", ".join(f"{name} {metrics[name]:.3f}" for name in [*rewards, "fid"]))
@@ -173,6 +164,20 @@ def _judge(
         "win_rate": rates,
         "looks": appearance(sweep, base_sweep),
     }
+
+
+def _headline(
+    params: Params, reported: Mapping[str, float], drift: Mapping[str, float], gate: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """metrics.json: few and flat, so that `dvc metrics show` is a table one can read."""
+    names = ["images", *params.rewards, "fid", "kid", "cmmd", "diversity"]
+    metrics = {"guidance": params.evaluate.guidance_scale} | {name: reported[name] for name in names} | drift
+    if gate is None:
+        return metrics | {"verdict": "-", "finding": "-"}
+    for judge in params.reward_names("judge"):
+        rate = gate["win_rate"][judge]["best"]
+        metrics |= {f"{judge}_win_rate": rate["value"], f"{judge}_win_rate_low": rate["low"]}
+    return metrics | {"verdict": gate["verdict"], "finding": gate["finding"] or "-"}
 
 
 def _pair(scores: pl.DataFrame, other: pl.DataFrame, name: str, guidance: float, other_guidance: float) -> Estimate:

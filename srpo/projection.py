@@ -11,6 +11,7 @@ from typing import Any
 
 from srpo.hashing import file_digest, value_digest
 from srpo.lineage import read_gate, read_lineage, read_metrics, read_sweep
+from srpo.metrics.looks import LOOKS
 from srpo.params import STAGES_WITH_OVERRIDES, Params
 from srpo.rounds import BASE, RoundFiles, ancestors, order
 from srpo.summary import SET_MEASURES, verdict
@@ -84,11 +85,15 @@ def round_record(params: Params, root: Path, key: str) -> RoundRecord:
     record.points += [(name, float(value), 0) for name, value in _selection(root, key).items()]
     if (files.evaluation / "metrics.json").exists():
         metrics = read_metrics(root, key)
-        measured = metrics | {"sweep": read_sweep(root, key)}
+        swept = (*params.rewards, "fid", "kid", "cmmd", "diversity", *LOOKS)
+        sweep = {at: {name: values[name] for name in swept} for at, values in read_sweep(root, key).items()}
+        measured = metrics | {"sweep": sweep}
         record.tags["srpo.verdict"] = verdict(metrics)
         record.artifacts.append((files.evaluation / "metrics.json", None))
         if key != BASE:
-            measured |= {"gate": read_gate(root, key)}
+            gate = read_gate(root, key)
+            rules = {name: rule["value"] for name, rule in gate["rules"].items()}
+            measured |= {"gate": rules, "win_rate": gate["win_rate"]}
             record.artifacts.append((files.evaluation / "gate.json", None))
         record.points += [(f"eval/{name}", value, 0) for name, value in _numbers(measured).items()]
     for name in ("index.html", "winners.png", "tuned.png"):

@@ -90,7 +90,12 @@ def test_the_projection_tells_all_and_is_idempotent(project: Path) -> None:
     assert child["inputs"] == [("winners", f"{'ab' * 16}.dir")]
     assert child["tags"]["dvc.winners"] == f"{'ab' * 16}.dir"
     assert first["round 002"]["tags"]["srpo.parent_adapter"] == child["tags"]["srpo.adapter"]
-    assert {"lineage.json", "report/index.html", "report/tuned.png", "report/winners.png"} <= set(child["artifacts"])
+    assert {"eval/cmmd", "eval/drift", "eval/sweep/1.0/kid", "eval/sweep/2.0/saturation"} <= set(child["metrics"])
+    assert {"eval/gate/fid_ratio", "eval/win_rate/judge/best/low"} <= set(child["metrics"])
+    assert {"cmmd", "drift", "judge_win_rate_low"} <= set(first["tiny"]["metrics"])
+    assert {"lineage.json", "gate.json", "report/index.html", "report/tuned.png", "report/winners.png"} <= set(
+        child["artifacts"]
+    )
     assert tracking.sync(params, project)
     assert story(project) == first
 
