@@ -27,6 +27,8 @@ def campaign(shared_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """Base and two rounds of the random-weight world, without any MLflow record."""
     root = tmp_path_factory.mktemp("campaign") / "project"
     shutil.copytree(shared_world, root)
+    text = (root / "params.yaml").read_text()  # these tests run outside the project's folder
+    (root / "params.yaml").write_text(text.replace("base: data/base", f"base: {root}/data/base"))
     params = load_params(root / "params.yaml")
     pin_base(params, root)
     evaluate(params, root, "base")
