@@ -62,8 +62,9 @@ def _lines(fd: int) -> Iterator[str]:
             if state := _last_state(pending):
                 yield state
             shown_at = time.monotonic()
-        if pending.count("\r") > 1:
-            pending = "\r" + pending.rstrip("\r").rpartition("\r")[2]
+        if pending.count("\r") > 1:  # forget states that are drawn over
+            last = pending.rstrip("\r").rpartition("\r")[2]
+            pending = f"\r{last}\r" if pending.endswith("\r") else f"\r{last}"
     if state := _last_state(pending):
         yield state
 

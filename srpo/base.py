@@ -35,6 +35,8 @@ def pin_base(params: Params, root: Path) -> None:
     write_json(scratch / "lineage.json", {"base": _identity(root, "model.base", model.base, model.revision)})
     rewards = {
         name: _identity(root, f"rewards.{name}.model", spec.model, spec.revision)
+        if spec.model
+        else {"source": spec.kind, "revision": spec.revision, "digest": None}
         for name, spec in params.rewards.items()
     }
     datasets.publish(scratch, files.adapter)

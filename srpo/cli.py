@@ -27,7 +27,7 @@ RoundOrBase = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rou
 def run(argv: list[str]) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    for chatty in ("alembic", "mlflow", "httpx", "diffusers", "transformers", "datasets"):
+    for chatty in ("alembic", "mlflow", "httpx", "diffusers", "transformers", "datasets", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         code = app(args=argv, standalone_mode=False)
@@ -118,6 +118,25 @@ def report(key: Round) -> None:
 
     report(params, root, key)
     tracking.project(params, root, key)
+
+
+@app.command("score-images")
+def score_images(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of png, jpg and webp pictures")],
+    reward: Annotated[
+        list[str],
+        typer.Option(help="a reward of params.yaml, a family (pickscore), or kind=model[@revision]; repeat for more"),
+    ],
+    prompts: Annotated[
+        Path | None, typer.Option(help="prompt file; a picture's file name is its prompt's <id> or <id>-<number>")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="one prompt for all pictures")] = None,
+    out: Annotated[Path, typer.Option(help="parquet file to write: one row a picture")] = Path("image-scores.parquet"),
+) -> None:
+    """Score any folder of pictures with any rewards; needs no project."""
+    from srpo.score_images import score_folder
+
+    score_folder(folder, reward, prompts, prompt, out)
 
 
 @app.command()

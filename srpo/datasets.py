@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -37,7 +38,7 @@ CANDIDATE_FIELDS = {
     "steps": pa.int32(),
     "guidance": pa.float32(),
 }
-_DTYPES = {pa.string(): "string", pa.int32(): "int32", pa.int64(): "int64", pa.float32(): "float32"}
+_DTYPES = {pa.string(): "string", pa.int32(): "int32", pa.int64(): "int64", pa.float32(): "float32", pa.bool_(): "bool"}
 
 
 def schema(fields: Mapping[str, pa.DataType]) -> pa.Schema:
@@ -88,17 +89,8 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict
         UserError: a file is damaged or lacks a column.
     """
     for shard in shards(path):
-        try:
-            with pq.ParquetFile(shard, page_checksum_verification=True) as file:
-                if missing := set(columns or ()) - set(file.schema_arrow.names):
-                    raise UserError(f"{shard}: has no column {sorted(missing)[0]!r}; rerun what makes this file")
-                for group in range(file.num_row_groups):
-                    yield from file.read_row_group(group, columns=columns).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{shard}: not a readable parquet file ({reason:.120}); `dvc checkout` restores it"
-            ) from None
+        for group in _row_groups(shard, columns):
+            yield from group.to_pylist()
 
 
 def publish(scratch: Path, out: Path) -> None:
@@ -129,3 +121,31 @@ def pixels(cells: Iterable[Mapping[str, Any]]) -> np.ndarray:
 def latents_array(row: Mapping[str, Any]) -> np.ndarray:
     """float16 [channels, height, width]: the sampler's final latents, already times the VAE's scaling factor."""
     return np.asarray(row["latents"], dtype=np.float16).reshape(row["latents_shape"])
+
+
+def broken_latents(path: Path) -> set[str]:
+    """The candidate_id of every candidate whose latents hold NaN or infinity.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    found: set[str] = set()
+    for shard in shards(path):
+        for group in _row_groups(shard, ["candidate_id", "latents"]):
+            latents = group.column("latents").combine_chunks()
+            finite = np.isfinite(latents.flatten().to_numpy())
+            # a list column's offsets count from its own start once flattened
+            bounds = np.cumsum(pc.list_value_length(latents).to_numpy())
+            whole = [part.all() for part in np.split(finite, bounds[:-1])]
+            found |= {key for key, good in zip(group["candidate_id"].to_pylist(), whole, strict=True) if not good}
+    return found
+
+
+def _row_groups(shard: Path, columns: Sequence[str] | None) -> Iterator[pa.Table]:
+    try:
+        with pq.ParquetFile(shard, page_checksum_verification=True) as file:
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{shard}: not a readable parquet file ({reason:.120}); `dvc checkout` restores it") from None

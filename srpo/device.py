@@ -26,3 +26,11 @@ def pick_dtype(runtime: RuntimeParams, device: torch.device) -> torch.dtype:
     if runtime.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, runtime.dtype)
+
+
+def pick_reward_dtype(runtime: RuntimeParams, device: torch.device) -> torch.dtype:
+    """What reward models compute in: float16 on CUDA unless float32 is asked for, float32 on a CPU.
+
+    Never bfloat16: its error is a tenth of the spread between pictures, ten times float16's, and reorders them.
+    """
+    return torch.float16 if device.type == "cuda" and runtime.dtype != "float32" else torch.float32

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from srpo import rounds
 from srpo.errors import UserError
-from srpo.rewards import FAMILIES
+from srpo.rewards import FAMILIES, find_family
 
 PARAMS_FILE = "params.yaml"
 STAGES_WITH_OVERRIDES = ("generate", "select", "train")
@@ -60,11 +60,26 @@ class GenerateParams(Section):
 class RewardParams(Section):
     """One reward model. Those with role `select` choose winners; those with role `judge` never do."""
 
-    kind: str = Field(min_length=1, description="reward family, see `srpo.rewards.FAMILIES`")
-    model: str = Field(min_length=1, description="Hub id, local folder or file")
-    revision: str | None = Field(None, description="Hub revision (commit hash)")
+    kind: str = Field(min_length=1, description="a family of docs/rewards.md, or package.module:Class of your own")
+    model: str | None = Field(
+        None, min_length=1, description="Hub id, local folder or file; left out: the family's published model"
+    )
+    revision: str | None = Field(
+        None, description="Hub revision (commit hash); of a class of your own, its version: change it to rescore"
+    )
     role: Literal["select", "judge"] = Field(description="selects winners, or judges rounds")
     weight: Annotated[float, Field(gt=0)] = Field(1.0, description="share in the selection score")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_model(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not isinstance(value.get("kind"), str) or value.get("model") is not None:
+            return value
+        try:
+            family = find_family(value["kind"])
+        except UserError:
+            return value  # named by the whole file's validation, with its key
+        return value | {"model": family.model, "revision": value.get("revision") or family.revision}
 
 
 class SelectParams(Section):
@@ -73,6 +88,11 @@ class SelectParams(Section):
     top_fraction: Fraction = Field(1.0, description="keep this share of prompts, largest margins first")
     min_margin: Annotated[float, Field(ge=0)] = Field(
         0.0, description="drop prompts whose winner beats its prompt's mean by less (selection score units)"
+    )
+    combine: Literal["zscore", "rank", "beats_mean"] = Field(
+        "zscore",
+        description="how several selecting rewards decide: weighted sum of z-scores within the prompt, weighted mean"
+        " rank, or z-scores among the candidates that beat the prompt's mean on every one",
     )
 
 
@@ -190,9 +210,12 @@ class Params(Section):
     @model_validator(mode="after")
     def _rewards_fit(self) -> Params:
         for name, spec in self.rewards.items():
-            if spec.kind not in FAMILIES:
-                known = ", ".join(FAMILIES)
-                raise ValueError(f"rewards.{name}.kind: unknown reward {spec.kind!r}; choose one of {known}")
+            try:
+                find_family(spec.kind)
+            except UserError as error:
+                raise ValueError(f"rewards.{name}.kind: {error}") from None
+            if spec.kind in FAMILIES and spec.model is None:
+                raise ValueError(f"rewards.{name}.model: missing; {spec.kind} has no published model, so name one")
             if not name.isidentifier() or name in RESERVED_COLUMNS:
                 raise ValueError(f"rewards.{name}: not usable as a column name; rename the reward")
         roles = {spec.role for spec in self.rewards.values()}
@@ -234,8 +257,8 @@ class Params(Section):
 
 RESERVED_COLUMNS = {
     "candidate_id", "prompt_id", "prompt", "index", "seed", "image", "latents", "steps", "guidance",
-    "margin", "weight", "loser_id", "selection_score",
-    "images", "fid", "kid", "cmmd", "diversity", "drift", "drift_kid", "verdict", "finding", "guidance_scale",
+    "margin", "weight", "loser_id", "selection_score", "rejected", "file",
+    "images", "fid", "kid", "cmmd", "diversity", "drift", "drift_kid", "verdict", "finding",
     "saturation", "contrast", "edge_density", "colour_entropy", INCEPTION,
 }  # fmt: skip
 

@@ -124,7 +124,7 @@ def dataset_inputs(hashes: dict[str, str]) -> list:
 
 def _selection(root: Path, key: str) -> dict[str, float]:
     path = RoundFiles(root, key).winners / "selection.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return _numbers(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def _numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -154,12 +154,13 @@ def _write_candidates(params: Params, root: Path, key: str, size: int) -> None:
                 | {"latents": np.zeros(4, np.float16), "latents_shape": [1, 2, 2], "steps": 12, "guidance": 3.0}
             )
             judged = {name: quality - 0.1 * j * quality**2 for j, name in enumerate(params.rewards)}
-            scores.append(identity | judged)
+            scores.append(identity | judged | {"rejected": False})
     for number, start in enumerate(range(0, len(rows), 2 * CANDIDATES)):
         shard = files.candidates / f"shard-{number:05d}.parquet"
         datasets.write_table(shard, rows[start : start + 2 * CANDIDATES], datasets.CANDIDATE_FIELDS)
     fields = {"candidate_id": pa.string(), "prompt_id": pa.string(), "index": pa.int32()}
-    datasets.write_table(files.scores, scores, fields | dict.fromkeys(params.rewards, pa.float32()))
+    fields |= dict.fromkeys(params.rewards, pa.float32()) | {"rejected": pa.bool_()}
+    datasets.write_table(files.scores, scores, fields)
 
 
 def _write_dvc_lock(root: Path, rounds: tuple[str, ...]) -> None:

@@ -33,6 +33,12 @@ def test_the_tiny_preset_is_the_shipped_file() -> None:
     assert (REPO / "presets" / "tiny.yaml").read_text() == (REPO / "params.yaml").read_text()
 
 
+def test_a_family_brings_its_published_model(tmp_path: Path) -> None:
+    rewards = load_params(changed(tmp_path, "kind: clip, model: data/reward", "kind: pickscore")).rewards
+    assert rewards["reward"].model == "yuvalkirstain/PickScore_v1" and len(rewards["reward"].revision) == 40
+    assert (rewards["judge"].model, rewards["judge"].revision) == ("data/judge", None)
+
+
 def test_overrides_reach_only_their_round(tmp_path: Path) -> None:
     path = changed(
         tmp_path,
@@ -57,6 +63,16 @@ BAD = {
         "kind: clip, model: data/reward",
         "kind: clap, model: data/reward",
         "rewards.reward.kind: unknown reward 'clap'",
+    ),
+    "reward without a model": (
+        "kind: templates, model: data/templates.parquet",
+        "kind: templates",
+        "rewards.accuracy.model: missing; templates has no published model",
+    ),
+    "unknown combination": (
+        "top_fraction: 1.0",
+        "combine: vote",
+        "select.combine: Input should be 'zscore', 'rank' or 'beats_mean', found 'vote'",
     ),
     "no judge": (
         "model: data/judge, role: judge",

@@ -221,7 +221,7 @@ def test_a_judge_without_features_can_not_make_them(params: Params, world: Path)
     from srpo.errors import UserError
 
     settings = params.evaluate.model_copy(update={"clip_features": "accuracy"})
-    with pytest.raises(UserError, match=r"evaluate\.clip_features: rewards of kind 'templates'"):
+    with pytest.raises(UserError, match=r"evaluate\.features: rewards\.accuracy has no image features"):
         evaluate(params.model_copy(update={"evaluate": settings}), world, "base")
 
 

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 
 from srpo.base import COMMIT
-from srpo.device import pick_device
-from srpo.errors import UserError
+from srpo.device import pick_device, pick_reward_dtype
 from srpo.hashing import code_digest, digest, file_digest
 from srpo.params import INCEPTION, Params
-from srpo.rewards import Reward
-from srpo.rewards.base import Pixels
+from srpo.rewards import FAMILIES, FeatureReward, Pixels
 
 LIBRARIES = ("torch", "transformers", "numpy", "pillow")
 
@@ -33,24 +31,16 @@ class Extractor:
     identity: Any
 
 
-def load_extractors(params: Params, root: Path, rewards: Mapping[str, Reward]) -> dict[str, Extractor]:
+def load_extractors(params: Params, root: Path, rewards: Mapping[str, FeatureReward]) -> dict[str, Extractor]:
     """The extractors that `evaluate` names, by their names there: `inception`, or the judge's own.
 
     Raises:
-        UserError: a judge has no image features, or InceptionV3's weights can't be had.
+        UserError: InceptionV3's weights can't be had.
     """
     found = {}
-    for key in ("features", "clip_features"):
-        name = params.evaluate.features if key == "features" else params.evaluate.clip_name
-        if name in found:
-            continue
+    for name in dict.fromkeys((params.evaluate.features, params.evaluate.clip_name)):
         if name == INCEPTION:
             found[name] = _inception(params)
-        elif not hasattr(rewards[name], "features"):
-            raise UserError(
-                f"evaluate.{key}: rewards of kind {params.rewards[name].kind!r} have no image features; "
-                f"name a judge of another kind"
-            )
         else:
             found[name] = Extractor(rewards[name].features, _identity(params, root, name))
     return found
@@ -65,6 +55,8 @@ def _inception(params: Params) -> Extractor:
 
 def _identity(params: Params, root: Path, name: str) -> Any:
     spec = params.rewards[name]
+    if spec.kind not in FAMILIES or spec.model is None:  # the code of a class of the user's own may change any time
+        return None
     if (root / spec.model).exists():
         return [spec.kind, digest(root / spec.model), _surroundings(params)]
     if spec.revision and COMMIT.fullmatch(spec.revision):
@@ -75,4 +67,5 @@ def _identity(params: Params, root: Path, name: str) -> Any:
 def _surroundings(params: Params) -> list[Any]:
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     # a CPU and a GPU differ in the last digits, and the numbers must not depend on who filled the cache
-    return [code_digest(), versions, pick_device(params.runtime).type]
+    device = pick_device(params.runtime)
+    return [code_digest(), versions, device.type, str(pick_reward_dtype(params.runtime, device))]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from srpo.errors import UserError
 from srpo.metrics.compare import diversity, mean_interval
 from srpo.metrics.features import Extractor
 from srpo.metrics.frechet import Moments, frechet_distance
@@ -33,14 +34,18 @@ class Observation:
         self._looks: list[dict[str, np.ndarray]] = []
 
     def add(self, images: torch.Tensor, places: Sequence[tuple[Prompt, int]]) -> None:
-        """Take in uint8 [n, 3, height, width] and each picture's prompt and number within the prompt."""
+        """Take in uint8 [n, 3, height, width] and each picture's prompt and number within the prompt.
+
+        Raises:
+            UserError: a score or feature is not finite, so that no mean would be.
+        """
         texts = [prompt.prompt for prompt, _ in places]
-        scores = {name: reward.score(images, texts).tolist() for name, reward in self.rewards.items()}
+        scores = {name: _finite(name, reward.score(images, texts)).tolist() for name, reward in self.rewards.items()}
         for i, (prompt, index) in enumerate(places):
             row = {"prompt_id": prompt.id, "prompt": prompt.prompt, "index": index}
             self.rows.append(row | {name: values[i] for name, values in scores.items()})
         for name, extractor in self.extractors.items():
-            self._features[name].append(extractor.features(images).numpy())
+            self._features[name].append(_finite(name, extractor.features(images)).numpy())
         self.moments.add(self._features[self.name][-1])
         self._looks.append(looks(images.numpy()))
 
@@ -71,3 +76,9 @@ class Observation:
             values = np.concatenate([batch[name] for batch in self._looks])
             found |= {name: float(values.mean()), f"{name}_std": float(values.std(ddof=1))}
         return found
+
+
+def _finite(name: str, values: torch.Tensor) -> torch.Tensor:
+    if not bool(torch.isfinite(values).all()):
+        raise UserError(f"rewards.{name}: NaN or infinity for an eval picture; what measures must answer for every one")
+    return values

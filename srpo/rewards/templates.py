@@ -18,7 +18,9 @@ class TemplateReward:
     Nearest is by squared pixel distance over all templates. Its mean over many pictures is prompt accuracy.
     """
 
-    def __init__(self, model: str, revision: str | None, device: torch.device) -> None:
+    def __init__(
+        self, model: str, revision: str | None, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
         """Read the templates.
 
         Args:
@@ -28,7 +30,7 @@ class TemplateReward:
             UserError: it can't be read.
         """
         if not Path(model).is_file():
-            raise UserError(f"rewards: {model!r} is no parquet file of templates")
+            raise UserError(f"{model!r} is no parquet file of templates")
         rows = list(datasets.read_rows(Path(model), ["image", "prompt"]))
         pictures = torch.from_numpy(datasets.pixels(row["image"] for row in rows))
         self.templates = pictures.permute(0, 3, 1, 2).flatten(1).float().div(255).to(device)
@@ -43,10 +45,10 @@ class TemplateReward:
             UserError: a prompt without a template, or pictures of another size.
         """
         if unknown := sorted(set(prompts) - set(self.prompts)):
-            raise UserError(f"rewards: no template for prompt {unknown[0]!r}; this judge knows only its own world")
+            raise UserError(f"no template for prompt {unknown[0]!r}; this judge knows only its own world")
         flat = images.to(self.device).flatten(1).float().div(255)
         if flat.shape[1] != self.templates.shape[1]:
-            raise UserError("rewards: templates and pictures differ in size")
+            raise UserError("templates and pictures differ in size")
         nearest = torch.cdist(flat, self.templates).argmin(dim=1).tolist()
         return torch.tensor(
             [float(self.prompts[best] == prompt) for best, prompt in zip(nearest, prompts, strict=True)]

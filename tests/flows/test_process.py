@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+import psutil
 import pytest
 
 from flows import process
@@ -50,5 +51,12 @@ def test_an_exception_ends_the_command() -> None:
 
     with pytest.raises(RuntimeError, match="cancelled"):
         run_group(["sh", "-c", "echo $$; sleep 60"], on_line)
-    with pytest.raises(ProcessLookupError):
-        os.killpg(pids[0], 0)
+    family = [process for process in psutil.process_iter() if _group(process) == pids[0]]
+    assert [process for process in family if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def _group(process: psutil.Process) -> int:
+    try:
+        return os.getpgid(process.pid)
+    except ProcessLookupError:
+        return 0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from srpo.errors import UserError
 from srpo.metrics.features import Extractor
 from srpo.metrics.frechet import frechet_distance, gaussian
 from srpo.metrics.kernel import clip_distance, kernel_distance
@@ -48,6 +49,16 @@ def references() -> dict[str, Reference]:
 
 def test_streaming_equals_one_batch() -> None:
     assert observe(1, 7, 20) == pytest.approx(observe(), rel=1e-9)
+
+
+def test_what_is_no_number_stops_it() -> None:
+    class Broken(Brightness):
+        def score(self, images: torch.Tensor, prompts) -> torch.Tensor:
+            return super().score(images, prompts) / 0 * 0
+
+    seen = Observation({"broken": Broken()}, {"coarse": Extractor(coarse, None)}, "coarse")
+    with pytest.raises(UserError, match=r"^rewards\.broken: NaN"):
+        seen.add(IMAGES, PLACES)
 
 
 def test_the_record_is_made_of_the_measures() -> None:

@@ -1,0 +1,123 @@
+"""Rewards of the user's own, and rewards that misbehave: one line that names them."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import torch
+
+from srpo import rewards
+from srpo.base import pin_base
+from srpo.errors import UserError
+from srpo.generate import generate
+from srpo.params import load_params
+from srpo.rewards.checked import CheckedReward
+from srpo.score import load_rewards, score
+
+BRIGHTNESS = '''
+class Brightness:
+    """Mean of all pixels, 0 to 1."""
+
+    def __init__(self, model, revision, device, dtype):
+        self.model = model
+
+    def score(self, images, prompts):
+        return images.float().div(255).mean(dim=(1, 2, 3))
+'''
+IMAGES = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)
+
+
+def with_judge(world: Path, judge: str) -> None:
+    text = (world / "params.yaml").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("  accuracy:"))
+    (world / "params.yaml").write_text(text.replace(line, f"  accuracy: {{{judge}, role: judge}}"))
+
+
+def test_a_class_beside_params_yaml_scores_a_round(world: Path) -> None:
+    import polars as pl
+
+    from srpo import datasets
+    from srpo.rounds import RoundFiles
+
+    (world / "my_rewards.py").write_text(BRIGHTNESS)
+    with_judge(world, "kind: 'my_rewards:Brightness', revision: v1")
+    params = load_params()
+    pin_base(params, world)
+    generate(params, world, "001")
+    score(params, world, "001")
+    table = pl.read_parquet(RoundFiles(world, "001").scores)
+    cells = [row["image"] for row in datasets.read_rows(RoundFiles(world, "001").candidates, ["image"])]
+    assert table["accuracy"].to_list() == pytest.approx([float(datasets.pixels([cell]).mean() / 255) for cell in cells])
+    assert '"revision": "v1"' in (world / "rounds" / "base" / "rewards.json").read_text()
+
+
+def test_an_entry_point_is_a_kind(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (world / "my_rewards.py").write_text(BRIGHTNESS)
+    point = EntryPoint("brightness", "my_rewards:Brightness", rewards.ENTRY_POINTS)
+    monkeypatch.setattr(rewards, "entry_points", lambda group: [point] if group == "srpo.rewards" else [])
+    with_judge(world, "kind: brightness")
+    found = load_rewards(load_params(), world)["accuracy"].score(IMAGES, ["", ""])
+    assert torch.allclose(found, IMAGES.float().div(255).mean(dim=(1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("no_such_module:Brightness", "rewards.accuracy: kind 'no_such_module:Brightness' can't be imported"),
+        ("srpo.rewards.clip:Klip", "has no attribute 'Klip'"),
+    ],
+)
+def test_a_class_that_is_not_there_is_named(world: Path, kind: str, expected: str) -> None:
+    with_judge(world, f"kind: '{kind}'")
+    with pytest.raises(UserError, match=r"rewards\.accuracy") as caught:
+        load_rewards(load_params(), world)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_unknown_kind_lists_what_there_is(world: Path) -> None:
+    with_judge(world, "kind: brightness")
+    with pytest.raises(UserError, match=r"rewards\.accuracy\.kind: unknown reward 'brightness'; choose one of clip,"):
+        load_params()
+
+
+class Answers:
+    """A reward that gives the same answer to everything, or raises it."""
+
+    def __init__(self, answer) -> None:
+        self.answer = answer
+
+    def score(self, images, prompts):
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (torch.zeros(3), r"rewards\.bad: score returned torch\.float32 \[3\] for 2 images"),
+        (torch.zeros(2, 1), r"torch\.float32 \[2, 1\] for 2 images"),
+        ([0.0, 1.0], r"score returned list"),
+        (None, r"score returned NoneType"),
+        (ZeroDivisionError("a\nb"), r"rewards\.bad: score raised ZeroDivisionError: a b \(test_custom\.py:\d+\)"),
+        (UserError("no template"), r"^rewards\.bad: no template$"),
+    ],
+)
+def test_a_wrong_answer_names_the_reward_in_one_line(answer, expected: str) -> None:
+    with pytest.raises(UserError, match=expected) as caught:
+        CheckedReward("bad", Answers(answer)).score(IMAGES, ["", ""])
+    assert "\n" not in str(caught.value)
+
+
+def test_out_of_memory_is_not_the_users_mistake() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        CheckedReward("bad", Answers(torch.OutOfMemoryError())).score(IMAGES, ["", ""])
+
+
+def test_odd_numbers_pass_and_come_out_as_float32() -> None:
+    found = CheckedReward("odd", Answers(torch.tensor([float("nan"), float("inf")], dtype=torch.float64)))
+    assert found.score(IMAGES, ["", ""]).dtype == torch.float32
+    with pytest.raises(UserError, match=r"evaluate\.features: rewards\.odd has no image features"):
+        found.features(IMAGES)

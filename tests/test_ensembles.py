@@ -1,0 +1,134 @@
+"""Several selecting rewards: what every way of combining them promises, over arbitrary tables."""
+
+from __future__ import annotations
+
+import math
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from srpo.params import SelectParams
+from srpo.select import choose_winners, odd_scores
+
+MODES = ["zscore", "rank", "beats_mean"]
+numbers = st.integers(-9, 9).map(float)
+odd = st.one_of(numbers, numbers, st.sampled_from([math.nan, math.inf, -math.inf]))
+WEIGHTS = {"a": 1.0, "b": 2.0}
+
+
+def tables(values: st.SearchStrategy) -> st.SearchStrategy:
+    return st.dictionaries(
+        st.sampled_from("pqr"), st.lists(st.tuples(values, values), min_size=1, max_size=6), min_size=1
+    )
+
+
+def frame(table: dict[str, list[tuple[float, float]]]) -> pl.DataFrame:
+    rows = [
+        {"candidate_id": f"{prompt}-{i}", "prompt_id": prompt, "index": i, "a": a, "b": b}
+        for prompt, pairs in table.items()
+        for i, (a, b) in enumerate(pairs)
+    ]
+    return pl.DataFrame(rows)
+
+
+def chosen(rows: pl.DataFrame, mode: str, weights: dict[str, float] = WEIGHTS) -> dict[str, str]:
+    winners = choose_winners(rows, weights, SelectParams(combine=mode))
+    return dict(winners.select("prompt_id", "candidate_id").iter_rows())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=80, deadline=None)
+@given(table=tables(odd))
+def test_an_odd_score_never_wins_and_changes_nothing_else(mode: str, table) -> None:
+    rows = frame(table)
+    clean = rows.filter(pl.all_horizontal(pl.col("a", "b").is_finite()))
+    assert chosen(rows, mode) == chosen(clean, mode)
+    winners = rows.filter(pl.col("candidate_id").is_in(list(chosen(rows, mode).values())))
+    assert winners["a"].is_finite().all() and winners["b"].is_finite().all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=80, deadline=None)
+@given(table=tables(numbers))
+def test_one_reward_is_its_own_argmax_in_every_mode(mode: str, table) -> None:
+    plain = choose_winners(frame(table), {"a": 3.0}, SelectParams())
+    assert choose_winners(frame(table), {"a": 3.0}, SelectParams(combine=mode)).equals(plain)
+    assert plain["selection_score"].to_list() == plain["a"].to_list()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=80, deadline=None)
+@given(table=tables(numbers))
+def test_the_best_on_every_reward_wins(mode: str, table) -> None:
+    for pairs in table.values():
+        pairs.append((10.0, 10.0))
+    assert chosen(frame(table), mode) == {prompt: f"{prompt}-{len(pairs) - 1}" for prompt, pairs in table.items()}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=80, deadline=None)
+@given(table=tables(numbers))
+def test_units_do_not_matter(mode: str, table) -> None:
+    """Powers of two, so that scaling itself rounds nothing. (Equal z-scores may still round apart: not the ids.)"""
+    rows = frame(table)
+    scaled = rows.with_columns(pl.col("a") * 1024 + 4096, pl.col("b") / 64)
+    one, two = (choose_winners(each, WEIGHTS, SelectParams(combine=mode)) for each in (rows, scaled))
+    assert one["prompt_id"].to_list() == two["prompt_id"].to_list()
+    for column in ("selection_score", "margin"):
+        assert one[column].to_list() == pytest.approx(two[column].to_list(), abs=1e-9)
+
+
+@settings(max_examples=80, deadline=None)
+@given(table=tables(numbers))
+def test_ranks_see_only_the_order(table) -> None:
+    rows = frame(table)
+    assert chosen(rows, "rank") == chosen(rows.with_columns(pl.col("a").exp(), pl.col("b") ** 3), "rank")
+
+
+@settings(max_examples=80, deadline=None)
+@given(table=tables(numbers))
+def test_beating_the_mean_on_all_is_what_it_says(table) -> None:
+    found = chosen(frame(table), "beats_mean")
+    for prompt, pairs in table.items():
+        means = [sum(column) / len(pairs) for column in zip(*pairs, strict=True)]
+        spread = [max(column) > min(column) for column in zip(*pairs, strict=True)]
+        good = {
+            f"{prompt}-{i}"
+            for i, pair in enumerate(pairs)
+            if all(value > mean + 1e-12 or not varies for value, mean, varies in zip(pair, means, spread, strict=True))
+        }
+        assert (found.get(prompt) in good) if good else prompt not in found
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=80, deadline=None)
+@given(table=tables(numbers), value=numbers)
+def test_a_constant_reward_has_no_say(mode: str, table, value: float) -> None:
+    rows = frame(table).with_columns(pl.lit(value).alias("b"))
+    assert chosen(rows, mode) == chosen(rows, mode, {"a": 1.0})
+
+
+def test_modes_can_disagree() -> None:
+    """One reward is wild about x; the ranks only see a first place and a last one."""
+    rows = frame({"p": [(9.0, 0.0), (1.0, 2.0), (0.0, 1.0)]})
+    weights = {"a": 1.5, "b": 1.0}
+    assert chosen(rows, "zscore", weights) == {"p": "p-0"}
+    assert chosen(rows, "rank", weights) == {"p": "p-1"}
+    assert chosen(rows, "beats_mean", weights) == {}
+
+
+def test_scores_and_margins_are_in_the_units_the_docs_name() -> None:
+    rows = frame({"p": [(0.0, 5.0), (2.0, 7.0)]})
+    by_z = choose_winners(rows, WEIGHTS, SelectParams()).row(0, named=True)
+    assert (by_z["selection_score"], by_z["margin"], by_z["loser_id"]) == (3.0, 3.0, "p-0")
+    by_rank = choose_winners(rows, WEIGHTS, SelectParams(combine="rank")).row(0, named=True)
+    assert (by_rank["selection_score"], by_rank["margin"]) == (1.0, 0.5)
+
+
+def test_what_is_odd_is_counted() -> None:
+    rows = frame({"p": [(1.0, math.nan), (1.0, 2.0)], "q": [(1.0, 2.0), (2.0, math.inf)], "r": [(3.0, 3.0)]})
+    assert odd_scores(rows, WEIGHTS) == {
+        "not_finite_a": 0, "constant_prompts_a": 1, "not_finite_b": 2, "constant_prompts_b": 0,
+    }  # fmt: skip
