@@ -144,6 +144,8 @@ def broken_latents(path: Path) -> set[str]:
 def _row_groups(shard: Path, columns: Sequence[str] | None) -> Iterator[pa.Table]:
     try:
         with pq.ParquetFile(shard, page_checksum_verification=True) as file:
+            if missing := set(columns or ()) - set(file.schema_arrow.names):
+                raise UserError(f"{shard}: has no column {sorted(missing)[0]!r}; rerun what makes this file")
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group, columns=columns)
     except (pa.ArrowException, OSError) as error:

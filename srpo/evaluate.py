@@ -4,35 +4,50 @@ from __future__ import annotations
 
 import csv
 import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import safetensors.numpy
 import torch
 from tqdm import tqdm
 
 from srpo import datasets
 from srpo.base import write_json
-from srpo.gate import check_gate
+from srpo.errors import UserError
+from srpo.gate import appearance, best_guidance, judge_round
 from srpo.hashing import derive_seed
-from srpo.lineage import read_metrics
-from srpo.metrics.compare import diversity, win_rate
-from srpo.metrics.fid import frechet_distance, kernel_distance
+from srpo.lineage import read_sweep
+from srpo.metrics.compare import Estimate, win_rate
+from srpo.metrics.features import load_extractors
+from srpo.metrics.frechet import frechet_distance, gaussian
+from srpo.metrics.kernel import paired_kernel_distance
+from srpo.metrics.observe import Observation
+from srpo.metrics.reference import load_reference
 from srpo.params import Params
 from srpo.prompts import Prompt, check_disjoint, load_prompts
-from srpo.rewards import Reward
 from srpo.rounds import BASE, RoundFiles
 from srpo.sampler import PromptEmbeds, Sampler, sample_images
-from srpo.score import BATCH, batched, load_rewards, to_tensor
+from srpo.score import BATCH, batched, load_rewards
 from srpo.scratch import scratch_folder
 
 log = logging.getLogger("srpo")
+Place = tuple[Prompt, int]
+"""A prompt and the number of a picture among the prompt's."""
 
 
 def evaluate(params: Params, root: Path, key: str) -> None:
-    """Write `rounds/<key>/evaluation/`: metrics.json, guidance.csv, per_prompt.parquet, samples.parquet.
+    """Write `rounds/<key>/evaluation/`.
+
+    metrics.json: flat headline numbers at the reported guidance, but win rates (over base, each model at its own
+    best guidance, with the interval's lower end) and the verdict as in gate.json.
+    guidance.csv: every measure with its interval at every guidance scale (`Observation.measures`).
+    gate.json, not for base: the rules, win rates against base and parent, the pictures' drift in looks.
+    per_prompt.parquet: every reward of every picture. samples.parquet: some pictures.
+    features.safetensors, base only: features at the reported guidance, from which rounds measure their drift.
 
     Raises:
         UserError: bad prompt files, or a model, reward or reference that can't be read.
@@ -40,95 +55,155 @@ def evaluate(params: Params, root: Path, key: str) -> None:
     files, settings = RoundFiles(root, key), params.evaluate
     prompts = load_prompts(root / params.prompts.eval)
     check_disjoint(load_prompts(root / params.prompts.train), prompts)
+    if (len(prompts) - 1) * settings.images_per_prompt < 2:
+        raise UserError(f"{params.prompts.eval}: too few prompts for any interval; it needs at least 3")
     rewards = load_rewards(params, root)
-    reference = _reference_features(root / settings.reference, rewards[settings.features])
+    extractors = load_extractors(params, root, rewards)
+    references = {
+        name: load_reference(root / settings.reference, extractor, root / ".srpo" / "cache")
+        for name, extractor in extractors.items()
+    }
     sampler = Sampler(params, files.adapter)
     embeds = sampler.encode([prompt.prompt for prompt in prompts])
     scratch = scratch_folder(root, "evaluate", key, "redone from the start")
-    rows, sweep, reported = [], {}, {}
+    rows, samples, sweep, drift = [], [], {}, {}
     total = len(prompts) * settings.images_per_prompt * len(settings.guidance_scales)
     with tqdm(total=total, unit="img", desc=f"evaluate {key}", mininterval=2) as progress:
         for guidance in settings.guidance_scales:
-            images, plan = _sample(sampler, embeds, prompts, guidance, params, progress)
-            scores = _score(rewards, images, [prompt.prompt for prompt, _ in plan])
-            features = _features(rewards[settings.features], images)
-            for i, (prompt, index) in enumerate(plan):
-                row = {"prompt_id": prompt.id, "prompt": prompt.prompt, "index": index, "guidance": guidance}
-                rows.append(row | {name: float(values[i]) for name, values in scores.items()})
-            sweep[str(guidance)] = {name: float(values.mean()) for name, values in scores.items()} | {
-                "fid": frechet_distance(features, reference),
-                "kid": kernel_distance(features, reference),
-                "diversity": diversity(features, [prompt.id for prompt, _ in plan]),
-            }
-            if guidance == settings.guidance_scale:
-                reported = {"images": len(images)} | sweep[str(guidance)]
-                _write_samples(scratch / "samples.parquet", images, plan, settings.samples)
+            seen, reported = Observation(rewards, extractors, settings.features), guidance == settings.guidance_scale
+            for images, places in _sample(sampler, embeds, prompts, guidance, params, progress):
+                seen.add(images, places)
+                if reported:
+                    samples += _samples(images, places, {prompt.id for prompt in prompts[: settings.samples]})
+            sweep[str(guidance)] = seen.measures(references, settings.clip_name)
+            rows += [row | {"guidance": guidance} for row in seen.rows]
+            if reported:
+                drift = _drift(root, key, seen.features(settings.features), scratch)
+    _write_samples(scratch / "samples.parquet", samples)
     _write_scores(scratch / "per_prompt.parquet", rows, list(rewards))
-    with (scratch / "guidance.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=["guidance", *next(iter(sweep.values()))])
-        writer.writeheader()
-        writer.writerows({"guidance": guidance} | values for guidance, values in sweep.items())
-    metrics = {"round": key, "guidance_scale": settings.guidance_scale} | reported | {"sweep": sweep}
-    write_json(scratch / "metrics.json", metrics | _verdict(params, root, key, metrics, pl.DataFrame(rows)))
+    _write_sweep(scratch / "guidance.csv", sweep)
+    gate = None if key == BASE else _judge(params, root, key, sweep, pl.DataFrame(rows))
+    if gate:
+        write_json(scratch / "gate.json", gate)
+    metrics = _headline(params, sweep[str(settings.guidance_scale)], drift, gate)
+    write_json(scratch / "metrics.json", metrics)
     datasets.publish(scratch, files.evaluation)
-    log.info("evaluate %s: %s", key, ", ".join(f"{name} {reported[name]:.3f}" for name in [*rewards, "fid"]))
+    log.info("evaluate %s: %s", key, ", ".join(f"{name} {metrics[name]:.3f}" for name in [*rewards, "fid"]))
+    if metrics["finding"] != "-":
+        log.warning("evaluate %s: %s: the selecting reward rose and no judge followed", key, metrics["finding"])
 
 
 def _sample(
     sampler: Sampler,
     embeds: PromptEmbeds,
-    prompts: list[Prompt],
+    prompts: Sequence[Prompt],
     guidance: float,
     params: Params,
     progress: tqdm,
-) -> tuple[torch.Tensor, list[tuple[Prompt, int]]]:
+) -> Iterator[tuple[torch.Tensor, list[Place]]]:
+    """Pictures uint8 [n, 3, height, width] and their places, a batch of the rewards at a time."""
     settings = params.evaluate
     places = [(row, index) for row in range(len(prompts)) for index in range(settings.images_per_prompt)]
-    _, images = sample_images(
-        sampler,
-        embeds,
-        [row for row, _ in places],
-        # no round in the seed: all rounds meet the same noise, so that they compare picture by picture
-        [derive_seed(params.seed, "evaluate", prompts[row].id, index) for row, index in places],
-        height=settings.height,
-        width=settings.width,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=guidance,
-        batch_size=params.runtime.batch_size,
-        on_images=progress.update,
+    for batch in batched(places, BATCH):
+        _, images = sample_images(
+            sampler,
+            embeds,
+            [row for row, _ in batch],
+            # no round in the seed: all rounds meet the same noise, so that they compare picture by picture
+            [derive_seed(params.seed, "evaluate", prompts[row].id, index) for row, index in batch],
+            height=settings.height,
+            width=settings.width,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=guidance,
+            batch_size=params.runtime.batch_size,
+            on_images=progress.update,
+        )
+        # in the memory order of decoded pictures, as the reference comes: the same pixels take the same way
+        yield images.permute(0, 3, 1, 2), [(prompts[row], index) for row, index in batch]
+
+
+def _drift(root: Path, key: str, features: np.ndarray, scratch: Path) -> dict[str, float]:
+    """FID and KID against base's own pictures of the same prompts and noise; base leaves its features for that."""
+    if key == BASE:
+        safetensors.numpy.save_file({"features": features}, scratch / "features.safetensors")
+        return {"drift": 0.0, "drift_kid": 0.0}
+    path = RoundFiles(root, BASE).evaluation / "features.safetensors"
+    try:
+        base = safetensors.numpy.load_file(path)["features"]
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: not readable ({error}); run `srpo evaluate base`, or `dvc checkout`") from None
+    if base.shape != features.shape:
+        raise UserError(f"{path}: {base.shape} features where this round has {features.shape}; evaluate base anew")
+    drift = frechet_distance(gaussian(features), gaussian(base))
+    return {"drift": drift, "drift_kid": paired_kernel_distance(features, base)}
+
+
+def _judge(
+    params: Params, root: Path, key: str, sweep: Mapping[str, Mapping[str, float]], scores: pl.DataFrame
+) -> dict[str, Any]:
+    """gate.json. Win rates are `best`: over base, each at its own best guidance; `base`, `parent`: at the reported."""
+    base_sweep, reported = read_sweep(root, BASE), params.evaluate.guidance_scale
+    base, parent = (
+        pl.read_parquet(RoundFiles(root, rival).evaluation / "per_prompt.parquet")
+        for rival in (BASE, params.rounds[key].parent)
     )
-    return images.permute(0, 3, 1, 2).contiguous(), [(prompts[row], index) for row, index in places]
-
-
-def _score(rewards: dict[str, Reward], images: torch.Tensor, prompts: list[str]) -> dict[str, np.ndarray]:
-    parts = list(zip(images.split(BATCH), batched(prompts, BATCH), strict=True))
-    return {
-        name: torch.cat([reward.score(batch, texts) for batch, texts in parts]).numpy()
-        for name, reward in rewards.items()
+    best, rates = {}, {}
+    for name in params.rewards:
+        ours, theirs = float(best_guidance(sweep, name)), float(best_guidance(base_sweep, name))
+        best[name] = _pair(scores, base, name, ours, theirs)
+        rates[name] = {
+            "best": best[name]._asdict() | {"guidance": ours, "base_guidance": theirs},
+            "base": _pair(scores, base, name, reported, reported)._asdict(),
+            "parent": _pair(scores, parent, name, reported, reported)._asdict(),
+        }
+    roles = ({name: best[name] for name in params.reward_names(role)} for role in ("judge", "select"))
+    return judge_round(params.gate, sweep, base_sweep, *roles) | {
+        "pictures_at": {
+            "guidance": float(best_guidance(sweep, "fid")),
+            "base_guidance": float(best_guidance(base_sweep, "fid")),
+        },
+        "win_rate": rates,
+        "looks": appearance(sweep, base_sweep),
     }
 
 
-def _features(reward: Reward, images: torch.Tensor) -> np.ndarray:
-    return torch.cat([reward.features(batch) for batch in images.split(BATCH)]).numpy()
+def _headline(
+    params: Params, reported: Mapping[str, float], drift: Mapping[str, float], gate: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """metrics.json: few and flat, so that `dvc metrics show` is a table one can read."""
+    names = ["images", *params.rewards, "fid", "kid", "cmmd", "diversity"]
+    metrics = {"guidance": params.evaluate.guidance_scale} | {name: reported[name] for name in names} | drift
+    if gate is None:
+        return metrics | {"verdict": "-", "finding": "-"}
+    for judge in params.reward_names("judge"):
+        rate = gate["win_rate"][judge]["best"]
+        metrics |= {f"{judge}_win_rate": rate["value"], f"{judge}_win_rate_low": rate["low"]}
+    return metrics | {"verdict": gate["verdict"], "finding": gate["finding"] or "-"}
 
 
-def _reference_features(path: Path, reward: Reward) -> np.ndarray:
-    cells = (row["image"] for row in datasets.read_rows(path, ["image"]))
-    return np.concatenate([_features(reward, to_tensor(batch)) for batch in batched(cells, BATCH)])
+def _pair(scores: pl.DataFrame, other: pl.DataFrame, name: str, guidance: float, other_guidance: float) -> Estimate:
+    def at(table: pl.DataFrame, value: float) -> pl.DataFrame:
+        return table.filter((pl.col("guidance") - value).abs() < 1e-4).sort("prompt_id", "index")
+
+    ours, theirs = at(scores, guidance), at(other, other_guidance)
+    columns = (table[name].cast(pl.Float32).to_numpy() for table in (ours, theirs))
+    return win_rate(*columns, ours["prompt_id"].to_list())
 
 
-def _write_samples(path: Path, images: torch.Tensor, plan: list[tuple[Prompt, int]], prompts: int) -> None:
-    kept = list(dict.fromkeys(prompt.id for prompt, _ in plan))[:prompts]
-    rows = [
+def _samples(images: torch.Tensor, places: Sequence[Place], kept: set[str]) -> list[dict[str, Any]]:
+    return [
         {
             "prompt_id": prompt.id,
             "prompt": prompt.prompt,
             "index": index,
             "image": datasets.encode_png(image.permute(1, 2, 0).numpy()),
         }
-        for image, (prompt, index) in zip(images, plan, strict=True)
+        for image, (prompt, index) in zip(images, places, strict=True)
         if prompt.id in kept
     ]
+
+
+def _write_samples(path: Path, rows: list[dict[str, Any]]) -> None:
     fields = {"prompt_id": pa.string(), "prompt": pa.string(), "index": pa.int32(), "image": datasets.IMAGE}
     datasets.write_table(path, rows, fields)
 
@@ -138,33 +213,8 @@ def _write_scores(path: Path, rows: list[dict[str, Any]], rewards: list[str]) ->
     datasets.write_table(path, rows, fields | dict.fromkeys(rewards, pa.float32()))
 
 
-def _verdict(params: Params, root: Path, key: str, metrics: dict, scores: pl.DataFrame) -> dict[str, Any]:
-    """Win rates against base and parent, the gate's rules and the verdict; base itself has none."""
-    if key == BASE:
-        return {"verdict": "-"}
-    judges = params.reward_names("judge")
-    rates: dict[str, dict[str, float]] = {judge: {} for judge in judges}
-    best: dict[str, float] = {}
-    for name, rival in {"base": BASE, "parent": params.rounds[key].parent}.items():
-        other = pl.read_parquet(RoundFiles(root, rival).evaluation / "per_prompt.parquet")
-        rival_metrics = read_metrics(root, rival)
-        for judge in judges:
-            guidance = params.evaluate.guidance_scale
-            rates[judge][name] = _pair(scores, other, judge, guidance, guidance)
-            if name == "base":
-                best[judge] = _pair(scores, other, judge, _best(metrics, judge), _best(rival_metrics, judge))
-    rules = check_gate(params.gate, metrics, read_metrics(root, BASE), best)
-    verdict = "pass" if all(rule["passed"] for rule in rules.values()) else "fail"
-    return {"win_rate": rates, "gate": rules, "verdict": verdict}
-
-
-def _best(metrics: dict, judge: str) -> float:
-    return float(max(metrics["sweep"], key=lambda guidance: metrics["sweep"][guidance][judge]))
-
-
-def _pair(scores: pl.DataFrame, other: pl.DataFrame, judge: str, guidance: float, other_guidance: float) -> float:
-    def column(table: pl.DataFrame, at: float) -> np.ndarray:
-        rows = table.filter((pl.col("guidance") - at).abs() < 1e-4).sort("prompt_id", "index")
-        return rows[judge].cast(pl.Float32).to_numpy()
-
-    return win_rate(column(scores, guidance), column(other, other_guidance))
+def _write_sweep(path: Path, sweep: Mapping[str, Mapping[str, float]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=["guidance", *next(iter(sweep.values()))])
+        writer.writeheader()
+        writer.writerows({"guidance": guidance} | dict(values) for guidance, values in sweep.items())

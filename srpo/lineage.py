@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
 import json
 from pathlib import Path
@@ -50,3 +51,15 @@ def read_lineage(root: Path, key: str) -> dict[str, Any]:
 def read_metrics(root: Path, key: str) -> dict[str, Any]:
     """The evaluation's `metrics.json` of a round, or of `base`."""
     return json.loads((RoundFiles(root, key).evaluation / "metrics.json").read_text(encoding="utf-8"))
+
+
+def read_sweep(root: Path, key: str) -> dict[str, dict[str, float]]:
+    """The evaluation's `guidance.csv` of a round, or of `base`: all measures, by guidance scale."""
+    with (RoundFiles(root, key).evaluation / "guidance.csv").open(newline="", encoding="utf-8") as file:
+        rows = [dict(row) for row in csv.DictReader(file)]
+    return {row.pop("guidance"): {name: float(value) for name, value in row.items()} for row in rows}
+
+
+def read_gate(root: Path, key: str) -> dict[str, Any]:
+    """The evaluation's `gate.json` of a round: rules, verdict, finding, win rates and looks."""
+    return json.loads((RoundFiles(root, key).evaluation / "gate.json").read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ from srpo.rewards import FAMILIES, find_family
 
 PARAMS_FILE = "params.yaml"
 STAGES_WITH_OVERRIDES = ("generate", "select", "train")
+INCEPTION = "inception"
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -124,8 +125,11 @@ class EvaluateParams(Section):
     guidance_scale: Guidance = Field(description="the one of the sweep whose numbers are reported")
     height: Pixels = Field(description="pixels")
     width: Pixels = Field(description="pixels")
-    reference: str = Field(description="parquet file or folder of reference images for FID and KID")
-    features: str = Field(description="name of the reward whose image features FID and KID use; a judge")
+    reference: str = Field(description="parquet file or folder of reference images for FID, KID and CMMD")
+    features: str = Field(description="what makes FID's and KID's image features: `inception`, or a judge's name")
+    clip_features: str | None = Field(
+        None, description="the judge whose image embeddings CMMD and diversity use; null takes `features`"
+    )
     samples: PositiveInt = Field(16, description="eval prompts whose pictures are kept")
 
     @model_validator(mode="after")
@@ -134,15 +138,26 @@ class EvaluateParams(Section):
             raise ValueError(f"guidance_scale {self.guidance_scale} must be one of guidance_scales")
         return self
 
+    @property
+    def clip_name(self) -> str:
+        """Name of the judge whose image embeddings CMMD and diversity use."""
+        return self.clip_features or self.features
+
 
 class GateParams(Section):
     """What a round must show to pass. Judges and pictures decide, never the selecting reward."""
 
     min_judge_win_rate: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5, description="each judge's win rate against base, at least"
+        0.5, description="lower end of the 95 % interval of each judge's win rate against base, at least"
     )
-    max_fid_ratio: Annotated[float, Field(gt=0)] = Field(1.0, description="FID over base FID, at most")
+    max_fid_ratio: Annotated[float, Field(gt=0)] = Field(1.0, description="FID over base's, at most")
+    max_kid_increase: float | None = Field(0.0, description="KID minus base's, at most; null asks for nothing")
     min_diversity_ratio: Annotated[float, Field(ge=0)] = Field(0.5, description="diversity over base's, at least")
+    max_looks_drift: Annotated[float, Field(gt=0)] | None = Field(
+        1.0,
+        description="shift of mean saturation, contrast, edges and colour entropy from base's, in base's standard "
+        "deviations over pictures, at most; null asks for nothing",
+    )
 
 
 class RuntimeParams(Section):
@@ -206,10 +221,16 @@ class Params(Section):
         roles = {spec.role for spec in self.rewards.values()}
         if roles != {"select", "judge"}:
             raise ValueError("rewards: needs at least one with role select and one with role judge")
-        judge = self.rewards.get(self.evaluate.features)
-        if judge is None or judge.role != "judge":
-            raise ValueError(f"evaluate.features: {self.evaluate.features!r} is not a reward with role judge")
+        if self.evaluate.features != INCEPTION:
+            self._must_judge("features", self.evaluate.features)
+        elif self.evaluate.clip_features is None:
+            raise ValueError("evaluate.clip_features: name a judge, since evaluate.features is no CLIP's")
+        self._must_judge("clip_features", self.evaluate.clip_name)
         return self
+
+    def _must_judge(self, key: str, name: str) -> None:
+        if name not in self.rewards or self.rewards[name].role != "judge":
+            raise ValueError(f"evaluate.{key}: {name!r} is not a reward with role judge")
 
     def for_round(self, key: str) -> Params:
         """These params with the round's overrides applied.
@@ -237,6 +258,8 @@ class Params(Section):
 RESERVED_COLUMNS = {
     "candidate_id", "prompt_id", "prompt", "index", "seed", "image", "latents", "steps", "guidance",
     "margin", "weight", "loser_id", "selection_score", "rejected", "file",
+    "images", "fid", "kid", "cmmd", "diversity", "drift", "drift_kid", "verdict", "finding",
+    "saturation", "contrast", "edge_density", "colour_entropy", INCEPTION,
 }  # fmt: skip
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from srpo.hashing import file_digest, value_digest
-from srpo.lineage import read_lineage, read_metrics
+from srpo.lineage import read_gate, read_lineage, read_metrics, read_sweep
+from srpo.metrics.looks import LOOKS
 from srpo.params import STAGES_WITH_OVERRIDES, Params
 from srpo.rounds import BASE, RoundFiles, ancestors, order
-from srpo.summary import SET_MEASURES
+from srpo.summary import SET_MEASURES, verdict
 
 ARTIFACTS_TAG = "srpo.artifacts"
 Point = tuple[str, float, int]
@@ -46,10 +47,9 @@ def campaign_points(params: Params, root: Path) -> list[Point]:
         if not (RoundFiles(root, key).evaluation / "metrics.json").exists():
             continue
         metrics = read_metrics(root, key)
-        values = {name: metrics[name] for name in (*params.rewards, *SET_MEASURES)}
-        for judge, rates in metrics.get("win_rate", {}).items():
-            values[f"{judge}_win_rate_base"] = rates["base"]
-        values |= _selection(root, key)
+        rates = [f"{judge}_win_rate{end}" for judge in params.reward_names("judge") for end in ("", "_low")]
+        names = (*params.rewards, *SET_MEASURES, "drift_kid", *rates)
+        values = {name: metrics[name] for name in names if name in metrics} | _selection(root, key)
         points += [(f"{name}{suffix}", float(value), depth) for name, value in values.items()]
     return points
 
@@ -85,9 +85,17 @@ def round_record(params: Params, root: Path, key: str) -> RoundRecord:
     record.points += [(name, float(value), 0) for name, value in _selection(root, key).items()]
     if (files.evaluation / "metrics.json").exists():
         metrics = read_metrics(root, key)
-        record.points += [(f"eval/{name}", value, 0) for name, value in _numbers(metrics).items()]
-        record.tags["srpo.verdict"] = metrics["verdict"]
+        swept = (*params.rewards, "fid", "kid", "cmmd", "diversity", *LOOKS)
+        sweep = {at: {name: values[name] for name in swept} for at, values in read_sweep(root, key).items()}
+        measured = metrics | {"sweep": sweep}
+        record.tags["srpo.verdict"] = verdict(metrics)
         record.artifacts.append((files.evaluation / "metrics.json", None))
+        if key != BASE:
+            gate = read_gate(root, key)
+            rules = {name: rule["value"] for name, rule in gate["rules"].items()}
+            measured |= {"gate": rules, "win_rate": gate["win_rate"]}
+            record.artifacts.append((files.evaluation / "gate.json", None))
+        record.points += [(f"eval/{name}", value, 0) for name, value in _numbers(measured).items()]
     for name in ("index.html", "winners.png", "tuned.png"):
         if (files.report / name).exists():
             record.artifacts.append((files.report / name, "report"))

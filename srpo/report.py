@@ -12,11 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from srpo import charts, datasets, pictures
-from srpo.lineage import read_lineage, read_metrics
+from srpo.lineage import read_gate, read_lineage, read_metrics, read_sweep
 from srpo.params import Params
 from srpo.rounds import BASE, RoundFiles
 from srpo.scratch import scratch_folder
-from srpo.summary import SET_MEASURES, show
+from srpo.summary import SET_MEASURES, show, verdict
 
 
 def report(params: Params, root: Path, key: str) -> None:
@@ -31,6 +31,7 @@ def report(params: Params, root: Path, key: str) -> None:
     files, parent = RoundFiles(root, key), params.rounds[key].parent
     learned, tuned = pictures.winners_and_losers(params, files), pictures.before_and_after(root, key)
     metrics = {name: read_metrics(root, name) for name in dict.fromkeys((BASE, parent, key))}
+    sweeps = {name: read_sweep(root, name) for name in metrics}
     training = pl.read_csv(files.training)
     names = [*params.rewards, *SET_MEASURES]
     page = _environment().get_template("report.html").render(
@@ -39,12 +40,13 @@ def report(params: Params, root: Path, key: str) -> None:
         selects=params.reward_names("select"),
         judges=params.reward_names("judge"),
         metrics=metrics[key],
-        rows=[{"round": name} | found for name, found in metrics.items()],
+        gate=read_gate(root, key),
+        rows=[_row(name, metrics[name], sweeps[name]) for name in metrics],
         names=names,
         steps=training.height,
         tuned=[_figure(pair) for pair in tuned],
         learned=[_figure(pair) for pair in learned],
-        charts=_charts(params, files, metrics, training),
+        charts=_charts(params, files, metrics, sweeps, training),
         lineage=_lineage_rows(root, key),
         selection=_selection(files),
     )  # fmt: skip
@@ -88,17 +90,30 @@ def _picture_uri(image: Image.Image) -> str:
     return _data_uri(buffer.getvalue(), "image/jpeg")
 
 
-def _charts(params: Params, files: RoundFiles, metrics: dict[str, dict], training: pl.DataFrame) -> dict[str, list]:
+def _row(name: str, metrics: dict[str, Any], sweep: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """A round's line of the first table: its headline numbers, and the intervals of those that have one."""
+    reported = sweep[str(metrics["guidance"])]
+    spread = {
+        measure: f"{show(reported[f'{measure}_low'])} to {show(reported[f'{measure}_high'])}"
+        for measure in reported
+        if f"{measure}_low" in reported
+    }
+    return metrics | {"round": name, "verdict": verdict(metrics), "spread": spread}
+
+
+def _charts(
+    params: Params, files: RoundFiles, metrics: dict[str, dict], sweeps: dict[str, dict], training: pl.DataFrame
+) -> dict[str, list]:
     """By section, (name, SVG data URI): a chart each, so that the page can stack them on a narrow screen."""
     rewards = list(params.rewards)
     scores = pl.read_parquet(files.scores, columns=rewards)
     winners = pl.read_parquet(datasets.shards(files.winners), columns=rewards)
     rows = [{"round": name} | found for name, found in metrics.items()]
-    sweeps = {name if name == BASE else f"round {name}": found["sweep"] for name, found in metrics.items()}
+    sweeps = {name if name == BASE else f"round {name}": found for name, found in sweeps.items()}
     steps, loss = training["step"].to_list(), training["loss"].to_list()
     drawn = {
         "rounds": {name: charts.over_rounds(rows, [name]) for name in [*rewards, *SET_MEASURES]},
-        "sweep": {name: charts.sweep(sweeps, [name]) for name in [*rewards, "fid"]},
+        "sweep": {name: charts.sweep(sweeps, [name]) for name in [*rewards, "fid", "cmmd", "saturation"]},
         "histograms": {
             name: charts.histograms({name: scores[name].to_numpy()}, {name: winners[name].to_numpy()})
             for name in rewards

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,21 +14,28 @@ from srpo.params import PARAMS_FILE, Params, load_params
 if TYPE_CHECKING:
     from rich.table import Table
 
-SET_MEASURES = ("fid", "kid", "diversity")
+SET_MEASURES = ("fid", "kid", "cmmd", "diversity", "drift")
 
 
 def campaign_rows(root: Path, params: Params) -> list[dict[str, Any]]:
     """Base first, then rounds parents before children, those that have an evaluation.
 
-    Keys: round, every reward's name, fid, kid, diversity (numbers at the reported guidance) and verdict.
+    Keys: round, every reward's name, SET_MEASURES (numbers at the reported guidance) and verdict, which also says
+    what the gate found.
     """
     rows = []
     for key in (tree.BASE, *tree.order(params.rounds)):
         if (tree.RoundFiles(root, key).evaluation / "metrics.json").exists():
             metrics = read_metrics(root, key)
-            names = [*params.rewards, *SET_MEASURES, "verdict"]
-            rows.append({"round": key} | {name: metrics.get(name) for name in names})
+            numbers = {name: metrics.get(name) for name in (*params.rewards, *SET_MEASURES)}
+            rows.append({"round": key} | numbers | {"verdict": verdict(metrics)})
     return rows
+
+
+def verdict(metrics: Mapping[str, Any]) -> str:
+    """The verdict of a `metrics.json`, with the gate's finding if there is one."""
+    finding = metrics.get("finding", "-")
+    return metrics["verdict"] if finding == "-" else f"{metrics['verdict']}: {finding}"
 
 
 def campaign_table(root: Path | str) -> list[dict[str, Any]]:
@@ -49,11 +57,20 @@ def addresses(params: Params, key: str) -> dict[str, str]:
 
 def render(rows: list[dict[str, Any]]) -> Table:
     """The rows as a table for the terminal: three decimals, `-` where there is nothing."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="SRPO campaign, on held-out prompts")
+    # narrow enough for 80 columns; where a name is long, the words of the verdict wrap and no number does
+    table = Table(
+        title="SRPO campaign, on held-out prompts",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
     for name in rows[0] if rows else ("round",):
-        table.add_column(name, justify="left" if name in ("round", "verdict") else "right")
+        words = name in ("round", "verdict")
+        table.add_column(name, justify="left" if words else "right", no_wrap=name != "verdict")
     for row in rows:
         table.add_row(*(show(value) for value in row.values()))
     return table

@@ -42,7 +42,7 @@ PRELOAD = (
     "torch", "diffusers:StableDiffusionXLPipeline", "diffusers:UNet2DConditionModel", "diffusers:AutoencoderKL",
     "diffusers:EulerDiscreteScheduler", "diffusers:DDPMScheduler", "transformers:CLIPTextModel",
     "transformers:CLIPTextModelWithProjection", "transformers:CLIPTokenizer", "transformers:CLIPModel",
-    "transformers:CLIPProcessor", "transformers:CLIPImageProcessor", "peft", "cleanfid.fid",
+    "transformers:CLIPProcessor", "transformers:CLIPImageProcessor", "peft",
     "srpo.generate", "srpo.score", "srpo.train", "srpo.evaluate", "srpo.rewards.clip", "srpo.rewards.templates",
 )  # fmt: skip
 

@@ -6,7 +6,6 @@ Files go through the project's own writers (`srpo.datasets`, `select`, the gate)
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,11 @@ import pyarrow as pa
 
 from srpo import datasets
 from srpo.base import write_json
-from srpo.gate import check_gate
+from srpo.gate import appearance, best_guidance, judge_round
 from srpo.hashing import derive_seed, digest, file_digest
-from srpo.lineage import WEIGHTS_FILE, read_lineage
+from srpo.lineage import WEIGHTS_FILE, read_lineage, read_sweep
+from srpo.metrics.compare import Estimate
+from srpo.metrics.looks import LOOKS
 from srpo.params import STAGES_WITH_OVERRIDES, Params, load_params
 from srpo.rounds import BASE, RoundFiles, ancestors
 from srpo.select import select
@@ -88,15 +89,29 @@ def write_evaluation(params: Params, root: Path, key: str, size: int = 16, shift
     for guidance in settings.guidance_scales:
         gain = 0.1 * depth + 0.03 * guidance + shift
         values = {name: 0.3 + gain + 0.02 * i for i, name in enumerate(params.rewards)}
-        sweep[str(guidance)] = values | {"fid": 40 - 60 * gain, "kid": 0.3 - 0.4 * gain, "diversity": 0.5 - 0.1 * gain}
-    metrics = {"round": key, "guidance_scale": settings.guidance_scale, "images": 180}
-    metrics |= sweep[str(settings.guidance_scale)] | {"sweep": sweep, "verdict": "-"}
+        values |= {"kid": 0.3 - 0.4 * gain, "cmmd": 2 - gain, "diversity": 0.5 - 0.1 * gain}
+        spreads = {name: Estimate(value, value - 0.05, value + 0.05).flat(name) for name, value in values.items()}
+        sweep[str(guidance)] = {"images": 180, "fid": 40 - 60 * gain} | {
+            k: v for s in spreads.values() for k, v in s.items()
+        }
+        sweep[str(guidance)] |= dict.fromkeys(LOOKS, 0.4 + 0.1 * gain) | {f"{name}_std": 0.1 for name in LOOKS}
+    names = ["images", *params.rewards, "fid", "kid", "cmmd", "diversity"]
+    metrics = {"guidance": settings.guidance_scale}
+    metrics |= {name: sweep[str(settings.guidance_scale)][name] for name in names}
+    metrics |= {"drift": 5.0 * depth, "drift_kid": 0.05 * depth, "verdict": "-", "finding": "-"}
     if key != BASE:
-        base = json.loads((RoundFiles(root, BASE).evaluation / "metrics.json").read_text())
-        judges = params.reward_names("judge")
-        metrics["win_rate"] = {judge: {"base": 0.5 + 0.1 * depth, "parent": 0.55} for judge in judges}
-        metrics["gate"] = check_gate(params.gate, metrics, base, dict.fromkeys(judges, 0.5 + 0.1 * depth))
-        metrics["verdict"] = "pass" if all(rule["passed"] for rule in metrics["gate"].values()) else "fail"
+        base, win = read_sweep(root, BASE), Estimate(0.5 + 0.1 * depth, 0.45 + 0.1 * depth, 0.55 + 0.1 * depth)
+        roles = (dict.fromkeys(params.reward_names(role), win) for role in ("judge", "select"))
+        gate = judge_round(params.gate, sweep, base, *roles)
+        best = win._asdict() | {"guidance": 1.5, "base_guidance": 3.0}
+        gate["pictures_at"] = {"guidance": float(best_guidance(sweep, "fid")), "base_guidance": 3.0}
+        gate["win_rate"] = {
+            name: {"best": best, "base": win._asdict(), "parent": win._asdict()} for name in params.rewards
+        }
+        write_json(files.evaluation / "gate.json", gate | {"looks": appearance(sweep, base)})
+        for judge in params.reward_names("judge"):
+            metrics |= {f"{judge}_win_rate": win.value, f"{judge}_win_rate_low": win.low}
+        metrics |= {"verdict": gate["verdict"], "finding": gate["finding"] or "-"}
     write_json(files.evaluation / "metrics.json", metrics)
     with (files.evaluation / "guidance.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=["guidance", *next(iter(sweep.values()))])

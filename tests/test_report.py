@@ -17,7 +17,7 @@ from PIL import Image
 
 from srpo import pictures
 from srpo.errors import UserError
-from srpo.lineage import read_lineage, read_metrics
+from srpo.lineage import read_gate, read_lineage, read_sweep
 from srpo.params import load_params
 from srpo.report import report
 from srpo.rounds import RoundFiles
@@ -72,11 +72,30 @@ def test_a_prompt_is_text_and_nothing_else(reported: Path) -> None:
 
 
 def test_the_page_shows_verdict_gate_and_hashes(reported: Path) -> None:
-    page, metrics, lineage = Page(reported), read_metrics(reported, "002"), read_lineage(reported, "002")
-    assert f'class="verdict {metrics["verdict"]}"' in page.html
-    for name, rule in metrics["gate"].items():
+    page, gate, lineage = Page(reported), read_gate(reported, "002"), read_lineage(reported, "002")
+    assert f'class="verdict {gate["verdict"]}"' in page.html
+    for name, rule in gate["rules"].items():
         assert name in page.words and f"{rule['value']:.3f}" in page.words
     assert {lineage["adapter"], lineage["winners"], lineage["parent_adapter"], lineage["code"]} <= set(page.words)
+
+
+def test_the_page_shows_intervals_and_looks(reported: Path) -> None:
+    words, sweep = Page(reported).words, read_sweep(reported, "002")["2.0"]
+    for name in ("judge", "kid", "cmmd", "diversity"):
+        assert f"{sweep[f'{name}_low']:.3f} to {sweep[f'{name}_high']:.3f}" in words, name
+    gate = read_gate(reported, "002")
+    rate = gate["win_rate"]["judge"]["parent"]
+    assert f"{rate['low']:.3f} to {rate['high']:.3f}" in words
+    for name, look in gate["looks"].items():
+        assert name.replace("_", " ") in words and f"{look['z']:+.2f} sd" in words
+
+
+def test_a_finding_is_called_by_name(project: Path) -> None:
+    assert "Reward hacking:" not in Page(project).words
+    path = RoundFiles(project, "002").evaluation / "gate.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"finding": "reward hacking"}))
+    report(load_params(project / "params.yaml"), project, "002")
+    assert "Reward hacking:" in Page(project).words
 
 
 def test_the_charts_show_base_parent_and_round(reported: Path) -> None:
@@ -153,5 +172,5 @@ def test_the_table_has_a_row_per_evaluated_round(reported: Path) -> None:
     rows = campaign_table(reported)
     assert [row["round"] for row in rows] == ["base", "001", "002"]
     assert [column.header for column in render(rows).columns] == [
-        "round", "reward", "judge", "accuracy", "fid", "kid", "diversity", "verdict",
+        "round", "reward", "judge", "accuracy", "fid", "kid", "cmmd", "diversity", "drift", "verdict",
     ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from srpo import datasets
 from srpo.base import pin_base
 from srpo.evaluate import evaluate
 from srpo.generate import generate
-from srpo.lineage import WEIGHTS_FILE, read_lineage, read_metrics
+from srpo.lineage import WEIGHTS_FILE, read_gate, read_lineage, read_metrics, read_sweep
 from srpo.params import Params, load_params
 from srpo.rounds import RoundFiles
 from srpo.score import score
@@ -159,8 +161,23 @@ def test_evaluation_pairs_base_and_round(params: Params, world: Path) -> None:
     evaluate(params, world, "001")
     base, tuned = read_metrics(world, "base"), read_metrics(world, "001")
     assert base["verdict"] == "-" and tuned["verdict"] in ("pass", "fail")
-    assert tuned["sweep"].keys() == {"1.0", "2.0"}
-    assert set(tuned["gate"]) == {"judge_win_rate", "accuracy_win_rate", "fid_ratio", "diversity_ratio"}
+    assert read_sweep(world, "001").keys() == {"1.0", "2.0"}
+    assert not any(isinstance(value, dict | list) for value in tuned.values()), "dvc metrics show wants it flat"
+    gate, sweep = read_gate(world, "001"), read_sweep(world, "001")["2.0"]
+    assert {
+        "judge_win_rate",
+        "accuracy_win_rate",
+        "fid_ratio",
+        "kid_increase",
+        "diversity_ratio",
+        "unbacked_reward",
+    } < set(gate["rules"])
+    assert (
+        gate["verdict"] == tuned["verdict"] == ("pass" if all(r["passed"] for r in gate["rules"].values()) else "fail")
+    )
+    assert tuned["judge_win_rate_low"] == gate["win_rate"]["judge"]["best"]["low"]
+    assert all(tuned[name] == sweep[name] for name in ("images", "judge", "fid", "kid", "cmmd", "diversity"))
+    assert base["drift"] == base["drift_kid"] == 0 < tuned["drift"]
     keys = ["prompt_id", "index", "guidance"]
     tables = [
         pl.read_parquet(RoundFiles(world, key).evaluation / "per_prompt.parquet").select(keys)
@@ -168,6 +185,44 @@ def test_evaluation_pairs_base_and_round(params: Params, world: Path) -> None:
     ]
     assert tables[0].equals(tables[1])
     assert tables[0].height == 2 * 2 * 2
+
+
+def test_a_round_that_is_base_is_even_with_it(params: Params, world: Path) -> None:
+    evaluate(params, world, "base")
+    evaluate(params, world, "001")  # no adapter yet
+    base, same, gate = read_metrics(world, "base"), read_metrics(world, "001"), read_gate(world, "001")
+    assert same["drift_kid"] == 0 and same["drift"] < 1e-6 and same["fid"] == base["fid"]
+    for rates in gate["win_rate"].values():
+        assert all((rate["value"], rate["low"], rate["high"]) == (0.5, 0.5, 0.5) for rate in rates.values())
+    assert (gate["verdict"], gate["finding"]) == ("pass", None)
+    assert all(look["z"] == 0 for look in gate["looks"].values())
+
+
+def test_evaluation_does_not_depend_on_batch_size_or_cache(params: Params, world: Path, monkeypatch) -> None:
+    files, found = RoundFiles(world, "base"), []
+    for size in (1, 3):
+        evaluate(with_batch_size(params, size), world, "base")
+        found.append(content(files.evaluation))
+    shutil.rmtree(world / ".srpo" / "cache")
+    evaluate(params, world, "base")
+    assert found[0] == found[1] == content(files.evaluation)
+
+
+def test_evaluation_holds_one_batch_of_pictures(params: Params, world: Path, monkeypatch) -> None:
+    module, asked = sys.modules["srpo.evaluate"], []
+    monkeypatch.setattr(module, "BATCH", 3)
+    real = module.sample_images
+    monkeypatch.setattr(module, "sample_images", lambda *a, **k: asked.append(len(a[2])) or real(*a, **k))
+    evaluate(params, world, "base")
+    assert asked == [3, 1, 3, 1]
+
+
+def test_a_judge_without_features_can_not_make_them(params: Params, world: Path) -> None:
+    from srpo.errors import UserError
+
+    settings = params.evaluate.model_copy(update={"clip_features": "accuracy"})
+    with pytest.raises(UserError, match=r"evaluate\.features: rewards\.accuracy has no image features"):
+        evaluate(params.model_copy(update={"evaluate": settings}), world, "base")
 
 
 def test_rank_can_not_change_between_parent_and_child(params: Params, world: Path) -> None:

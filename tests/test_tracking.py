@@ -27,6 +27,8 @@ def campaign(shared_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """Base and two rounds of the random-weight world, without any MLflow record."""
     root = tmp_path_factory.mktemp("campaign") / "project"
     shutil.copytree(shared_world, root)
+    text = (root / "params.yaml").read_text()  # these tests run outside the project's folder
+    (root / "params.yaml").write_text(text.replace("base: data/base", f"base: {root}/data/base"))
     params = load_params(root / "params.yaml")
     pin_base(params, root)
     evaluate(params, root, "base")
@@ -90,7 +92,12 @@ def test_the_projection_tells_all_and_is_idempotent(project: Path) -> None:
     assert child["inputs"] == [("winners", f"{'ab' * 16}.dir")]
     assert child["tags"]["dvc.winners"] == f"{'ab' * 16}.dir"
     assert first["round 002"]["tags"]["srpo.parent_adapter"] == child["tags"]["srpo.adapter"]
-    assert {"lineage.json", "report/index.html", "report/tuned.png", "report/winners.png"} <= set(child["artifacts"])
+    assert {"eval/cmmd", "eval/drift", "eval/sweep/1.0/kid", "eval/sweep/2.0/saturation"} <= set(child["metrics"])
+    assert {"eval/gate/fid_ratio", "eval/win_rate/judge/best/low"} <= set(child["metrics"])
+    assert {"cmmd", "drift", "judge_win_rate_low"} <= set(first["tiny"]["metrics"])
+    assert {"lineage.json", "gate.json", "report/index.html", "report/tuned.png", "report/winners.png"} <= set(
+        child["artifacts"]
+    )
     assert tracking.sync(params, project)
     assert story(project) == first
 

@@ -37,7 +37,8 @@ folder = pathlib.Path("rounds", key)
 outs = {{
     "base": ["adapter/lineage.json", "rewards.json"], "generate": ["candidates/x"], "score": ["scores.parquet"],
     "select": ["winners/x"], "train": ["adapter/x", "training.csv"], "report": ["report/index.html"],
-    "evaluate": ["evaluation/per_prompt.parquet", "evaluation/samples.parquet", "evaluation/guidance.csv"],
+    "evaluate": ["evaluation/per_prompt.parquet", "evaluation/samples.parquet", "evaluation/guidance.csv",
+                 "evaluation/features.safetensors" if key == "base" else "evaluation/gate.json"],
 }}[stage]
 for out in outs:
     (folder / out).parent.mkdir(parents=True, exist_ok=True)
