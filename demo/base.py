@@ -119,32 +119,26 @@ def train_base(
     out: Path,
     *,
     steps: int,
-    pretrained: Path | None = None,
-    learning_rate: float = 1e-3,
     batch_size: int = 64,
     on_checkpoint: Callable[[StableDiffusionXLPipeline, int], None] = lambda pipeline, step: None,
-    checkpoint_every: int = 500,
+    checkpoint_every: int = 1000,
 ) -> None:
     """Write the pipeline to `out`, in half precision: epsilon prediction, a tenth of the captions dropped, EMA.
 
     Args:
         latents: [n, 4, 8, 8], as from `encode`.
         captions: one per row of `latents`, right or wrong.
-        pretrained: an earlier `out` to go on from.
         on_checkpoint: shown the averaged pipeline now and then.
     """
     torch.manual_seed(2)
     generator = torch.Generator().manual_seed(2)
-    if pretrained:
-        pipeline = StableDiffusionXLPipeline.from_pretrained(pretrained, dtype=torch.float32)
-    else:
-        pipeline = make_pipeline(vae, tokenizer)
+    pipeline = make_pipeline(vae, tokenizer)
     pipeline.set_progress_bar_config(disable=True)
     parts = {name: getattr(pipeline, name).train() for name in ("unet", "text_encoder", "text_encoder_2")}
     averaged = {name: copy.deepcopy(part).eval() for name, part in parts.items()}
     trained = [parameter for part in parts.values() for parameter in part.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.05)
     noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     distinct = sorted({*captions, ""})
     tokens = tokenize(tokenizer, distinct)

@@ -44,16 +44,14 @@ def all_scenes() -> list[Scene]:
 
 
 def miscaptioned(scene: Scene, rng: np.random.Generator, wrong: float) -> Scene:
-    """The scene that a careless caption would name: colour and shape each mistaken with probability `wrong`.
+    """The scene that a careless caption would name: each of its four parts replaced with probability `wrong`.
 
-    A mistake always names the same neighbour (red is called orange, a circle a square), because a model
-    averages scattered mistakes away but learns a habit.
+    The replacement is any value of that part. Mistakes are scattered on purpose: a model that learns from them is
+    wrong now and then for every prompt, so that among its candidates there is something to select. One that learned
+    a fixed confusion is always wrong for some prompts and never for others, and best-of-N has no choice.
     """
-    if rng.random() < wrong:
-        scene = replace(scene, colour=_neighbour(scene.colour, tuple(COLOURS)))
-    if rng.random() < wrong:
-        scene = replace(scene, shape=_neighbour(scene.shape, SHAPES))
-    return scene
+    values = {"colour": tuple(COLOURS), "shape": SHAPES, "position": tuple(POSITIONS), "background": tuple(BACKGROUNDS)}
+    return replace(scene, **{part: str(rng.choice(names)) for part, names in values.items() if rng.random() < wrong})
 
 
 def render(scene: Scene, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -86,7 +84,3 @@ def _outlines(shape: str, x: float, y: float, r: float) -> list[list[tuple[float
 
 def _shade(colour: tuple[int, int, int], change: np.ndarray) -> tuple[int, ...]:
     return tuple(int(value) for value in np.clip(np.round(np.array(colour) + change), 0, 255))
-
-
-def _neighbour(name: str, names: tuple[str, ...]) -> str:
-    return names[names.index(name) ^ 1]

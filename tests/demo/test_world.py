@@ -34,11 +34,13 @@ def test_both_prompt_sets_hold_every_part_of_the_world() -> None:
         assert {scene.position for scene in scenes} == set(POSITIONS)
 
 
-def test_wrong_captions_have_one_habit() -> None:
+def test_wrong_captions_are_scattered() -> None:
     rng, scene = np.random.default_rng(0), all_scenes()[0]
-    told = Counter(miscaptioned(scene, rng, 0.3).caption for _ in range(2000))
-    assert len(told) == 4
-    assert abs(told[scene.caption] / 2000 - 0.49) < 0.04
+    told = Counter(miscaptioned(scene, rng, 0.15).caption for _ in range(3000))
+    # a replacement may be the right value by chance
+    right = (1 - 0.15 * 5 / 6) * (1 - 0.15 * 3 / 4) * (1 - 0.15 * 4 / 5) * (1 - 0.15 * 2 / 3)
+    assert abs(told.pop(scene.caption) / 3000 - right) < 0.03
+    assert len(told) > 50 and max(told.values()) < 200
 
 
 def test_the_exact_judge_reads_pictures_of_the_world(quick_world: Path) -> None:
