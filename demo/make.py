@@ -83,6 +83,7 @@ def _train_models(
     if not vae_folder.exists():
         train_vae(pictures, steps=effort.vae_steps).save_pretrained(vae_folder)
     vae = AutoencoderKL.from_pretrained(vae_folder).eval()
+    vae.register_to_config(_name_or_path="")  # else this machine's path goes into the shipped config
     latents = encode(vae, pictures)
     # different seeds and sizes, so that what fools one need not fool the other
     for name, seed, width, layers in (("reward", 11, 48, 2), ("judge", 12, 80, 3)):
