@@ -56,7 +56,7 @@ def addresses(params: Params, key: str) -> dict[str, str]:
 
 
 def render(rows: list[dict[str, Any]]) -> Table:
-    """The rows as a table for the terminal: three decimals, `-` where there is nothing."""
+    """The rows as a table for the terminal; `-` where there is nothing."""
     from rich import box
     from rich.table import Table
 
@@ -77,7 +77,7 @@ def render(rows: list[dict[str, Any]]) -> Table:
 
 
 def show(value: Any) -> str:
-    """A cell's text."""
+    """A cell's text: three decimals, fewer for numbers that are large."""
     if isinstance(value, float):
-        return f"{value:.3f}"
+        return f"{value:.{1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 3}f}"
     return "-" if value is None else str(value)
