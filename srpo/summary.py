@@ -14,6 +14,7 @@ from srpo.params import PARAMS_FILE, Params, load_params
 if TYPE_CHECKING:
     from rich.table import Table
 
+CAMPAIGN_PAGE = "rounds/index.html"
 SET_MEASURES = ("fid", "kid", "cmmd", "diversity", "drift")
 
 
@@ -44,13 +45,14 @@ def campaign_table(root: Path | str) -> list[dict[str, Any]]:
 
 
 def addresses(params: Params, key: str) -> dict[str, str]:
-    """Where to look at a round: its report's path, and the command or address that opens MLflow.
+    """Where to look at a round: its report's path, the campaign page's, and what opens MLflow.
 
     User and password are left out of the address: what prints this is for everyone to read.
     """
     uri = re.sub(r"//\S*@", "//", params.tracking.uri)
     return {
         "report": f"rounds/{key}/report/index.html",
+        "campaign": CAMPAIGN_PAGE,
         "MLflow": uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}",
     }
 
