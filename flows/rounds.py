@@ -33,6 +33,10 @@ from srpo.params import Params, load_params
 ROUND_STAGES = ("generate", "score", "select", "train", "evaluate", "report")
 BASE_STAGES = ("base", "evaluate-base")
 BAD_INPUT = 2
+PROJECTIONS = {
+    "track": "MLflow is behind; `srpo track` brings it up to date when it can be reached",
+    "campaign": "rounds/index.html is behind; `srpo campaign` writes it",
+}
 RETRIES = 2
 RETRY_DELAYS = [float(os.environ.get("SRPO_RETRY_DELAY", "10")) * factor for factor in (1, 4)]
 # for the temporary server that Prefect starts when none is configured; what the user set wins
@@ -106,9 +110,10 @@ def srpo_rounds(rounds: list[str] | None = None, push: bool = False, force: bool
                     if stage == "evaluate":
                         _show_table(key)
                 _show_addresses(params, key)
-            code, _ = run_group([sys.executable, "-m", "srpo", "track"], get_run_logger().info)
-        if code != 0:
-            get_run_logger().warning("MLflow is behind; `srpo track` brings it up to date when it can be reached")
+            # projections of finished rounds: when one fails the rounds still stand
+            for command, behind in PROJECTIONS.items():
+                if run_group([sys.executable, "-m", "srpo", command], get_run_logger().info)[0] != 0:
+                    get_run_logger().warning(behind)
     except (UserError, BadInput) as error:  # returned, not raised: the user needs the line, not a traceback
         return Failed(message=str(error), data=error)
     return None

@@ -1,15 +1,155 @@
-"""The report's charts, as SVG text. The same numbers give the same bytes."""
+"""The pages' charts, as SVG text, one chart each. The same numbers give the same bytes."""
 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 COLOURS = {"base": "#8a9099", "parent": "#3b82c4", "round": "#d9480f"}
+ROLES = {"select": "#d9480f", "judge": "#3b82c4", "measure": "#5c636d"}
+JUDGES = ("#3b82c4", "#2b8a3e", "#7048e8", "#0b7285")
+STROKES = ("-", "--", ":", "-.")  # a branch each
+WIDE, SMALL = (3.3, 2.7), (2.3, 2.0)  # inches
+Measured = Mapping[str, Mapping[str, float | None]]
+"""Numbers by round or guidance, then by name; `<name>_low` and `<name>_high` beside a name are its interval."""
+
+
+def over_rounds(measured: Measured, paths: Sequence[Sequence[str]], name: str, role: str = "measure") -> str:
+    """A measure and its intervals over the rounds: a line per path, its colour by `role` (a key of ROLES).
+
+    Args:
+        measured: by round; a round without the number is left out.
+        paths: `rounds.branches`; a path after the first starts at the round where it branches off.
+    """
+    figure, axis = _axis(SMALL)
+    places = _places(paths)
+    for number, path in enumerate(paths):
+        values = {key: measured[key] for key in path if _known(measured[key].get(name))}
+        if not values:
+            continue
+        xs = [places[key] for key in values]
+        _line(axis, xs, list(values.values()), name, color=ROLES[role], linestyle=STROKES[number % len(STROKES)])
+        if len(paths) > 1:
+            end = (xs[-1], values[list(values)[-1]][name])
+            axis.annotate(path[-1], end, xytext=(5, 0), textcoords="offset points", fontsize=8, va="center")
+    _name_rounds(axis, places)
+    axis.set_title(name, fontsize=10)
+    return _svg(figure)
+
+
+def win_rates(measured: Measured, path: Sequence[str], roles: Mapping[str, str]) -> str:
+    """Every reward's win rate over base along one path; `roles` says of each reward whether it selects or judges.
+
+    One scale for all: a selecting reward that rises alone stands out.
+    """
+    figure, axis = _axis(WIDE)
+    shades = iter(JUDGES * len(roles))
+    for name, role in roles.items():
+        known = [(place, measured[key]) for place, key in enumerate(path) if _known(measured[key].get(name))]
+        style = {"color": ROLES[role], "linewidth": 2.4} if role == "select" else {"color": next(shades)}
+        label = f"{name} (selects)" if role == "select" else name
+        _line(axis, [place for place, _ in known], [row for _, row in known], name, label=label, **style)
+    axis.axhline(0.5, color=COLOURS["base"], linewidth=1, linestyle="--")
+    axis.set_ylim(-0.02, 1.02)
+    _name_rounds(axis, {key: place for place, key in enumerate(path)})
+    axis.set_title(f"base to {path[-1]}", fontsize=10)
+    return _legend(figure)
+
+
+def sweep(sweeps: Mapping[str, Measured], name: str) -> str:
+    """A measure against guidance, with its band: a line per entry of `sweeps` (label -> measures by guidance)."""
+    figure, axis = _axis(WIDE)
+    palette = dict(zip(sweeps, [COLOURS["base"], COLOURS["parent"], COLOURS["round"]][-len(sweeps) :], strict=True))
+    for label, measured in sweeps.items():
+        guidance = sorted(measured, key=float)
+        rows, xs = [measured[g] for g in guidance], [float(g) for g in guidance]
+        axis.plot(xs, [row[name] for row in rows], "o-", markersize=4, label=label, color=palette[label])
+        if f"{name}_low" in rows[0]:
+            low, high = ([row[f"{name}_{side}"] for row in rows] for side in ("low", "high"))
+            axis.fill_between(xs, low, high, color=palette[label], alpha=0.15, linewidth=0)
+    axis.set_title(name.replace("_", " "), fontsize=10)
+    axis.set_xlabel("guidance", fontsize=9)
+    return _legend(figure)
+
+
+def histograms(name: str, candidates: np.ndarray, winners: np.ndarray) -> str:
+    """A reward over all candidates and over the winners, each as a share of its own number."""
+    figure, axis = _axis(WIDE)
+    edges = np.histogram_bin_edges(candidates[np.isfinite(candidates)], bins=24)
+    for label, part, colour in (("candidates", candidates, "base"), ("winners", winners, "round")):
+        share = np.ones(len(part)) / max(1, len(part))
+        axis.hist(part, edges, weights=share, alpha=0.6, label=label, color=COLOURS[colour])
+    axis.set_title(name, fontsize=10)
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    return _legend(figure)
+
+
+def training(steps: Sequence[int], loss: Sequence[float]) -> str:
+    """The loss of every step, and its running mean."""
+    figure, axis = _axis(WIDE)
+    axis.plot(steps, loss, color=COLOURS["base"], alpha=0.5, linewidth=0.8, label="each step")
+    window = max(1, len(loss) // 15)
+    smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
+    axis.plot(steps[window - 1 :], smooth, color=COLOURS["round"], label=f"mean of {window}")
+    axis.set_title("training loss", fontsize=10)
+    axis.set_xlabel("step", fontsize=9)
+    return _legend(figure)
+
+
+def _axis(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.add_subplot()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    axis.tick_params(labelsize=8.5)
+    axis.margins(x=0.08)
+    return figure, axis
+
+
+def _line(axis: Axes, xs: Sequence[float], rows: Sequence[Mapping], name: str, **style) -> None:
+    """A line with error bars where a row has an interval."""
+    values = np.array([row[name] for row in rows], float)
+    # a bootstrap's interval need not hold the mean; an error bar can't be negative
+    below, above = (
+        [max(0.0, sign * (row.get(f"{name}_{side}", row[name]) - row[name])) for row in rows]
+        for side, sign in (("low", -1), ("high", 1))
+    )
+    bars = axis.errorbar(xs, values, yerr=[below, above], fmt="o", capsize=2.5, markersize=4.5, elinewidth=1, **style)
+    bars[0].set_linestyle(style.get("linestyle", "-"))
+
+
+def _places(paths: Sequence[Sequence[str]]) -> dict[str, int]:
+    """A round's place on the x axis: how many measured rounds are above it."""
+    places: dict[str, int] = {}
+    for path in paths:
+        start = places.get(path[0], 0)
+        places |= {key: start + i for i, key in enumerate(path)}
+    return places
+
+
+def _name_rounds(axis: Axes, places: Mapping[str, int]) -> None:
+    ticks = sorted(set(places.values()))
+    names = ["\n".join(key for key, place in places.items() if place == tick) for tick in ticks]
+    crowded = sum(max(map(len, name.split("\n"))) for name in names) > 24
+    axis.set_xticks(ticks, names, rotation=60 if crowded else 0)
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _legend(figure: Figure) -> str:
+    # below the axes, where it can hide no line
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    figure.legend(loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=8.5)
+    return _svg(figure)
 
 
 def _svg(figure: Figure) -> str:
@@ -18,62 +158,3 @@ def _svg(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
-
-
-def _axes(count: int, height: float = 2.6) -> tuple[Figure, list]:
-    figure = Figure(figsize=(3.3 * count, height), layout="constrained")
-    axes = [figure.add_subplot(1, count, number + 1) for number in range(count)]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    return figure, axes
-
-
-def over_rounds(rows: Sequence[Mapping], names: Sequence[str]) -> str:
-    """One small chart per name, its value against the rounds in the given order."""
-    figure, axes = _axes(len(names))
-    for axis, name in zip(axes, names, strict=True):
-        points = [(row["round"], row[name]) for row in rows if row.get(name) is not None]
-        axis.plot([key for key, _ in points], [value for _, value in points], "o-", color=COLOURS["round"])
-        axis.set_title(name, fontsize=10)
-    return _svg(figure)
-
-
-def sweep(sweeps: Mapping[str, Mapping], names: Sequence[str]) -> str:
-    """One chart per name: its value against guidance, a line per entry of `sweeps` (label -> metrics' sweep)."""
-    figure, axes = _axes(len(names))
-    palette = dict(zip(sweeps, [COLOURS["base"], COLOURS["parent"], COLOURS["round"]][-len(sweeps) :], strict=True))
-    for axis, name in zip(axes, names, strict=True):
-        for label, values in sweeps.items():
-            guidance = sorted(values, key=float)
-            heights = [values[g][name] for g in guidance]
-            axis.plot([float(g) for g in guidance], heights, "o-", label=label, color=palette[label])
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel("guidance", fontsize=9)
-    axes[0].legend(frameon=False, fontsize=8)
-    return _svg(figure)
-
-
-def histograms(candidates: Mapping[str, np.ndarray], winners: Mapping[str, np.ndarray]) -> str:
-    """One chart per reward: all candidates and the winners, each as a share of its own number."""
-    figure, axes = _axes(len(candidates))
-    for axis, (name, values) in zip(axes, candidates.items(), strict=True):
-        edges = np.histogram_bin_edges(values[np.isfinite(values)], bins=24)
-        for label, part, colour in (("candidates", values, "base"), ("winners", winners[name], "round")):
-            share = np.ones(len(part)) / max(1, len(part))
-            axis.hist(part, edges, weights=share, alpha=0.6, label=label, color=COLOURS[colour])
-        axis.set_title(name, fontsize=10)
-    axes[0].legend(frameon=False, fontsize=8)
-    return _svg(figure)
-
-
-def training(steps: Sequence[int], loss: Sequence[float]) -> str:
-    """The loss of every step, and its running mean."""
-    figure, (axis,) = _axes(1)
-    axis.plot(steps, loss, color=COLOURS["base"], alpha=0.5, linewidth=0.8)
-    window = max(1, len(loss) // 15)
-    smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
-    axis.plot(steps[window - 1 :], smooth, color=COLOURS["round"])
-    axis.set_title("training loss", fontsize=10)
-    axis.set_xlabel("step", fontsize=9)
-    return _svg(figure)

@@ -150,6 +150,15 @@ def track() -> None:
 
 
 @app.command()
+def campaign() -> None:
+    """Write rounds/index.html: all evaluated rounds on one page."""
+    params, root = _load()
+    from srpo.campaign import write_campaign
+
+    print(write_campaign(params, root).relative_to(root))
+
+
+@app.command()
 def table() -> None:
     """Print all evaluated rounds, one line each, and where to look further."""
     params, root = _load()
@@ -162,7 +171,7 @@ def table() -> None:
         raise UserError("rounds/: no round is evaluated yet; `make demo` or `dvc repro` runs them")
     console.print(render(rows))
     for name, value in addresses(params, rows[-1]["round"]).items():
-        console.print(f"{name + ':':8} {value}", highlight=False, soft_wrap=True)
+        console.print(f"{name + ':':9} {value}", highlight=False, soft_wrap=True)
 
 
 @app.command()

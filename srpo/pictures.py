@@ -70,25 +70,31 @@ def before_and_after(root: Path, key: str, count: int = PAIRS) -> list[Pair]:
     Raises:
         UserError: samples of base or of the round are missing or damaged, or share no prompt.
     """
-
-    def samples(name: str) -> dict[tuple[str, int], dict[str, Any]]:
-        rows = datasets.read_rows(RoundFiles(root, name).evaluation / "samples.parquet")
-        return {(row["prompt_id"], row["index"]): row for row in rows}
-
-    before, after = samples(BASE), samples(key)
-    shared = sorted(place for place in after if place in before and place[1] == 0)
-    if not shared:
+    found = held_out(root, (BASE, key), count)
+    if not found:
         raise UserError(f"rounds/{key}/evaluation: its samples share no prompt with base's; rerun evaluate")
-    return [
-        Pair(
-            datasets.decode_image(before[place]["image"]),
-            datasets.decode_image(after[place]["image"]),
-            after[place]["prompt"],
-            (BASE,),
-            (f"round {key}",),
-        )
-        for place in _spread(shared, count)
+    return [Pair(images[BASE], images[key], prompt, (BASE,), (f"round {key}",)) for prompt, images in found]
+
+
+def held_out(root: Path, keys: Sequence[str], count: int) -> list[tuple[str, dict[str, Image.Image]]]:
+    """Held-out prompts, evenly spread over those that all of `keys` have, with every round's first picture.
+
+    Raises:
+        UserError: a round's samples are missing or damaged.
+    """
+    paths = {key: RoundFiles(root, key).evaluation / "samples.parquet" for key in keys}
+    prompts = [
+        {row["prompt_id"]: row["prompt"] for row in datasets.read_rows(path, ["prompt_id", "prompt", "index"])}
+        for path in paths.values()
     ]
+    chosen = _spread(sorted(set.intersection(*map(set, prompts))), count)
+    images: dict[str, dict[str, Image.Image]] = {prompt: {} for prompt in chosen}
+    for key, path in paths.items():
+        for row in datasets.read_rows(path, ["prompt_id", "index", "image"]):
+            if row["index"] == 0 and row["prompt_id"] in images:
+                image = datasets.decode_image(row["image"])  # kept no larger than it is shown
+                images[row["prompt_id"]][key] = image if max(image.size) <= TINY else thumbnail(image)
+    return [(prompts[-1][prompt], images[prompt]) for prompt in chosen]
 
 
 def contact_sheet(pairs: Sequence[Pair], title: str, left: str, right: str) -> Image.Image:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
 
 from srpo import charts, datasets, pictures
 from srpo.lineage import read_gate, read_lineage, read_metrics, read_sweep
+from srpo.page import chart, numbers, picture, render_page
 from srpo.params import Params
 from srpo.rounds import BASE, RoundFiles
 from srpo.scratch import scratch_folder
-from srpo.summary import SET_MEASURES, show, verdict
+from srpo.summary import SET_MEASURES
 
 
 def report(params: Params, root: Path, key: str) -> None:
@@ -30,23 +27,23 @@ def report(params: Params, root: Path, key: str) -> None:
     """
     files, parent = RoundFiles(root, key), params.rounds[key].parent
     learned, tuned = pictures.winners_and_losers(params, files), pictures.before_and_after(root, key)
-    metrics = {name: read_metrics(root, name) for name in dict.fromkeys((BASE, parent, key))}
-    sweeps = {name: read_sweep(root, name) for name in metrics}
+    sweeps = {name: read_sweep(root, name) for name in dict.fromkeys((BASE, parent, key))}
+    measured = {name: numbers(name, read_metrics(root, name), found) for name, found in sweeps.items()}
     training = pl.read_csv(files.training)
-    names = [*params.rewards, *SET_MEASURES]
-    page = _environment().get_template("report.html").render(
+    page = render_page(
+        "report.html",
         key=key,
         parent=parent,
         selects=params.reward_names("select"),
         judges=params.reward_names("judge"),
-        metrics=metrics[key],
+        metrics=measured[key],
         gate=read_gate(root, key),
-        rows=[_row(name, metrics[name], sweeps[name]) for name in metrics],
-        names=names,
+        rows=list(measured.values()),
+        names=[*params.rewards, *SET_MEASURES],
         steps=training.height,
         tuned=[_figure(pair) for pair in tuned],
         learned=[_figure(pair) for pair in learned],
-        charts=_charts(params, files, metrics, sweeps, training),
+        charts=_charts(params, files, measured, sweeps, training),
         lineage=_lineage_rows(root, key),
         selection=_selection(files),
     )  # fmt: skip
@@ -59,71 +56,34 @@ def report(params: Params, root: Path, key: str) -> None:
     datasets.publish(scratch, files.report)
 
 
-def _environment() -> Environment:
-    # prompts are other people's text: everything is escaped, whatever the template's name
-    environment = Environment(loader=PackageLoader("srpo"), autoescape=True, undefined=StrictUndefined)
-    environment.filters["show"] = show
-    return environment
-
-
 def _save_sheet(pairs: list[pictures.Pair], title: str, left: str, right: str, path: Path) -> None:
     pictures.contact_sheet(pairs, title, left, right).save(path, optimize=True)
 
 
 def _figure(pair: pictures.Pair) -> dict[str, Any]:
     """A pair for the page: separate pictures and real text, so that it reads on a phone and aloud."""
-    return {
-        "prompt": pair.prompt,
-        "sides": [
-            {"picture": _picture_uri(image), "tiny": max(image.size) <= pictures.TINY, "lines": lines}
-            for image, lines in ((pair.left, pair.left_lines), (pair.right, pair.right_lines))
-        ],
-    }
-
-
-def _picture_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    if max(image.size) <= pictures.TINY:  # the browser enlarges it
-        image.save(buffer, format="PNG", optimize=True)
-        return _data_uri(buffer.getvalue(), "image/png")
-    pictures.thumbnail(image).save(buffer, format="JPEG", quality=90)
-    return _data_uri(buffer.getvalue(), "image/jpeg")
-
-
-def _row(name: str, metrics: dict[str, Any], sweep: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """A round's line of the first table: its headline numbers, and the intervals of those that have one."""
-    reported = sweep[str(metrics["guidance"])]
-    spread = {
-        measure: f"{show(reported[f'{measure}_low'])} to {show(reported[f'{measure}_high'])}"
-        for measure in reported
-        if f"{measure}_low" in reported
-    }
-    return metrics | {"round": name, "verdict": verdict(metrics), "spread": spread}
+    sides = ((pair.left, pair.left_lines), (pair.right, pair.right_lines))
+    return {"prompt": pair.prompt, "sides": [picture(image) | {"lines": lines} for image, lines in sides]}
 
 
 def _charts(
-    params: Params, files: RoundFiles, metrics: dict[str, dict], sweeps: dict[str, dict], training: pl.DataFrame
+    params: Params, files: RoundFiles, measured: dict[str, dict], sweeps: dict[str, dict], training: pl.DataFrame
 ) -> dict[str, list]:
     """By section, (name, SVG data URI): a chart each, so that the page can stack them on a narrow screen."""
-    rewards = list(params.rewards)
-    scores = pl.read_parquet(files.scores, columns=rewards)
-    winners = pl.read_parquet(datasets.shards(files.winners), columns=rewards)
-    rows = [{"round": name} | found for name, found in metrics.items()]
+    rewards = {name: spec.role for name, spec in params.rewards.items()}
+    scores = pl.read_parquet(files.scores, columns=list(rewards))
+    winners = pl.read_parquet(datasets.shards(files.winners), columns=list(rewards))
     sweeps = {name if name == BASE else f"round {name}": found for name, found in sweeps.items()}
-    steps, loss = training["step"].to_list(), training["loss"].to_list()
+    path, roles = [list(measured)], rewards | dict.fromkeys(SET_MEASURES, "measure")
     drawn = {
-        "rounds": {name: charts.over_rounds(rows, [name]) for name in [*rewards, *SET_MEASURES]},
-        "sweep": {name: charts.sweep(sweeps, [name]) for name in [*rewards, "fid", "cmmd", "saturation"]},
+        "rounds": {name: charts.over_rounds(measured, path, name, role) for name, role in roles.items()},
+        "sweep": {name: charts.sweep(sweeps, name) for name in [*rewards, "fid", "cmmd", "saturation"]},
         "histograms": {
-            name: charts.histograms({name: scores[name].to_numpy()}, {name: winners[name].to_numpy()})
-            for name in rewards
+            name: charts.histograms(name, scores[name].to_numpy(), winners[name].to_numpy()) for name in rewards
         },
-        "training": {"training loss": charts.training(steps, loss)},
+        "training": {"training loss": charts.training(training["step"].to_list(), training["loss"].to_list())},
     }
-    return {
-        section: [(name, _data_uri(svg.encode(), "image/svg+xml")) for name, svg in found.items()]
-        for section, found in drawn.items()
-    }
+    return {section: [(name, chart(svg)) for name, svg in found.items()] for section, found in drawn.items()}
 
 
 def _lineage_rows(root: Path, key: str) -> list[tuple[str, str]]:
@@ -144,7 +104,3 @@ def _selection(files: RoundFiles) -> dict[str, Any]:
     scores = pl.read_parquet(files.scores, columns=["prompt_id"])
     winners = sum(1 for _ in datasets.read_rows(files.winners, ["candidate_id"]))
     return {"candidates": scores.height, "prompts": scores["prompt_id"].n_unique(), "winners": winners}
-
-
-def _data_uri(data: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -91,3 +91,24 @@ def order(tree: Mapping[str, HasParent]) -> list[str]:
     """All rounds, parents before children, file order among equals."""
     depth = {key: len(ancestors(tree, key)) for key in tree}
     return sorted(tree, key=lambda key: depth[key])
+
+
+def branches(tree: Mapping[str, HasParent], keys: Collection[str]) -> list[list[str]]:
+    """Those of `keys` (rounds and base) as paths that together are the tree, the trunk first.
+
+    A path follows each round's first child; every other child starts a path of its own, which begins with the
+    round it branches off. A round whose parent is not among the keys hangs on its nearest ancestor that is.
+    """
+    children: dict[str, list[str]] = {}
+    for key in (key for key in tree if key in keys):
+        above = [name for name in (BASE, *ancestors(tree, key)) if name in keys]
+        children.setdefault(above[-1] if above else BASE, []).append(key)
+
+    def grow(path: list[str]) -> list[list[str]]:
+        start = len(path) - 1  # the forks of what is before are the calling path's
+        while below := children.get(path[-1]):
+            path.append(below[0])
+        forks = [[key, child] for key in path[start:] for child in children.get(key, [])[1:]]
+        return [path, *(found for fork in forks for found in grow(fork))]
+
+    return grow([BASE])

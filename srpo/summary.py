@@ -14,6 +14,7 @@ from srpo.params import PARAMS_FILE, Params, load_params
 if TYPE_CHECKING:
     from rich.table import Table
 
+CAMPAIGN_PAGE = "rounds/index.html"
 SET_MEASURES = ("fid", "kid", "cmmd", "diversity", "drift")
 
 
@@ -44,19 +45,20 @@ def campaign_table(root: Path | str) -> list[dict[str, Any]]:
 
 
 def addresses(params: Params, key: str) -> dict[str, str]:
-    """Where to look at a round: its report's path, and the command or address that opens MLflow.
+    """Where to look at a round: its report's path, the campaign page's, and what opens MLflow.
 
     User and password are left out of the address: what prints this is for everyone to read.
     """
     uri = re.sub(r"//\S*@", "//", params.tracking.uri)
     return {
         "report": f"rounds/{key}/report/index.html",
+        "campaign": CAMPAIGN_PAGE,
         "MLflow": uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}",
     }
 
 
 def render(rows: list[dict[str, Any]]) -> Table:
-    """The rows as a table for the terminal: three decimals, `-` where there is nothing."""
+    """The rows as a table for the terminal; `-` where there is nothing."""
     from rich import box
     from rich.table import Table
 
@@ -77,7 +79,7 @@ def render(rows: list[dict[str, Any]]) -> Table:
 
 
 def show(value: Any) -> str:
-    """A cell's text."""
+    """A cell's text: three decimals, fewer for numbers that are large."""
     if isinstance(value, float):
-        return f"{value:.3f}"
+        return f"{value:.{1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 3}f}"
     return "-" if value is None else str(value)

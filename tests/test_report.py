@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srpo import pictures
+from srpo import charts, pictures
 from srpo.errors import UserError
 from srpo.lineage import read_gate, read_lineage, read_sweep
 from srpo.params import load_params
 from srpo.report import report
 from srpo.rounds import RoundFiles
-from srpo.summary import campaign_table, render
+from srpo.summary import campaign_table, render, show
 from tests.campaign import PROMPTS, build_campaign
 
 
@@ -74,8 +74,10 @@ def test_a_prompt_is_text_and_nothing_else(reported: Path) -> None:
 def test_the_page_shows_verdict_gate_and_hashes(reported: Path) -> None:
     page, gate, lineage = Page(reported), read_gate(reported, "002"), read_lineage(reported, "002")
     assert f'class="verdict {gate["verdict"]}"' in page.html
+    looks = {f"{name}_drift" for name in gate["looks"]}
     for name, rule in gate["rules"].items():
-        assert name in page.words and f"{rule['value']:.3f}" in page.words
+        assert name in looks or (name in page.words and f"{rule['value']:.3f}" in page.words)
+    assert page.words.count("holds") == len(gate["rules"])
     assert {lineage["adapter"], lineage["winners"], lineage["parent_adapter"], lineage["code"]} <= set(page.words)
 
 
@@ -87,15 +89,20 @@ def test_the_page_shows_intervals_and_looks(reported: Path) -> None:
     rate = gate["win_rate"]["judge"]["parent"]
     assert f"{rate['low']:.3f} to {rate['high']:.3f}" in words
     for name, look in gate["looks"].items():
-        assert name.replace("_", " ") in words and f"{look['z']:+.2f} sd" in words
+        assert name.replace("_", " ") in words and f"{look['z']:+.2f}" in words
 
 
-def test_a_finding_is_called_by_name(project: Path) -> None:
-    assert "Reward hacking:" not in Page(project).words
+def test_a_refused_round_says_what_was_found_and_broken(project: Path) -> None:
+    assert "Reward hacking" not in Page(project).words and "broken" not in Page(project).words
     path = RoundFiles(project, "002").evaluation / "gate.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"finding": "reward hacking"}))
+    gate = json.loads(path.read_text()) | {"verdict": "fail", "finding": "reward hacking"}
+    gate["rules"]["fid_ratio"] |= {"passed": False, "value": 1.25}
+    path.write_text(json.dumps(gate))
     report(load_params(project / "params.yaml"), project, "002")
-    assert "Reward hacking:" in Page(project).words
+    page = Page(project)
+    banner = page.html[page.html.index('class="banner"') : page.html.index("Is it better?")]
+    assert "Reward hacking" in banner and re.search(r"fid_ratio</code> 1\.250 \(at most 1\.000\)\.", banner)
+    assert page.words.count("broken") == 1
 
 
 def test_the_charts_show_base_parent_and_round(reported: Path) -> None:
@@ -106,6 +113,22 @@ def test_the_charts_show_base_parent_and_round(reported: Path) -> None:
         assert any({name, "base", "round 001", "round 002", "guidance"} <= found for found in words), "no sweep"
     assert any({"candidates", "winners"} <= found for found in words)
     assert any("training loss" in found for found in words)
+
+
+def test_the_charts_show_intervals() -> None:
+    known = {key: {"kid": kid, "kid_low": 0.1, "kid_high": 0.4} for key, kid in (("base", 0.3), ("001", 0.2))}
+    bare = {key: {"kid": row["kid"]} for key, row in known.items()}
+    path = [["base", "001"]]
+    assert charts.over_rounds(known, path, "kid") != charts.over_rounds(bare, path, "kid")
+    known, bare = ({key: {"1.0": row, "2.0": row} for key, row in rows.items()} for rows in (known, bare))
+    assert charts.sweep(known, "kid").count("FillBetween") == 2
+    assert "FillBetween" not in charts.sweep(bare, "kid")
+
+
+def test_a_lone_bound_or_no_number_is_no_point() -> None:
+    rows = {"base": {"kid": float("nan")}, "001": {"kid": None}, "002": {}}
+    empty = charts.over_rounds(rows, [["base", "001"], ["base", "002"]], "kid")
+    assert "kid" in empty and "nan" not in empty.lower()
 
 
 def test_the_same_files_give_the_same_report(project: Path) -> None:
@@ -166,6 +189,12 @@ def test_the_sheet_holds_every_pair(reported: Path) -> None:
     chosen = pictures.winners_and_losers(params, RoundFiles(reported, "002"), count=3)
     assert chosen[0].prompt == pairs[0].prompt and chosen[-1].prompt == pairs[-1].prompt, "the ends are shown"
     assert Image.open(RoundFiles(reported, "002").report / "winners.png").width > 4 * 2 * pictures.TINY
+
+
+def test_large_numbers_have_fewer_decimals() -> None:
+    assert [show(value) for value in (0.12345, -9.99, 83.123, -123.45, 3, None)] == [
+        "0.123", "-9.990", "83.12", "-123.5", "3", "-",
+    ]  # fmt: skip
 
 
 def test_the_table_has_a_row_per_evaluated_round(reported: Path) -> None:
