@@ -96,13 +96,13 @@ BAD = {
         "rounds.003.train: missing; write {}",
     ),
     "bad override": (
-        "generate: {guidance_scale: 3.0}",
-        "generate: {guidance_scale: 0.5}",
+        "parent: base\n    generate: {}",
+        "parent: base\n    generate: {guidance_scale: 0.5}",
         "rounds.001.generate.guidance_scale",
     ),
     "unknown override": (
-        "generate: {guidance_scale: 3.0}",
-        "generate: {cfg: 3.0}",
+        "parent: base\n    generate: {}",
+        "parent: base\n    generate: {cfg: 3.0}",
         "rounds.001.generate.cfg: unknown key",
     ),
     "reported guidance not in sweep": ("guidance_scales: [", "guidance_scales: [29.0, ", None),
