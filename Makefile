@@ -14,7 +14,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 data: env
-	$(BIN)/dvc pull --quiet data.dvc
+	$(BIN)/dvc pull --quiet --remote assets data.dvc
 
 demo: data
 	$(BIN)/python -m flows.rounds
