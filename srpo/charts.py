@@ -148,7 +148,10 @@ def _known(value: float | None) -> bool:
 def _legend(figure: Figure) -> str:
     # below the axes, where it can hide no line
     labels = figure.axes[0].get_legend_handles_labels()[1]
-    figure.legend(loc="outside lower center", ncols=min(3, len(labels)), frameon=False, fontsize=8.5)
+    columns = min(3, len(labels)) if sum(map(len, labels)) <= 32 else 1
+    figure.legend(
+        loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5, columnspacing=1.2, handlelength=1.5
+    )
     return _svg(figure)
 
 

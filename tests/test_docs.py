@@ -17,8 +17,9 @@ PAGES = sorted([*REPO.glob("*.md"), *REPO.glob("docs/*.md")])
 
 def commands(page: Path) -> list[list[str]]:
     """The commands of a page's unmarked code blocks, as words without their comments."""
-    blocks = re.findall(r"^```\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines() if re.match(r"[a-zA-Z.]", line)]
+    # marked blocks are matched too, lest the end of one be taken for the start of an unmarked one
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = [line for mark, block in blocks if not mark for line in block.splitlines() if re.match(r"[a-zA-Z.]", line)]
     return [words for line in lines if "─" not in line and (words := shlex.split(line, comments=True))]
 
 
