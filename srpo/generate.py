@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from srpo import datasets
 from srpo.hashing import derive_seed, digest
@@ -44,7 +45,8 @@ def generate(params: Params, root: Path, key: str) -> None:
     if todo:
         sampler = Sampler(params, parent.adapter)
         total = sum(len(part) for part, _ in todo) * settings.candidates_per_prompt
-        with tqdm(total=total, unit="img", desc=f"generate {key}", mininterval=2) as progress:
+        # else the line of a shard is printed into the bar
+        with logging_redirect_tqdm(), tqdm(total=total, unit="img", desc=f"generate {key}", mininterval=2) as progress:
             for part, name in todo:
                 rows = _candidates(sampler, [prompts[i] for i in part], params, settings, key, progress)
                 datasets.write_table(scratch / name, rows, datasets.CANDIDATE_FIELDS)
