@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,6 +34,8 @@ from srpo.params import Params, load_params
 ROUND_STAGES = ("generate", "score", "select", "train", "evaluate", "report")
 BASE_STAGES = ("base", "evaluate-base")
 BAD_INPUT = 2
+# DVC says the first of a stage that it can cache, the second of any other
+MISSING = re.compile(r"No such file or directory: '(.+)'|dependency '(.+)' does not exist")
 RETRIES = 2
 RETRY_DELAYS = [float(os.environ.get("SRPO_RETRY_DELAY", "10")) * factor for factor in (1, 4)]
 # for the temporary server that Prefect starts when none is configured; what the user set wins
@@ -141,6 +144,9 @@ def _failure(stage: str, code: int, lines: list[str]) -> BadInput | StageDied:
     words = _last_words(lines, code)
     # dvc's own statuses are 251 to 255; before a stage starts they mean a missing dependency or a broken file
     if code >= 251 and not any(line.startswith("Running stage ") for line in lines):
+        if missing := MISSING.search(words):
+            path = (missing[1] or missing[2]).removeprefix(f"{Path.cwd()}/")
+            words = f"{path} does not exist; `dvc pull` brings what DVC tracks"
         return BadInput(f"{stage}: {words}")
     return StageDied(f"{stage}: {words}")
 

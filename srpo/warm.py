@@ -100,7 +100,7 @@ def started() -> Iterator[None]:
         try:
             yield
         finally:
-            del os.environ[SOCKET_VARIABLE]
+            os.environ.pop(SOCKET_VARIABLE, None)
             server.terminate()
             try:
                 server.wait(15)  # a signal waits for the import at hand

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -58,12 +59,14 @@ def prefect_server() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def warm_dvc() -> Iterator[str]:
     """The address of a warm server that knows DVC: the flow's `dvc` processes are most of these tests' time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(REPO))
-        patch.setenv(warm.PRELOAD_VARIABLE, " ".join(item for item in warm.PRELOAD if item.startswith("dvc")))
-        patch.delenv(warm.SOCKET_VARIABLE, raising=False)
-        with warm.started():
-            yield os.environ.get(warm.SOCKET_VARIABLE, "")
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(REPO))
+            patch.setenv(warm.PRELOAD_VARIABLE, " ".join(item for item in warm.PRELOAD if item.startswith("dvc")))
+            patch.delenv(warm.SOCKET_VARIABLE, raising=False)
+            stack.enter_context(warm.started())
+            address = os.environ.pop(warm.SOCKET_VARIABLE, "")  # for these tests, not for all that come after
+        yield address
 
 
 @pytest.fixture
