@@ -18,13 +18,9 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import TerminationSignal
-from prefect.settings import (
-    PREFECT_SERVER_ANALYTICS_ENABLED,
-    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
-    temporary_settings,
-)
 from prefect.states import Completed, Failed, State
 
+from flows import server
 from flows.process import run_group
 from srpo import rounds as tree
 from srpo import summary, warm
@@ -38,12 +34,6 @@ BAD_INPUT = 2
 MISSING = re.compile(r"No such file or directory: '(.+)'|dependency '(.+)' does not exist")
 RETRIES = 2
 RETRY_DELAYS = [float(os.environ.get("SRPO_RETRY_DELAY", "10")) * factor for factor in (1, 4)]
-# for the temporary server that Prefect starts when none is configured; what the user set wins
-PREFECT_DEFAULTS = {
-    PREFECT_SERVER_ANALYTICS_ENABLED: False,
-    # the first start migrates an empty database: 26 s on two slow cores, and Prefect gives up after 20
-    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 300,
-}
 
 
 class StageDied(RuntimeError):
@@ -180,12 +170,12 @@ def main(
     try:
         needed(load_params(), round_)  # before the seconds that Prefect takes to start
         # the warm server's imports overlap with Prefect's start
-        with warm.started(), temporary_settings(set_defaults=PREFECT_DEFAULTS):
+        with warm.started(), server.provided():
             srpo_rounds(rounds=round_, push=push, force=force)
     except (UserError, BadInput) as error:
         print(f"srpo: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except StageDied as error:
+    except (StageDied, server.NoServer) as error:
         print(f"srpo: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except (KeyboardInterrupt, TerminationSignal):

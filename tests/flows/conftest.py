@@ -11,8 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prefect.testing.utilities import prefect_test_harness
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    PREFECT_SERVER_ANALYTICS_ENABLED,
+    temporary_settings,
+)
 
+from flows import server
 from srpo import warm
 
 REPO = Path(__file__).parents[2]
@@ -51,8 +57,15 @@ if stage == "evaluate":
 
 
 @pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=300):
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for Prefect's database, with tables as soon as one server has run."""
+    return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture(scope="session")
+def prefect_server(prefect_home: Path) -> Iterator[None]:
+    settings = {PREFECT_HOME: prefect_home, PREFECT_SERVER_ANALYTICS_ENABLED: False}
+    with temporary_settings(settings, restore_defaults={PREFECT_API_URL}), server.provided():
         yield
 
 
@@ -70,7 +83,7 @@ def warm_dvc() -> Iterator[str]:
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_dvc: str) -> Path:
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_dvc: str, prefect_home: Path) -> Path:
     """The project's own dvc.yaml and params.yaml over stand-in stages, as the current directory."""
     for file in ("params.yaml", "dvc.yaml"):
         shutil.copy(REPO / file, tmp_path)
@@ -84,6 +97,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_dvc: str) ->
     monkeypatch.setenv("PATH", f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     monkeypatch.setenv(warm.SOCKET_VARIABLE, warm_dvc)
+    monkeypatch.setenv("PREFECT_HOME", str(prefect_home))  # of flows in processes of their own
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.chdir(tmp_path)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], check=True)
     return tmp_path
