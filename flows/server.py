@@ -6,6 +6,7 @@ the server before the flow could tell it so, and a flow that is killed would lea
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -36,7 +37,10 @@ class NoServer(RuntimeError):
 
 @contextlib.contextmanager
 def provided() -> Iterator[None]:
-    """Run a server while the block runs, on Prefect's usual database; one that the user configured is used instead.
+    """Have a server while the block runs, on Prefect's usual database; one that the user configured is used instead.
+
+    It ends with this process and not with the block: Prefect's threads send their last logs and events when Python
+    waits for them at exit, and would try for a minute without a server.
 
     Raises:
         NoServer: with what it said.
@@ -63,13 +67,11 @@ def provided() -> Iterator[None]:
             start_new_session=True,
             preexec_fn=end_with_parent(signal.SIGTERM),
         )
-        try:
-            if not _is_up(process, address):
-                words.seek(0)
-                raise NoServer(f"Prefect's server did not start: {' '.join(words.read().split()):.300}")
-            yield
-        finally:
-            end_group(process)
+        atexit.register(end_group, process)
+        if not _is_up(process, address):
+            words.seek(0)
+            raise NoServer(f"Prefect's server did not start: {' '.join(words.read().split()):.300}")
+        yield
 
 
 def _is_up(process: subprocess.Popen, address: str) -> bool:
