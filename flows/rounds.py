@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,7 @@ from srpo.params import Params, load_params
 ROUND_STAGES = ("generate", "score", "select", "train", "evaluate", "report")
 BASE_STAGES = ("base", "evaluate-base")
 BAD_INPUT = 2
+EXIT_SECONDS = 10
 # DVC says the first of a stage that it can cache, the second of any other
 MISSING = re.compile(r"No such file or directory: '(.+)'|dependency '(.+)' does not exist")
 RETRIES = 2
@@ -180,6 +182,10 @@ def main(
         raise SystemExit(1) from None
     except (KeyboardInterrupt, TerminationSignal):
         print("srpo: interrupted", file=sys.stderr)
+        # a signal that comes in the middle of a log line can leave Prefect's threads waiting for each other at exit
+        bound = threading.Timer(EXIT_SECONDS, os._exit, [130])
+        bound.daemon = True
+        bound.start()
         raise SystemExit(130) from None
 
 

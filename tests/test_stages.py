@@ -111,6 +111,18 @@ def test_sampling_agrees_with_the_diffusers_pipeline(params: Params, world: Path
         assert torch.allclose(ours, theirs, atol=2e-4), (ours - theirs).abs().max()
 
 
+def test_loading_draws_no_bars_but_downloads_may(params: Params, world: Path, capfd: pytest.CaptureFixture) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    from srpo.rewards import load_reward
+    from srpo.sampler import load_pipeline
+
+    load_pipeline(params.model, torch.float32)
+    load_reward(params.rewards["judge"], world, torch.device("cpu"))
+    assert capfd.readouterr().err == ""
+    assert not are_progress_bars_disabled()
+
+
 def test_datasets_open_with_pictures_in_hf_datasets(params: Params, world: Path) -> None:
     import datasets as hf
 
