@@ -63,19 +63,22 @@ def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def prefect_server(prefect_home: Path) -> Iterator[None]:
+def prefect_server(prefect_home: Path) -> Iterator[str]:
+    """The address of a Prefect server that flows of this process use, too."""
     settings = {PREFECT_HOME: prefect_home, PREFECT_SERVER_ANALYTICS_ENABLED: False}
     with temporary_settings(settings, restore_defaults={PREFECT_API_URL}), server.provided():
-        yield
+        yield PREFECT_API_URL.value()
 
 
 @pytest.fixture(scope="session")
 def warm_dvc() -> Iterator[str]:
-    """The address of a warm server that knows DVC: the flow's `dvc` processes are most of these tests' time."""
+    """The address of a warm server, as the flow has one: its `dvc` and `srpo track` are most of these tests' time."""
     with contextlib.ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(REPO))
-            patch.setenv(warm.PRELOAD_VARIABLE, " ".join(item for item in warm.PRELOAD if item.startswith("dvc")))
+            # what `dvc` and `srpo track` need; the stages are stand-ins
+            wanted = [item for item in warm.PRELOAD if item.startswith(("dvc", "mlflow", "srpo.cli", "srpo.tracking"))]
+            patch.setenv(warm.PRELOAD_VARIABLE, " ".join(wanted))
             patch.delenv(warm.SOCKET_VARIABLE, raising=False)
             stack.enter_context(warm.started())
             address = os.environ.pop(warm.SOCKET_VARIABLE, "")  # for these tests, not for all that come after
