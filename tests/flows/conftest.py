@@ -11,12 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prefect.settings import (
-    PREFECT_API_URL,
-    PREFECT_HOME,
-    PREFECT_SERVER_ANALYTICS_ENABLED,
-    temporary_settings,
-)
+from prefect.settings import PREFECT_API_URL
 
 from flows import server
 from srpo import warm
@@ -57,16 +52,9 @@ if stage == "evaluate":
 
 
 @pytest.fixture(scope="session")
-def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for Prefect's database, with tables as soon as one server has run."""
-    return tmp_path_factory.mktemp("prefect")
-
-
-@pytest.fixture(scope="session")
-def prefect_server(prefect_home: Path) -> Iterator[str]:
+def prefect_server() -> Iterator[str]:
     """The address of a Prefect server that flows of this process use, too."""
-    settings = {PREFECT_HOME: prefect_home, PREFECT_SERVER_ANALYTICS_ENABLED: False}
-    with temporary_settings(settings, restore_defaults={PREFECT_API_URL}), server.provided():
+    with server.provided():
         yield PREFECT_API_URL.value()
 
 
@@ -86,7 +74,7 @@ def warm_dvc() -> Iterator[str]:
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_dvc: str, prefect_home: Path) -> Path:
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_dvc: str) -> Path:
     """The project's own dvc.yaml and params.yaml over stand-in stages, as the current directory."""
     for file in ("params.yaml", "dvc.yaml"):
         shutil.copy(REPO / file, tmp_path)
@@ -100,8 +88,6 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_dvc: str, pr
     monkeypatch.setenv("PATH", f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     monkeypatch.setenv(warm.SOCKET_VARIABLE, warm_dvc)
-    monkeypatch.setenv("PREFECT_HOME", str(prefect_home))  # of flows in processes of their own
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.chdir(tmp_path)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], check=True)
     return tmp_path
