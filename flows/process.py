@@ -43,7 +43,7 @@ def run_group(command: Sequence[str], on_line: Callable[[str], None]) -> tuple[i
             on_line(line)
         return process.wait(), list(tail)
     finally:
-        _end_group(process)
+        end_group(process)
         process.stdout.close()
 
 
@@ -73,7 +73,8 @@ def _last_state(line: str) -> str:
     return line.rstrip("\r").rpartition("\r")[2].rstrip()
 
 
-def _end_group(process: subprocess.Popen) -> None:
+def end_group(process: subprocess.Popen) -> None:
+    """End a process that leads a group, and all of its group: SIGTERM, after 15 s SIGKILL."""
     for number, grace in ((signal.SIGTERM, TERM_GRACE_SECONDS), (signal.SIGKILL, 5)):
         if process.poll() is not None:
             break

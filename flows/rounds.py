@@ -10,6 +10,8 @@ import os
 import re
 import signal
 import sys
+import threading
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,13 +19,9 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import TerminationSignal
-from prefect.settings import (
-    PREFECT_SERVER_ANALYTICS_ENABLED,
-    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
-    temporary_settings,
-)
 from prefect.states import Completed, Failed, State
 
+from flows import server
 from flows.process import run_group
 from srpo import rounds as tree
 from srpo import summary, warm
@@ -37,14 +35,11 @@ PROJECTIONS = {
     "track": "MLflow is behind; `srpo track` brings it up to date when it can be reached",
     "campaign": "rounds/index.html is behind; `srpo campaign` writes it",
 }
+EXIT_SECONDS = 10
+# DVC says the first of a stage that it can cache, the second of any other
+MISSING = re.compile(r"No such file or directory: '(.+)'|dependency '(.+)' does not exist")
 RETRIES = 2
 RETRY_DELAYS = [float(os.environ.get("SRPO_RETRY_DELAY", "10")) * factor for factor in (1, 4)]
-# for the temporary server that Prefect starts when none is configured; what the user set wins
-PREFECT_DEFAULTS = {
-    PREFECT_SERVER_ANALYTICS_ENABLED: False,
-    # the first start migrates an empty database: 26 s on two slow cores, and Prefect gives up after 20
-    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 300,
-}
 
 
 class StageDied(RuntimeError):
@@ -146,6 +141,9 @@ def _failure(stage: str, code: int, lines: list[str]) -> BadInput | StageDied:
     words = _last_words(lines, code)
     # dvc's own statuses are 251 to 255; before a stage starts they mean a missing dependency or a broken file
     if code >= 251 and not any(line.startswith("Running stage ") for line in lines):
+        if missing := MISSING.search(words):
+            path = (missing[1] or missing[2]).removeprefix(f"{Path.cwd()}/")
+            words = f"{path} does not exist; `dvc pull` brings what DVC tracks"
         return BadInput(f"{stage}: {words}")
     return StageDied(f"{stage}: {words}")
 
@@ -179,16 +177,20 @@ def main(
     try:
         needed(load_params(), round_)  # before the seconds that Prefect takes to start
         # the warm server's imports overlap with Prefect's start
-        with warm.started(), temporary_settings(set_defaults=PREFECT_DEFAULTS):
+        with warm.started(), server.provided():
             srpo_rounds(rounds=round_, push=push, force=force)
     except (UserError, BadInput) as error:
         print(f"srpo: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except StageDied as error:
+    except (StageDied, server.NoServer) as error:
         print(f"srpo: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except (KeyboardInterrupt, TerminationSignal):
         print("srpo: interrupted", file=sys.stderr)
+        # a signal that comes in the middle of a log line can leave Prefect's threads waiting for each other at exit
+        bound = threading.Timer(EXIT_SECONDS, os._exit, [130])
+        bound.daemon = True
+        bound.start()
         raise SystemExit(130) from None
 
 

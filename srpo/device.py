@@ -1,11 +1,25 @@
-"""Which device and number format a stage computes in."""
+"""Which device and number format a stage computes in, and how models load: without a bar for every file."""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
 from srpo.errors import UserError
 from srpo.params import RuntimeParams
+
+
+def load_quietly() -> None:
+    """Turn off the bars that diffusers and transformers, if imported, draw over weights; downloads keep theirs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+
+    downloads = not are_progress_bars_disabled()
+    for library in ("diffusers", "transformers"):
+        if library in sys.modules:
+            sys.modules[library].utils.logging.disable_progress_bar()
+    if downloads:  # transformers turns those off with its own
+        enable_progress_bars()
 
 
 def pick_device(runtime: RuntimeParams) -> torch.device:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from srpo.device import pick_device, pick_dtype
+from srpo.device import load_quietly, pick_device, pick_dtype
 from srpo.errors import UserError
 from srpo.lineage import WEIGHTS_FILE
 from srpo.params import ModelParams, Params
@@ -39,6 +39,7 @@ def load_pipeline(model: ModelParams, dtype: torch.dtype) -> StableDiffusionXLPi
     Raises:
         UserError: it can't be had or is no SDXL pipeline.
     """
+    load_quietly()
     try:
         pipeline = StableDiffusionXLPipeline.from_pretrained(
             model.base, revision=model.revision, variant=model.variant, dtype=dtype, use_safetensors=True

@@ -100,7 +100,7 @@ def started() -> Iterator[None]:
         try:
             yield
         finally:
-            del os.environ[SOCKET_VARIABLE]
+            os.environ.pop(SOCKET_VARIABLE, None)
             server.terminate()
             try:
                 server.wait(15)  # a signal waits for the import at hand
@@ -345,7 +345,10 @@ def _read(connection: socket.socket, count: int) -> bytes:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:
-        Server(sys.argv[2]).run()
+        try:
+            Server(sys.argv[2]).run()
+        finally:
+            os._exit(0)  # nothing is left to finalise, and triton would print what it leaks
     else:
         outcome = hand_over(sys.argv[1:])
         sys.exit(run_here(sys.argv[1:]) if outcome is None else outcome)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ PAGES = sorted([*REPO.glob("*.md"), *REPO.glob("docs/*.md")])
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The commands of a page's unmarked code blocks, as words without their comments."""
-    # marked blocks are matched too, lest the end of one be taken for the start of an unmarked one
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    lines = [line for mark, block in blocks if not mark for line in block.splitlines() if re.match(r"[a-zA-Z.]", line)]
-    return [words for line in lines if "─" not in line and (words := shlex.split(line, comments=True))]
+    """This project's commands in a page's unmarked code blocks, as words without prompt and comment."""
+    # marked blocks are matched too, else the end of one would be taken for the start of an unmarked one
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    shell = "\n".join(block for mark, block in blocks if not mark)
+    whole = re.sub(r"\\\n\s*", "", shell)  # a backslash at its end continues a line
+    lines = re.findall(r"^(?:\$ )?((?:srpo|make|python -m) .*)", whole, re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -30,14 +33,17 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_srpo_commands_and_make_targets_exist(page: Path) -> None:
+def test_commands_exist(page: Path) -> None:
     known = get_command(app).commands
     targets = re.findall(r"^([\w-]+):", (REPO / "Makefile").read_text(), re.MULTILINE)
-    for words in commands(page):
-        if words[0] == "srpo":
-            assert words[1] in known, words
-        if words[0] == "make":
-            assert words[1] in targets, words
+    for program, *words in commands(page):
+        if program == "srpo":
+            options = {option for parameter in known[words[0]].params for option in parameter.opts}
+            assert {word for word in words if word.startswith("--")} <= options, words
+        elif program == "make":
+            assert words[0] in targets, words
+        else:
+            assert find_spec(words[1]), words
 
 
 def test_the_readme_has_its_two_commands() -> None:

@@ -17,6 +17,8 @@ from srpo.evaluate import evaluate
 from srpo.generate import generate
 from srpo.lineage import WEIGHTS_FILE, read_gate, read_lineage, read_metrics, read_sweep
 from srpo.params import Params, load_params
+from srpo.projection import round_record
+from srpo.report import report
 from srpo.rounds import RoundFiles
 from srpo.score import score
 from srpo.select import select
@@ -109,6 +111,18 @@ def test_sampling_agrees_with_the_diffusers_pipeline(params: Params, world: Path
         assert torch.allclose(ours, theirs, atol=2e-4), (ours - theirs).abs().max()
 
 
+def test_loading_draws_no_bars_but_downloads_may(params: Params, world: Path, capfd: pytest.CaptureFixture) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    from srpo.rewards import load_reward
+    from srpo.sampler import load_pipeline
+
+    load_pipeline(params.model, torch.float32)
+    load_reward(params.rewards["judge"], world, torch.device("cpu"))
+    assert capfd.readouterr().err == ""
+    assert not are_progress_bars_disabled()
+
+
 def test_datasets_open_with_pictures_in_hf_datasets(params: Params, world: Path) -> None:
     import datasets as hf
 
@@ -150,9 +164,9 @@ def test_two_rounds_chain_and_their_adapters_open_in_plain_diffusers(params: Par
 def test_training_twice_gives_the_same_bytes(params: Params, world: Path) -> None:
     files, seen = run_round(params, world, "001"), []
     before = content(files.adapter), files.training.read_bytes()
-    train(params, world, "001", lambda metrics, step: seen.append((step, metrics["loss"])))
+    train(params, world, "001", lambda metrics, step: seen.append({"step": step} | metrics))
     assert (content(files.adapter), files.training.read_bytes()) == before
-    assert [step for step, _ in seen] == [1, 2, 3]
+    assert seen == pl.read_csv(files.training).rows(named=True), "the live curve is not the file's"
 
 
 def test_evaluation_pairs_base_and_round(params: Params, world: Path) -> None:
@@ -185,6 +199,13 @@ def test_evaluation_pairs_base_and_round(params: Params, world: Path) -> None:
     ]
     assert tables[0].equals(tables[1])
     assert tables[0].height == 2 * 2 * 2
+
+    report(params, world, "001")  # their own tests are about a drawn campaign; this is a real one
+    record = round_record(params, world, "001")
+    told = {name for name, _, _ in record.points}
+    assert {"loss", "eval/fid", "eval/sweep/1.0/kid", "eval/gate/fid_ratio", "eval/win_rate/judge/best/low"} <= told
+    assert record.tags["srpo.verdict"] == tuned["verdict"]
+    assert {"index.html", "winners.png", "tuned.png", "lineage.json"} <= {path.name for path, _ in record.artifacts}
 
 
 def test_a_round_that_is_base_is_even_with_it(params: Params, world: Path) -> None:

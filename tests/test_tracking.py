@@ -2,49 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from mlflow import MlflowClient
 
 from srpo import tracking
-from srpo.base import pin_base
-from srpo.evaluate import evaluate
-from srpo.generate import generate
 from srpo.params import Params, load_params
 from srpo.report import report
-from srpo.score import score
-from srpo.select import select
-from srpo.train import train
+from tests.campaign import build_campaign, write_evaluation, write_training
 
 Story = dict[str, dict]
 
 
 @pytest.fixture(scope="module")
-def campaign(shared_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Base and two rounds of the random-weight world, without any MLflow record."""
+def campaign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Base and two rounds, drawn, and an MLflow database that has its tables and nothing in them."""
     root = tmp_path_factory.mktemp("campaign") / "project"
-    shutil.copytree(shared_world, root)
-    text = (root / "params.yaml").read_text()  # these tests run outside the project's folder
-    (root / "params.yaml").write_text(text.replace("base: data/base", f"base: {root}/data/base"))
-    params = load_params(root / "params.yaml")
-    pin_base(params, root)
-    evaluate(params, root, "base")
+    params = build_campaign(root)
     for key in ("001", "002"):
-        for stage in (generate, score, select, train, evaluate, report):
-            stage(params, root, key)
+        report(params, root, key)
+    # the tables cost more time than all else here
+    MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}").search_experiments()
     return root
 
 
 @pytest.fixture
 def project(campaign: Path, tmp_path: Path) -> Path:
-    root = tmp_path / "project"
-    shutil.copytree(campaign, root)
-    lock = "schema: '2.0'\nstages:\n  select@001:\n    cmd: srpo select 001\n    outs:\n"
-    (root / "dvc.lock").write_text(lock + f"    - path: rounds/001/winners\n      md5: {'ab' * 16}.dir\n")
-    return root
+    return shutil.copytree(campaign, tmp_path / "project")
 
 
 def params_of(root: Path, uri: str | None = None) -> Params:
@@ -56,7 +47,10 @@ def params_of(root: Path, uri: str | None = None) -> Params:
 
 def story(root: Path) -> Story:
     """All that MLflow shows, without ids and times."""
-    client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
+    # a copy: MLflow keeps its connections, and one to a deleted file still reads what was in it
+    copy = root.parent / f"{uuid4().hex}.db"
+    shutil.copy(root / "mlflow.db", copy)
+    client = MlflowClient(tracking_uri=f"sqlite:///{copy}")
     experiment = client.get_experiment_by_name("srpo").experiment_id
     runs = client.search_runs([experiment])
     names = {run.info.run_id: run.info.run_name for run in runs}
@@ -88,9 +82,9 @@ def test_the_projection_tells_all_and_is_idempotent(project: Path) -> None:
     assert [step for step, _ in first["tiny"]["metrics"]["accuracy"]] == [0, 1, 2]
     child = first["round 001"]
     assert child["parent"] == "tiny" and child["status"] == "FINISHED"
-    assert [step for step, _ in child["metrics"]["loss"]] == [1, 2, 3]
-    assert child["inputs"] == [("winners", f"{'ab' * 16}.dir")]
-    assert child["tags"]["dvc.winners"] == f"{'ab' * 16}.dir"
+    assert [step for step, _ in child["metrics"]["loss"]] == list(range(1, 31))
+    locked = json.loads((project / "dvc.lock").read_text())["stages"]["select@001"]["outs"][0]["md5"]
+    assert dict(child["inputs"])["winners"] == child["tags"]["dvc.winners"] == locked
     assert first["round 002"]["tags"]["srpo.parent_adapter"] == child["tags"]["srpo.adapter"]
     assert {"eval/cmmd", "eval/drift", "eval/sweep/1.0/kid", "eval/sweep/2.0/saturation"} <= set(child["metrics"])
     assert {"eval/gate/fid_ratio", "eval/win_rate/judge/best/low"} <= set(child["metrics"])
@@ -107,7 +101,8 @@ def test_a_deleted_database_is_rebuilt_the_same(project: Path) -> None:
     before = story(project)
     (project / "mlflow.db").unlink()
     shutil.rmtree(project / "mlartifacts")
-    tracking.sync(params_of(project), project)
+    # a new process, as a user's is: this one's MLflow still holds the deleted file
+    subprocess.run([sys.executable, "-m", "srpo", "track"], cwd=project, check=True)
     assert story(project) == before
 
 
@@ -116,9 +111,11 @@ def test_a_live_curve_is_not_told_twice(project: Path) -> None:
     tracking.sync(params, project)
     expected = story(project)
     with tracking.live(params, project, "002") as curve:
-        train(params, project, "002", curve.log)
+        for row in write_training(params, project, "002"):
+            curve.log({name: value for name, value in row.items() if name != "step"}, row["step"])
     running = story(project)["round 002"]
-    assert [step for step, _ in running["metrics"]["loss"]] == [1, 2, 3], "not live"
+    assert [step for step, _ in running["metrics"]["loss"]] == list(range(1, 31)), "not live"
+    assert "eval/fid" not in running["metrics"]
     tracking.project(params, project, "002")
     assert story(project) == expected
 
@@ -126,17 +123,18 @@ def test_a_live_curve_is_not_told_twice(project: Path) -> None:
 def test_a_round_made_anew_replaces_what_was_told(project: Path) -> None:
     tracking.sync(params_of(project), project)
     old = story(project)
-    text = (project / "params.yaml").read_text().replace("steps: 3\n  batch_size", "steps: 4\n  batch_size")
+    text = (project / "params.yaml").read_text().replace('"steps": 150', '"steps": 40')
     (project / "params.yaml").write_text(text)
     params = params_of(project)
-    for stage in (train, evaluate):
-        stage(params, project, "002")
+    write_training(params, project, "002", steps=40)
+    write_evaluation(params, project, "002", shift=0.1)
     tracking.sync(params, project)
     new = story(project)
-    assert [step for step, _ in new["round 002"]["metrics"]["loss"]] == [1, 2, 3, 4]
-    assert new["round 002"]["params"]["train.steps"] == "4"
+    assert [step for step, _ in new["round 002"]["metrics"]["loss"]] == list(range(1, 41))
+    assert new["round 002"]["params"]["train.steps"] == "40"
     assert len(new["tiny"]["metrics"]["judge"]) == 3
     assert new["tiny"]["metrics"]["judge"][:2] == old["tiny"]["metrics"]["judge"][:2]
+    assert new["tiny"]["metrics"]["judge"][2] != old["tiny"]["metrics"]["judge"][2]
     assert {run["parent"] for name, run in new.items() if name != "tiny"} == {"tiny"}
 
 

@@ -75,6 +75,8 @@ def load_reward(spec: RewardParams, root: Path, device: torch.device, dtype: tor
     """
     import torch
 
+    from srpo.device import load_quietly
+
     module, attribute = find_family(spec.kind).path.split(":")
     if str(root) not in sys.path:
         sys.path.append(str(root))
@@ -87,6 +89,7 @@ def load_reward(spec: RewardParams, root: Path, device: torch.device, dtype: tor
         model = str(root / model)
     elif model:
         log.info("loading %s from the Hub's cache or the Hub: %s@%s", spec.kind, model, spec.revision or "main")
+    load_quietly()
     return family(model, spec.revision, device, dtype or torch.float32)
 
 

@@ -15,8 +15,16 @@ from demo.scenes import COLOURS, POSITIONS, SHAPES, all_scenes, miscaptioned, re
 
 @pytest.fixture(scope="module")
 def quick_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("quick") / "data"
-    make_world(out, QUICK)
+    from diffusers import StableDiffusionXLPipeline
+
+    out, sample = tmp_path_factory.mktemp("quick") / "data", StableDiffusionXLPipeline.__call__
+    with pytest.MonkeyPatch.context() as patch:  # the sheets of progress were half of the time
+        patch.setattr(
+            StableDiffusionXLPipeline,
+            "__call__",
+            lambda self, *args, **options: sample(self, *args, **options | {"num_inference_steps": 1}),
+        )
+        make_world(out, QUICK)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -10,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prefect.testing.utilities import prefect_test_harness
+from prefect.settings import PREFECT_API_URL
 
+from flows import server
 from srpo import warm
 
 REPO = Path(__file__).parents[2]
@@ -50,20 +52,25 @@ if stage == "evaluate":
 
 
 @pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=300):
-        yield
+def prefect_server() -> Iterator[str]:
+    """The address of a Prefect server that flows of this process use, too."""
+    with server.provided():
+        yield PREFECT_API_URL.value()
 
 
 @pytest.fixture(scope="session")
 def warm_dvc() -> Iterator[str]:
-    """The address of a warm server that knows DVC: the flow's `dvc` processes are most of these tests' time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(REPO))
-        patch.setenv(warm.PRELOAD_VARIABLE, " ".join(item for item in warm.PRELOAD if item.startswith("dvc")))
-        patch.delenv(warm.SOCKET_VARIABLE, raising=False)
-        with warm.started():
-            yield os.environ.get(warm.SOCKET_VARIABLE, "")
+    """The address of a warm server, as the flow has one: its `dvc` and `srpo track` are most of these tests' time."""
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(REPO))
+            # what `dvc` and `srpo track` need; the stages are stand-ins
+            wanted = [item for item in warm.PRELOAD if item.startswith(("dvc", "mlflow", "srpo.cli", "srpo.tracking"))]
+            patch.setenv(warm.PRELOAD_VARIABLE, " ".join(wanted))
+            patch.delenv(warm.SOCKET_VARIABLE, raising=False)
+            stack.enter_context(warm.started())
+            address = os.environ.pop(warm.SOCKET_VARIABLE, "")  # for these tests, not for all that come after
+        yield address
 
 
 @pytest.fixture

@@ -81,9 +81,12 @@ def test_bad_input_is_not_retried_and_says_what_is_wrong(workspace: Path, prefec
 def test_what_dvc_refuses_to_start_is_bad_input(workspace: Path, prefect_server) -> None:
     for file in (workspace / "data" / "prompts").iterdir():
         file.unlink()
-    with pytest.raises(BadInput, match=r"data.* does not exist"):
+    with pytest.raises(BadInput, match=r"^evaluate-base: data/prompts/train\.jsonl does not exist; `dvc pull` "):
         srpo_rounds()
     assert ran(workspace) == ["base@base"]
+    with get_client(sync_client=True) as client:
+        runs = [run for run in client.read_task_runs(limit=200) if run.name == "evaluate-base"]
+    assert max(runs, key=lambda run: run.created).run_count == 1, "tried again"
 
 
 def test_a_stage_that_keeps_dying_is_tried_three_times(workspace: Path, prefect_server) -> None:
@@ -96,7 +99,11 @@ def test_a_stage_that_keeps_dying_is_tried_three_times(workspace: Path, prefect_
 @pytest.mark.parametrize(
     ("number", "whole_group"), [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGKILL, False)]
 )
-def test_ending_the_flow_leaves_no_process_behind(workspace: Path, prefect_server, number, whole_group) -> None:
+def test_ending_the_flow_leaves_no_process_behind(
+    workspace: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch, number: int, whole_group: bool
+) -> None:
+    if number == signal.SIGTERM:  # the others start a Prefect server of their own, which must end with them
+        monkeypatch.setenv("PREFECT_API_URL", prefect_server)
     (workspace / "trouble-evaluate-base").write_text("hang")
     flow = run_flow()
     hanging = next(line for line in flow.stdout if "hanging" in line)
