@@ -14,6 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from srpo import tracking
+from srpo.base import write_json
 from srpo.params import Params, load_params
 from srpo.report import report
 from tests.campaign import build_campaign, write_evaluation, write_training
@@ -123,8 +124,9 @@ def test_a_live_curve_is_not_told_twice(project: Path) -> None:
 def test_a_round_made_anew_replaces_what_was_told(project: Path) -> None:
     tracking.sync(params_of(project), project)
     old = story(project)
-    text = (project / "params.yaml").read_text().replace('"steps": 150', '"steps": 40')
-    (project / "params.yaml").write_text(text)
+    raw = json.loads((project / "params.yaml").read_text())  # the drawn campaign writes it as JSON
+    raw["train"]["steps"] = 40
+    write_json(project / "params.yaml", raw)
     params = params_of(project)
     write_training(params, project, "002", steps=40)
     write_evaluation(params, project, "002", shift=0.1)
