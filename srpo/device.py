@@ -11,8 +11,14 @@ from srpo.params import RuntimeParams
 
 
 def load_quietly() -> None:
-    """Turn off the bars that diffusers and transformers, if imported, draw over weights; downloads keep theirs."""
+    """Turn off the bars that diffusers and transformers, if imported, draw over weights; downloads keep theirs.
+
+    The Hub's warnings of every retry go too: what ends in an error is told in one line by whoever loads.
+    """
+    from huggingface_hub import logging as hub_logging
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+
+    hub_logging.set_verbosity_error()  # its import undoes what cli.run set
 
     downloads = not are_progress_bars_disabled()
     for library in ("diffusers", "transformers"):
