@@ -115,7 +115,6 @@ def _sample(
             width=settings.width,
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=guidance,
-            batch_size=params.runtime.batch_size,
             on_images=progress.update,
         )
         # in the memory order of decoded pictures, as the reference comes: the same pixels take the same way

@@ -13,7 +13,7 @@ from srpo.hashing import derive_seed, digest
 from srpo.params import GenerateParams, Params
 from srpo.prompts import Prompt, check_disjoint, load_prompts
 from srpo.rounds import RoundFiles
-from srpo.sampler import Sampler, micro_batches, sample_images
+from srpo.sampler import Sampler, sample_images
 from srpo.scratch import scratch_folder
 
 log = logging.getLogger("srpo")
@@ -39,7 +39,8 @@ def generate(params: Params, root: Path, key: str) -> None:
         "adapter": digest(parent.adapter),
     }
     scratch = scratch_folder(root, "generate", key, inputs)
-    parts = list(micro_batches(len(prompts), settings.prompts_per_shard))
+    size = settings.prompts_per_shard
+    parts = [range(len(prompts))[start : start + size] for start in range(0, len(prompts), size)]
     names = [f"shard-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
     todo = [(part, name) for part, name in zip(parts, names, strict=True) if not (scratch / name).exists()]
     if todo:
@@ -73,7 +74,6 @@ def _candidates(
         width=settings.width,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
-        batch_size=params.runtime.batch_size,
         on_images=progress.update,
     )
     return [

@@ -165,7 +165,7 @@ class RuntimeParams(Section):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA when it is there")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: bfloat16 on CUDA")
-    batch_size: PositiveInt = Field(16, description="images denoised at once")
+    batch_size: PositiveInt = Field(16, description="images denoised at once; halved where memory runs out")
 
 
 class TrackingParams(Section):

@@ -7,7 +7,8 @@ networks always see tiles of one fixed shape, because CPU kernels choose their o
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from srpo.errors import UserError
 from srpo.lineage import WEIGHTS_FILE
 from srpo.params import ModelParams, Params
 
+log = logging.getLogger("srpo")
 CPU_TILE = 32
 
 
@@ -73,6 +75,7 @@ class Sampler:
         pipeline.to(self.device)
         self.pipeline, self.unet, self.vae = pipeline, pipeline.unet.eval(), pipeline.vae.eval()
         self.tile = CPU_TILE if self.device.type == "cpu" else None
+        self.batch_size = params.runtime.batch_size
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
@@ -161,12 +164,6 @@ class Sampler:
         return torch.cat(parts)
 
 
-def micro_batches(count: int, size: int) -> Iterator[range]:
-    """Index ranges of at most `size` that cover 0 .. count - 1."""
-    for start in range(0, count, size):
-        yield range(start, min(start + size, count))
-
-
 def sample_images(
     sampler: Sampler,
     embeds: PromptEmbeds,
@@ -177,10 +174,11 @@ def sample_images(
     width: int,
     num_inference_steps: int,
     guidance_scale: float,
-    batch_size: int,
     on_images: Callable[[int], None] = lambda count: None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample image i from `embeds` row `rows[i]` and seed `seeds[i]`; prompts and candidates mix in a batch.
+
+    When the device's memory does not hold `sampler.batch_size` images, that is halved for good and the run goes on.
 
     Args:
         embeds: from `Sampler.encode`; its last row is the empty prompt.
@@ -188,17 +186,31 @@ def sample_images(
 
     Returns:
         Latents float16 [n, channels, h, w], and the pixels decoded from exactly those, uint8 [n, height, width, 3].
+
+    Raises:
+        torch.OutOfMemoryError: there is not even room for one image.
     """
-    empty, latents, images = embeds[[-1]], [], []
-    for batch in micro_batches(len(rows), batch_size):
-        final = sampler.denoise(
-            sampler.noise([seeds[i] for i in batch], height, width),
-            embeds[[rows[i] for i in batch]],
-            empty,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-        ).half()
+    empty, latents, images, done = embeds[[-1]], [], [], 0
+    while done < len(rows):
+        batch = range(done, min(done + sampler.batch_size, len(rows)))
+        try:
+            final = sampler.denoise(
+                sampler.noise([seeds[i] for i in batch], height, width),
+                embeds[[rows[i] for i in batch]],
+                empty,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+            ).half()
+            decoded = sampler.decode(final)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            sampler.batch_size = len(batch) // 2
+            torch.cuda.empty_cache()
+            log.warning("out of memory with %d images at once; going on with %d", len(batch), sampler.batch_size)
+            continue
         latents.append(final)
-        images.append(sampler.decode(final))
+        images.append(decoded)
+        done = batch.stop
         on_images(len(batch))
     return torch.cat(latents), torch.cat(images)

@@ -56,6 +56,30 @@ def test_candidates_do_not_depend_on_the_batch_size(params: Params, world: Path)
     assert len({row["seed"] for row in rows}) == len({tuple(row["latents"]) for row in rows}) == len(rows)
 
 
+def test_out_of_memory_halves_the_batch_and_changes_nothing(
+    params: Params, world: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from srpo.sampler import Sampler
+
+    files, sizes, real = RoundFiles(world, "001"), [], Sampler.denoise
+    generate(with_batch_size(params, 6), world, "001")
+    undisturbed = content(files.candidates)
+
+    def small(self: Sampler, noise: torch.Tensor, *arguments, **options) -> torch.Tensor:
+        sizes.append(len(noise))
+        if len(noise) > 2:
+            raise torch.OutOfMemoryError
+        return real(self, noise, *arguments, **options)
+
+    monkeypatch.setattr(Sampler, "denoise", small)
+    generate(with_batch_size(params, 6), world, "001")
+    assert content(files.candidates) == undisturbed
+    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1] and "going on with 1" in caplog.text
+    monkeypatch.setattr(Sampler, "denoise", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(with_batch_size(params, 6), world, "001")
+
+
 def test_a_killed_generate_keeps_its_shards_and_ends_the_same(
     params: Params, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
