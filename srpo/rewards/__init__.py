@@ -44,6 +44,7 @@ FAMILIES = {
         "srpo.rewards.imagereward:ImageReward", "zai-org/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72"
     ),
     "aesthetic": Family("srpo.rewards.aesthetic:AestheticReward", "camenduru/improved-aesthetic-predictor"),
+    "vqascore": Family("srpo.rewards.vqa:VqaScore"),
     "templates": Family("srpo.rewards.templates:TemplateReward"),
 }
 

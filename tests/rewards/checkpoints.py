@@ -164,3 +164,50 @@ def imagereward_folder(folder: Path) -> Path:
     linear("text_proj", 256, narrow)
     torch.save(state | head_state(narrow, "mlp."), folder / "ImageReward.pt")
     return folder
+
+
+def llava_folder(folder: Path) -> Path:
+    """LLaVA's layout in transformers: a CLIP vision tower, a Llama, a processor with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    torch.manual_seed(0)
+    words = "<unk> <s> <pad> <image> Yes No USER ASSISTANT a red blue circle Does this figure show".split()
+    words += [*"Please answer yes or no".split(), ":", '"', "?", "."]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", pad_token="<pad>",
+        additional_special_tokens=["<image>"],
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE,
+        patch_size=PATCH,
+    )  # fmt: skip
+    language = LlamaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        pad_token_id=2, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=language, image_token_index=words.index("<image>"))
+    model = LlavaForConditionalGeneration(config)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.2)
+    model.save_pretrained(folder)
+    template = (
+        "{% for message in messages %}USER : {% for part in message.content %}"
+        "{{ '<image> ' if part.type == 'image' else part.text }}{% endfor %}{% endfor %} ASSISTANT :"
+    )
+    size = {"shortest_edge": SIDE}
+    LlavaProcessor(
+        image_processor=CLIPImageProcessor(size=size, crop_size={"height": SIDE, "width": SIDE}),
+        tokenizer=fast, patch_size=PATCH, vision_feature_select_strategy="default", image_token="<image>",
+        num_additional_image_tokens=1, chat_template=template,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

@@ -1,0 +1,58 @@
+"""VQAScore reads a checkpoint in transformers' layout and returns the probability of Yes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlavaForConditionalGeneration
+
+from srpo.errors import UserError
+from srpo.params import RewardParams
+from srpo.rewards import load_reward
+from tests.rewards import formulas
+from tests.rewards.checkpoints import PATCH, SIDE, clip_folder, llava_folder
+from tests.rewards.test_families import pictures, tensor
+
+CPU = torch.device("cpu")
+PROMPTS = ["a red circle", "a blue circle", "a red circle", "a circle"]
+
+
+def load(folder: Path):
+    return load_reward(RewardParams(kind="vqascore", model=str(folder), role="judge"), folder, CPU)
+
+
+def test_it_is_the_probability_of_yes(tmp_path: Path) -> None:
+    folder = llava_folder(tmp_path / "llava")
+    model, tokenizer = (
+        LlavaForConditionalGeneration.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    pixels, expected = formulas.normalised(pictures()), []
+    for prompt, picture in zip(PROMPTS, pixels, strict=True):
+        image = "<image> " * (SIDE // PATCH) ** 2
+        asked = f'USER : {image}Does this figure show "{prompt}" ? Please answer yes or no . ASSISTANT :'
+        ids = torch.tensor([[tokenizer.convert_tokens_to_ids(word) for word in asked.replace('"', ' " ').split()]])
+        with torch.no_grad():
+            logits = model(input_ids=ids, pixel_values=picture[None]).logits[0, -1]
+        expected.append((logits.exp() / logits.exp().sum())[tokenizer.convert_tokens_to_ids("Yes")])
+    found = load(folder).score(tensor(pictures()), PROMPTS)
+    assert found.dtype == torch.float32 and ((found >= 0) & (found <= 1)).all()
+    assert torch.allclose(found, torch.stack(expected), atol=1e-4)
+    assert found.std() > 1e-4, "the scores say nothing"
+
+
+def test_a_picture_scores_the_same_alone_and_among_others(tmp_path: Path) -> None:
+    reward, images = load(llava_folder(tmp_path / "llava")), tensor(pictures())
+    alone = torch.cat([reward.score(images[[i]], [PROMPTS[i]]) for i in range(4)])
+    assert torch.equal(reward.score(images, PROMPTS), alone)
+
+
+def test_what_can_not_be_asked_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="can't load"):
+        load(clip_folder(tmp_path / "clip"))
+    folder = llava_folder(tmp_path / "llava")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="no chat template"):
+        load(folder)
