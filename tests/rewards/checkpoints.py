@@ -179,8 +179,8 @@ def llava_folder(folder: Path) -> Path:
 
     torch.manual_seed(0)
     words = [
-        "<unk>", "<s>", "<pad>", "<image>", "Yes", "No", "USER", "ASSISTANT", "a", "red", "blue", "circle", "Does", "this",
-        "figure", "show", "Please", "answer", "yes", "or", "no", ":", '"', "?", ".",
+        "<unk>", "<s>", "<pad>", "<image>", "Yes", "No", "USER", "ASSISTANT", "a", "red", "blue", "circle", "Does",
+        "this", "figure", "show", "Please", "answer", "yes", "or", "no", ":", '"', "?", ".",
     ]  # fmt: skip
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
