@@ -27,7 +27,7 @@ RoundOrBase = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rou
 def run(argv: list[str]) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    for chatty in ("alembic", "mlflow", "httpx", "diffusers", "transformers", "datasets", "huggingface_hub"):
+    for chatty in ("alembic", "mlflow", "httpx", "diffusers", "transformers", "datasets"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         code = app(args=argv, standalone_mode=False)

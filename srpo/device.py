@@ -18,7 +18,7 @@ def load_quietly() -> None:
     from huggingface_hub import logging as hub_logging
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
-    hub_logging.set_verbosity_error()  # its import undoes what cli.run set
+    hub_logging.set_verbosity_error()  # here and not in cli.run: its import would undo that
 
     downloads = not are_progress_bars_disabled()
     for library in ("diffusers", "transformers"):

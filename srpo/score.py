@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from srpo import datasets
 from srpo.device import pick_device, pick_reward_dtype
-from srpo.params import Params
+from srpo.params import Params, RewardParams, RuntimeParams
 from srpo.rewards import Reward, load_reward
 from srpo.rewards.checked import CheckedReward, naming
 from srpo.rounds import RoundFiles
@@ -57,15 +57,20 @@ def score(params: Params, root: Path, key: str) -> None:
 
 
 def load_rewards(params: Params, root: Path) -> dict[str, Reward]:
-    """All reward models of the params, by name; their errors name them.
+    """All reward models of the params, as `load_specs` loads them."""
+    return load_specs(params.rewards, params.runtime, root)
+
+
+def load_specs(specs: Mapping[str, RewardParams], runtime: RuntimeParams, root: Path) -> dict[str, Reward]:
+    """The reward models of these sections, by name; their errors name them.
 
     Raises:
         UserError: one can't be loaded.
     """
-    device = pick_device(params.runtime)
-    dtype = pick_reward_dtype(params.runtime, device)
+    device = pick_device(runtime)
+    dtype = pick_reward_dtype(runtime, device)
     rewards: dict[str, Reward] = {}
-    for name, spec in params.rewards.items():
+    for name, spec in specs.items():
         with naming(name, "loading"):
             rewards[name] = CheckedReward(name, load_reward(spec, root, device, dtype))
     return rewards

@@ -157,17 +157,9 @@ def _score(
     import torch
     from tqdm import tqdm
 
-    from srpo.device import pick_device, pick_reward_dtype
-    from srpo.rewards import load_reward
-    from srpo.rewards.checked import CheckedReward, naming
-    from srpo.score import is_flat, score_batch
+    from srpo.score import is_flat, load_specs, score_batch
 
-    device = pick_device(runtime)
-    dtype = pick_reward_dtype(runtime, device)
-    rewards = {}
-    for name, spec in specs.items():
-        with naming(name, "loading"):
-            rewards[name] = CheckedReward(name, load_reward(spec, Path.cwd(), device, dtype))
+    rewards = load_specs(specs, runtime, Path.cwd())
     scored = []
     with tqdm(total=len(files), unit="img", desc="score-images", mininterval=2) as progress:
         for part, pixels in _batches(files):
