@@ -7,7 +7,7 @@ import sys
 import torch
 
 from srpo.errors import UserError
-from srpo.params import RuntimeParams
+from srpo.sections import RuntimeParams
 
 
 def load_quietly() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from srpo.metrics.compare import Estimate
 from srpo.metrics.looks import LOOKS
-from srpo.params import GateParams
+from srpo.sections import GateParams
 
 HACKING = "reward hacking"
 EVEN = 0.5  # the win rate of a model against its equal

@@ -10,11 +10,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from srpo import datasets
 from srpo.hashing import derive_seed, digest
-from srpo.params import GenerateParams, Params
+from srpo.params import Params
 from srpo.prompts import Prompt, check_disjoint, load_prompts
 from srpo.rounds import RoundFiles
 from srpo.sampler import Sampler, sample_images
 from srpo.scratch import scratch_folder
+from srpo.sections import GenerateParams
 
 log = logging.getLogger("srpo")
 

@@ -18,7 +18,8 @@ from diffusers import StableDiffusionXLPipeline
 from srpo.device import load_quietly, pick_device, pick_dtype
 from srpo.errors import UserError
 from srpo.lineage import WEIGHTS_FILE
-from srpo.params import ModelParams, Params
+from srpo.params import Params
+from srpo.sections import ModelParams
 
 log = logging.getLogger("srpo")
 CPU_TILE = 32

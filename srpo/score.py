@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from srpo import datasets
 from srpo.device import pick_device, pick_reward_dtype
-from srpo.params import Params, RewardParams, RuntimeParams
+from srpo.params import Params
 from srpo.rewards import Reward, load_reward
 from srpo.rewards.checked import CheckedReward, naming
 from srpo.rounds import RoundFiles
+from srpo.sections import RewardParams, RuntimeParams
 
 log = logging.getLogger("srpo")
 

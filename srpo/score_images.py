@@ -14,9 +14,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import ValidationError
 
 from srpo.errors import UserError
-from srpo.params import PARAMS_FILE, RewardParams, RuntimeParams, load_params
+from srpo.params import PARAMS_FILE, load_params
 from srpo.prompts import load_prompts
 from srpo.rewards import FAMILIES, find_family
+from srpo.sections import RewardParams, RuntimeParams
 
 if TYPE_CHECKING:
     from rich.table import Table

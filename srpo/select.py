@@ -11,9 +11,10 @@ import pyarrow as pa
 from srpo import datasets
 from srpo.base import write_json
 from srpo.errors import UserError
-from srpo.params import Params, SelectParams
+from srpo.params import Params
 from srpo.rounds import RoundFiles
 from srpo.scratch import scratch_folder
+from srpo.sections import SelectParams
 
 log = logging.getLogger("srpo")
 WINNERS_PER_SHARD = 2048

@@ -20,10 +20,11 @@ from srpo import datasets
 from srpo.errors import UserError
 from srpo.hashing import derive_seed
 from srpo.lineage import WEIGHTS_FILE, write_lineage
-from srpo.params import Params, TrainParams
+from srpo.params import Params
 from srpo.rounds import BASE, RoundFiles
 from srpo.sampler import PromptEmbeds, Sampler
 from srpo.scratch import scratch_folder
+from srpo.sections import TrainParams
 
 log = logging.getLogger("srpo")
 OnStep = Callable[[Mapping[str, float], int], None]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srpo.params import SelectParams
+from srpo.sections import SelectParams
 from srpo.select import choose_winners, odd_scores
 
 MODES = ["zscore", "rank", "beats_mean"]

@@ -14,7 +14,8 @@ from srpo.gate import HACKING, appearance, best_guidance, judge_round, unbacked_
 from srpo.lineage import read_gate, read_metrics
 from srpo.metrics.compare import Estimate, win_rate
 from srpo.metrics.looks import LOOKS, looks
-from srpo.params import GateParams, load_params
+from srpo.params import load_params
+from srpo.sections import GateParams
 
 UP, EVEN, DOWN = Estimate(0.7, 0.6, 0.8), Estimate(0.5, 0.45, 0.55), Estimate(0.3, 0.2, 0.4)
 

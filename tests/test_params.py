@@ -105,6 +105,37 @@ BAD = {
         "parent: base\n    generate: {cfg: 3.0}",
         "rounds.001.generate.cfg: unknown key",
     ),
+    "a rejection that rejects none": (
+        "prompts_per_shard: 35",
+        "prompts_per_shard: 35\n  early_rejection: {reward: reward, checkpoints: [{step: 4, keep: 8}]}",
+        "generate: early_rejection.checkpoints: keep 8 rejects no candidate",
+    ),
+    "a rejection after the last step": (
+        "prompts_per_shard: 35",
+        "prompts_per_shard: 35\n  early_rejection: {reward: reward, checkpoints: [{step: 12, keep: 2}]}",
+        "generate: early_rejection.checkpoints: step 12 is not before the last step",
+    ),
+    "rejections that do not narrow": (
+        "prompts_per_shard: 35",
+        "prompts_per_shard: 35\n  early_rejection:"
+        " {reward: reward, checkpoints: [{step: 4, keep: 2}, {step: 6, keep: 2}]}",
+        "generate.early_rejection: checkpoints: each must come at a later step and keep fewer",
+    ),
+    "a judge that rejects": (
+        "prompts_per_shard: 35",
+        "prompts_per_shard: 35\n  early_rejection: {reward: judge, checkpoints: [{step: 4, keep: 2}]}",
+        "generate.early_rejection.reward: 'judge' is not a reward with role select",
+    ),
+    "a round's rejection that DVC does not follow": (
+        "parent: base\n    generate: {}",
+        "parent: base\n    generate: {early_rejection: {reward: reward, checkpoints: [{step: 4, keep: 2}]}}",
+        "rounds.001.generate.early_rejection.reward: must be generate.early_rejection's",
+    ),
+    "another method than the parent's": (
+        'parent: "002"\n    generate: {}\n    select: {}\n    train: {}',
+        'parent: "002"\n    generate: {}\n    select: {}\n    train: {method: full}',
+        "rounds.003.train.method: differs from that of parent 002",
+    ),
     "reported guidance not in sweep": ("guidance_scales: [", "guidance_scales: [29.0, ", None),
     "not yaml": ("seed: 0\n", "seed: [\n", "not valid YAML"),
     "duplicate key": ("seed: 0\n", "seed: 0\nseed: 1\n", "not valid YAML"),

@@ -8,7 +8,7 @@ import polars as pl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srpo.params import SelectParams
+from srpo.sections import SelectParams
 from srpo.select import choose_winners
 
 scores = st.one_of(st.integers(-5, 5).map(float), st.just(math.nan), st.just(math.inf), st.just(-math.inf))

@@ -13,8 +13,9 @@ import torch
 from srpo.base import COMMIT
 from srpo.device import pick_device, pick_reward_dtype
 from srpo.hashing import code_digest, digest, file_digest
-from srpo.params import INCEPTION, Params
+from srpo.params import Params
 from srpo.rewards import FAMILIES, FeatureReward, Pixels
+from srpo.sections import INCEPTION
 
 LIBRARIES = ("torch", "transformers", "numpy", "pillow")
 

@@ -16,7 +16,7 @@ from srpo.rewards.base import FeatureReward, Pixels, Reward
 if TYPE_CHECKING:
     import torch
 
-    from srpo.params import RewardParams
+    from srpo.sections import RewardParams
 
 log = logging.getLogger("srpo")
 ENTRY_POINTS = "srpo.rewards"

@@ -91,7 +91,8 @@ def test_what_dvc_refuses_to_start_is_bad_input(workspace: Path, prefect_server)
 
 def test_a_stage_that_keeps_dying_is_tried_three_times(workspace: Path, prefect_server) -> None:
     (workspace / "trouble-base-base").write_text("die")
-    with pytest.raises(StageDied, match="srpo base, exited with -9"):
+    # -9 under a shell that gives its own process to its last command, 137 under one that does not
+    with pytest.raises(StageDied, match=r"srpo base, exited with (-9|137)"):
         srpo_rounds()
     assert ran(workspace) == ["base@base"] * 3
 
