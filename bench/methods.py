@@ -1,0 +1,262 @@
+"""Ways of making rounds compared on the tiny world: the same candidates' budget, several seeds, every round evaluated.
+
+    python -m bench.methods RUNS --arm "sft" --arm "dpo" --seeds 3 --rounds 5 [--tuning]
+    python -m bench.methods RUNS --table
+    python -m bench.methods RUNS --plot docs/images/methods.png --arm ...
+
+Run it in the project's folder. RUNS keeps each campaign's files, so a killed run goes on where it was. `--tuning`
+examines rounds by 60 prompts that are neither train nor eval prompts: choose settings by those, report the others.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import polars as pl
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from srpo.params import Params, load_params
+from srpo.rounds import BASE, RoundFiles
+
+# what an arm changes of params.yaml: sections for all rounds, or {"rounds": {number: sections}} for some
+ARMS: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "guidance 3 in all rounds": {"generate": {"guidance_scale": 3.0}},
+    "guidance 3, then 1.5": {"rounds": {1: {"generate": {"guidance_scale": 3.0}}}},
+    "guidance 2 in all rounds": {"generate": {"guidance_scale": 2.0}},
+    "unguided": {"generate": {"guidance_scale": 1.0}},
+    "half of the prompts, by margin": {"select": {"top_fraction": 0.5}},
+    "weights by advantage": {"select": {"weighting": "advantage"}},
+    "half a batch of replay": {"train": {"replay": 0.5}},
+    "from base on all winners": {"train": {"start": "base"}},
+    "weights averaged (EMA .97)": {"train": {"ema_decay": 0.97}},
+    "dpo": {"train": {"objective": "dpo"}},
+    "nft": {"train": {"objective": "nft"}},
+}
+MEASURES = ("accuracy", "best_accuracy", "judge", "fid", "diversity_right")
+
+
+def run(project: Path, runs: Path, arm: str, seed: int, rounds: int, steps: int | None, tuning: bool) -> None:
+    """One campaign, base included; finished stages of an earlier call are kept."""
+    import torch
+
+    from srpo.base import pin_base
+    from srpo.evaluate import evaluate
+    from srpo.generate import generate
+    from srpo.score import score
+    from srpo.select import select
+    from srpo.train import train
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    shared, root = runs / BASE, runs / f"{arm}-{seed}"
+    for folder in (shared, root):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "data").exists():
+            (folder / "data").symlink_to(_data(project, runs, tuning).resolve())
+    params = _params(project, arm, seed, rounds, steps)
+    _base(params.model_copy(update={"seed": 0}), shared, pin_base, evaluate)
+    if not (root / "rounds" / BASE).exists():  # every seed meets the same examination of base
+        shutil.copytree(shared / "rounds" / BASE, root / "rounds" / BASE)
+    for key in params.rounds:
+        files = RoundFiles(root, key)
+        stages = {
+            files.candidates: generate, files.scores: score, files.winners: select, files.adapter: train,
+        }  # fmt: skip
+        for out, stage in stages.items():
+            if not out.exists():
+                stage(params, root, key)
+        if not (files.folder / "methods.json").exists():
+            examined = params.evaluate.model_copy(update={"guidance_scales": [2.0, 3.0]})
+            evaluate(params.model_copy(update={"seed": 0, "evaluate": examined}), root, key)
+            _note(params, root, key, files.adapter)
+
+
+def _base(params: Params, root: Path, pin_base, evaluate) -> None:
+    files = RoundFiles(root, BASE)
+    if not (files.folder / "methods.json").exists():
+        pin_base(params, root)
+        evaluate(params, root, BASE)
+        _note(params, root, BASE, files.adapter)
+
+
+def _note(params: Params, root: Path, key: str, adapter: Path) -> None:
+    """What metrics.json says, the sweep's best accuracy, and the diversity among right pictures."""
+    files = RoundFiles(root, key)
+    found = json.loads((files.evaluation / "metrics.json").read_text())
+    sweep = pl.read_csv(files.evaluation / "guidance.csv")
+    found["best_accuracy"] = sweep["accuracy"].max()
+    found["fid_ratio_best"] = sweep["fid"].min()
+    found["diversity_right"] = diversity_among_right(params, root, adapter)
+    (files.folder / "methods.json").write_text(json.dumps(found, indent=1))
+
+
+def diversity_among_right(params: Params, root: Path, adapter: Path, images_per_prompt: int = 8) -> float:
+    """Mean pairwise pixel RMS (0 to 1) of a prompt's pictures that show it, mean over prompts with two or more.
+
+    A model's plain diversity is mostly its mistakes when it errs often; this one mistakes do not raise.
+    """
+    import torch
+
+    from srpo.hashing import derive_seed
+    from srpo.prompts import load_prompts
+    from srpo.rewards.templates import TemplateReward
+    from srpo.sampler import Sampler, sample_images
+
+    sampler, settings = Sampler(params, adapter), params.evaluate
+    judge = TemplateReward(str(root / params.rewards["accuracy"].model), None, torch.device("cpu"))
+    prompts = load_prompts(root / params.prompts.eval)
+    embeds = sampler.encode([prompt.prompt for prompt in prompts])
+    places = [(row, index) for row in range(len(prompts)) for index in range(images_per_prompt)]
+    _, images = sample_images(
+        sampler,
+        embeds,
+        [row for row, _ in places],
+        [derive_seed(0, "diversity", prompts[row].id, index) for row, index in places],
+        height=settings.height,
+        width=settings.width,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+    )
+    right = judge.score(images.permute(0, 3, 1, 2), [prompts[row].prompt for row, _ in places]).bool()
+    spreads = []
+    for row in range(len(prompts)):
+        mine = [i for i, (at, _) in enumerate(places) if at == row and right[i]]
+        if len(mine) > 1:
+            flat = images[mine].flatten(1).float() / 255
+            spreads.append((torch.pdist(flat) / flat.shape[1] ** 0.5).mean().item())
+    return float(np.mean(spreads))
+
+
+def _params(project: Path, arm: str, seed: int, rounds: int, steps: int | None) -> Params:
+    params = load_params(project / "params.yaml")
+    changes = {name: values for name, values in ARMS[arm].items() if name != "rounds"}
+    raw = params.model_dump() | {"seed": seed}
+    for section, values in changes.items():
+        raw[section] = raw[section] | values
+    if steps:
+        raw["train"]["steps"] = steps
+    some = ARMS[arm].get("rounds", {})
+    keys = [f"{number:03d}" for number in range(1, rounds + 1)]
+    raw["rounds"] = {
+        key: {"parent": parent, "generate": {}, "select": {}, "train": {}} | some.get(int(key), {})
+        for key, parent in zip(keys, [BASE, *keys], strict=False)
+    }
+    return Params.model_validate(raw)
+
+
+def _data(project: Path, runs: Path, tuning: bool) -> Path:
+    """data/ of the project, or a copy whose eval prompts and reference are 60 scenes that nothing else uses."""
+    if not tuning:
+        return project / "data"
+    folder = runs / "data"
+    if not folder.exists():
+        from demo.make import write_pictures, write_prompts
+        from demo.scenes import all_scenes, render
+
+        partial = runs / "data.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(project / "data", partial)
+        scenes, order = all_scenes(), np.random.default_rng(3).permutation(360)
+        held_out, rng = [scenes[i] for i in order[200:260]], np.random.default_rng(5)
+        write_prompts(partial / "prompts" / "eval.jsonl", held_out, "tuning")
+        write_pictures(
+            partial / "reference" / "reference.parquet",
+            [(scene, render(scene, rng)) for scene in held_out for _ in range(6)],
+        )
+        partial.rename(folder)
+    return folder
+
+
+def read(runs: Path) -> pl.DataFrame:
+    """One row per arm, seed and round: the measures. Base is round 0 of every arm."""
+    base = json.loads((runs / BASE / "rounds" / BASE / "methods.json").read_text())
+    rows = []
+    for root in sorted(runs.glob("*-[0-9]*")):
+        arm, seed = root.name.rsplit("-", 1)
+        known = {"arm": arm, "seed": int(seed)}
+        rows.append(known | {"round": 0} | {name: base[name] for name in MEASURES})
+        for path in sorted(root.glob("rounds/[0-9]*/methods.json")):
+            found = json.loads(path.read_text())
+            rows.append(known | {"round": int(path.parent.name)} | {name: found[name] for name in MEASURES})
+    return pl.DataFrame(rows)
+
+
+def show(runs: Path) -> None:
+    """Print mean and range over seeds of every arm's rounds."""
+    table, frame = Table(title=f"{runs}: mean (lowest to highest) over seeds"), read(runs)
+    for column in ("arm", "round", "seeds", *MEASURES):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for (arm, number), rows in frame.group_by(["arm", "round"], maintain_order=True):
+        spread = [
+            f"{rows[name].mean():.3f}"
+            + (f" ({rows[name].min():.3f}-{rows[name].max():.3f})" if rows.height > 1 and number else "")
+            for name in MEASURES
+        ]
+        table.add_row(arm if number == 0 else "", str(number), str(rows.height), *spread)
+    Console(width=160).print(table)
+
+
+def plot(runs: Path, path: Path, arms: list[str]) -> None:
+    """Accuracy and FID over rounds, a line an arm, the range over seeds shaded."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    frame = read(runs)
+    arms = arms or frame["arm"].unique(maintain_order=True).to_list()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for axis, measure, label in zip(
+        axes, ("accuracy", "fid"), ("accuracy on held-out prompts", "FID (lower is better)"), strict=True
+    ):
+        for arm in arms:
+            rows = frame.filter(pl.col("arm") == arm).group_by("round").agg(
+                pl.col(measure).mean().alias("mean"), pl.col(measure).min().alias("low"),
+                pl.col(measure).max().alias("high"),
+            ).sort("round")  # fmt: skip
+            (line,) = axis.plot(rows["round"], rows["mean"], marker="o", markersize=4, label=arm)
+            axis.fill_between(rows["round"], rows["low"], rows["high"], alpha=0.12, color=line.get_color(), lw=0)
+        axis.set(xlabel="round", ylabel=label, xticks=sorted(frame["round"].unique()))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main(
+    runs: Annotated[Path, typer.Argument(help="folder of the campaigns")],
+    arm: Annotated[list[str] | None, typer.Option(help="one of ARMS; repeat for more")] = None,
+    first_seed: Annotated[int, typer.Option()] = 0,
+    seeds: Annotated[int, typer.Option(help="how many")] = 1,
+    rounds: Annotated[int, typer.Option(help="how many")] = 3,
+    steps: Annotated[int | None, typer.Option(help="instead of params.yaml's train.steps")] = None,
+    tuning: Annotated[bool, typer.Option(help="examine by the tuning prompts")] = False,
+    table: Annotated[bool, typer.Option(help="only print what is there")] = False,
+    plot_to: Annotated[Path | None, typer.Option("--plot", help="only draw what is there")] = None,
+) -> None:
+    """Run campaigns, or show them."""
+    logging.getLogger("srpo").setLevel(logging.ERROR)
+    for name in arm or []:
+        if name not in ARMS:
+            raise typer.BadParameter(f"no arm {name!r}; there are {', '.join(ARMS)}")
+    if plot_to:
+        plot(runs, plot_to, arm or [])
+    elif not table:
+        for seed in range(first_seed, first_seed + seeds):
+            for name in arm or ["sft"]:
+                run(Path.cwd(), runs, name, seed, rounds, steps, tuning)
+    if table or not plot_to:
+        show(runs)
+
+
+if __name__ == "__main__":
+    typer.run(main)
