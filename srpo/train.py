@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMScheduler
-from tqdm import tqdm
 
 from srpo import datasets
-from srpo.adapters import Trainee, make_trainee
-from srpo.device import pick_dtype
+from srpo.adapters import make_trainee
+from srpo.device import pick_device, pick_dtype
 from srpo.errors import UserError
-from srpo.hashing import derive_seed
+from srpo.hashing import code_digest, digest
 from srpo.lineage import write_lineage
-from srpo.objectives import Objective, make_objective, snr_weight, target_of
+from srpo.objectives import Objective, make_objective
 from srpo.params import Params
 from srpo.rounds import RoundFiles
 from srpo.sampler import PromptEmbeds, Sampler
 from srpo.scratch import scratch_folder
-from srpo.sections import TrainParams
-from srpo.winners import Winners, batches, load_winners
+from srpo.training_loop import OnStep, TrainingLoop
+from srpo.winners import Winners, load_winners
 
 log = logging.getLogger("srpo")
-OnStep = Callable[[Mapping[str, float], int], None]
 FIELDS = ["step", "loss", "learning_rate", "grad_norm"]
 PROMPTS_AT_ONCE = 256
 
@@ -36,42 +33,71 @@ PROMPTS_AT_ONCE = 256
 def train(params: Params, root: Path, key: str, on_step: OnStep = lambda metrics, step: None) -> None:
     """Write `rounds/<key>/adapter/` and `rounds/<key>/training.csv`.
 
+    A killed run goes on at its last state and ends with the same bytes. Among several processes (`RANK` and
+    `WORLD_SIZE` in the environment) each computes its share of every batch, and the first writes.
+
     Args:
-        on_step: called after each optimizer step with loss, learning_rate and grad_norm, and the step from 1.
+        on_step: called after each optimizer step with loss, learning_rate and grad_norm, and the step from 1; after
+            a resume for the steps before it, too.
 
     Raises:
-        UserError: no winners, a parent adapter that does not fit, or a loss that is not a number.
+        UserError: no winners, a parent adapter that does not fit, or a loss that went astray.
     """
     settings, files = params.for_round(key).train, RoundFiles(root, key)
+    accelerator = Accelerator(cpu=pick_device(params.runtime).type == "cpu", mixed_precision="no")
+    if accelerator.num_processes > settings.batch_size:
+        raise UserError(
+            f"runtime.processes: {accelerator.num_processes} can't share a batch of {settings.batch_size};"
+            " have fewer processes or a larger train.batch_size"
+        )
     objective = make_objective(settings)
     winners = load_winners(params, root, key, pairs=objective.pairs)
-    fit = _prepare(params, root, key, winners, objective)
-    history = list(fit.run(on_step))
-    scratch = scratch_folder(root, "train", key, "redone from the start")
-    fit.trainee.save(scratch)
-    write_lineage(scratch, params, root, key, winners.digests)
-    curve = scratch.with_name(f"{scratch.name}.csv")
-    with curve.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=FIELDS)
-        writer.writeheader()
-        writer.writerows(history)
-    datasets.publish(curve, files.training)
-    datasets.publish(scratch, files.adapter)
-    last = [row["loss"] for row in history[-20:]]
-    count = len(winners.latents)
-    log.info("train %s: %d steps on %d winners, loss %.4f", key, len(history), count, sum(last) / len(last))
+    loop = _prepare(params, root, key, winners, objective, accelerator)
+    with accelerator.main_process_first():
+        scratch = scratch_folder(root, "train", key, _inputs(params, root, key, winners))
+    history = loop.run(scratch, on_step)
+    if accelerator.is_main_process:
+        adapter, curve = scratch / "adapter", scratch / files.training.name
+        shutil.rmtree(adapter, ignore_errors=True)
+        loop.trainee.save(adapter)
+        write_lineage(adapter, params, root, key, winners.digests)
+        with curve.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=FIELDS)
+            writer.writeheader()
+            writer.writerows(history)
+        datasets.publish(curve, files.training)
+        datasets.publish(adapter, files.adapter)
+        shutil.rmtree(scratch)
+        last = [row["loss"] for row in history[-20:]]
+        count = len(winners.latents)
+        log.info("train %s: %d steps on %d winners, loss %.4f", key, len(history), count, sum(last) / len(last))
+    accelerator.wait_for_everyone()
 
 
-def _prepare(params: Params, root: Path, key: str, winners: Winners, objective: Objective) -> _Fit:
+def _inputs(params: Params, root: Path, key: str, winners: Winners) -> dict:
+    """What a state of an interrupted run must have in common with this one."""
+    return {
+        "seed": params.seed,
+        "model": params.model.model_dump(),
+        "train": params.for_round(key).train.model_dump(),
+        "winners": winners.digests,
+        "parent": digest(RoundFiles(root, params.rounds[key].parent).adapter),
+        "code": code_digest(),
+    }
+
+
+def _prepare(
+    params: Params, root: Path, key: str, winners: Winners, objective: Objective, accelerator: Accelerator
+) -> TrainingLoop:
     settings, sampling = params.for_round(key).train, params
     if settings.method == "full":  # float32 weights, and what is computed in is chosen pass by pass
         sampling = params.model_copy(update={"runtime": params.runtime.model_copy(update={"dtype": "float32"})})
     sampler = Sampler(sampling)
     dtype = pick_dtype(params.runtime, sampler.device)
     embeds, rows = _encode(sampler, winners.prompts)
-    trainee = make_trainee(sampler.unet, params, root, key, keep=objective.pairs, dtype=dtype)
-    return _Fit(
-        trainee=trainee,
+    return TrainingLoop(
+        accelerator=accelerator,
+        trainee=make_trainee(sampler.unet, params, root, key, keep=objective.pairs, dtype=dtype),
         objective=objective,
         winners=winners,
         embeds=embeds,
@@ -79,6 +105,7 @@ def _prepare(params: Params, root: Path, key: str, winners: Winners, objective: 
         time_ids=sampler.time_ids(*winners.latents.shape[-2:]),
         schedule=DDPMScheduler.from_config(sampler.pipeline.scheduler.config),
         settings=settings,
+        runtime=params.runtime,
         seed=(params.seed, key),
         device=sampler.device,
         dtype=dtype,
@@ -95,114 +122,3 @@ def _encode(sampler: Sampler, prompts: list[str]) -> tuple[PromptEmbeds, torch.T
     )
     position = {prompt: i for i, prompt in enumerate(distinct)}
     return embeds, torch.tensor([position[prompt] for prompt in prompts])
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Samples of one step, on the CPU."""
-
-    winners: torch.Tensor
-    losers: torch.Tensor | None
-    noise: torch.Tensor
-    timesteps: torch.Tensor
-    text: torch.Tensor
-    weights: torch.Tensor
-
-    def __getitem__(self, part: slice) -> _Batch:
-        return _Batch(*(None if value is None else value[part] for value in vars(self).values()))
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """The loop, and all that it needs."""
-
-    trainee: Trainee
-    objective: Objective
-    winners: Winners
-    embeds: PromptEmbeds
-    rows: torch.Tensor
-    time_ids: torch.Tensor
-    schedule: DDPMScheduler
-    settings: TrainParams
-    seed: tuple[int, str]
-    device: torch.device
-    dtype: torch.dtype
-
-    def run(self, on_step: OnStep) -> Iterator[dict[str, float]]:
-        """Train, and yield one row of training.csv per step."""
-        settings, trained = self.settings, list(self.trainee.parameters.values())
-        optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-        self.trainee.unet.train()
-        picks = batches(self.winners, settings, self.seed)
-        for step in tqdm(range(1, settings.steps + 1), desc=f"train {self.seed[1]}", unit="step", mininterval=2):
-            loss = self._loss(self._draw(step, next(picks)))
-            if not torch.isfinite(loss):
-                raise UserError(f"train.learning_rate: the loss is not a number at step {step}; lower it")
-            rate = _learning_rate(settings, step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            metrics = {"loss": loss.item(), "learning_rate": rate, "grad_norm": norm.item()}
-            on_step(metrics, step)
-            yield {"step": step} | metrics
-
-    def _draw(self, step: int, picks: torch.Tensor) -> _Batch:
-        # all randomness of a step comes from its number, so a step does not depend on how it was reached
-        generator = torch.Generator().manual_seed(derive_seed(*self.seed, "step", step))
-        winners = self.winners.latents[picks].float()
-        noise = torch.randn(winners.shape, generator=generator)
-        timesteps = torch.randint(0, self.schedule.config.num_train_timesteps, (len(picks),), generator=generator)
-        dropped = torch.rand(len(picks), generator=generator) < self.settings.caption_dropout
-        empty = len(self.embeds.tokens) - 1
-        return _Batch(
-            winners=winners,
-            losers=None if self.winners.losers is None else self.winners.losers[picks].float(),
-            noise=noise,
-            timesteps=timesteps,
-            text=torch.where(dropped, empty, self.rows[picks]),
-            weights=self.winners.weights[picks],
-        )
-
-    def _loss(self, batch: _Batch) -> torch.Tensor:
-        """The sum of the batch's losses over the size of the whole step's batch."""
-        clean, noise, timesteps, text = batch.winners, batch.noise, batch.timesteps, batch.text
-        if batch.losers is not None:  # the same noise and timestep for both
-            clean = torch.cat([clean, batch.losers])
-            noise, timesteps, text = (torch.cat([value, value]) for value in (noise, timesteps, text))
-        noisy = self.schedule.add_noise(clean, noise, timesteps)
-        reference = None
-        if self.objective.pairs:
-            with torch.no_grad(), self.trainee.frozen() as unet:
-                reference = self._predict(unet, noisy, timesteps, text)
-        predicted = self._predict(self.trainee.unet, noisy, timesteps, text)
-        target = target_of(self.schedule, clean, noise, timesteps).to(self.device)
-        snr = snr_weight(self.schedule, batch.timesteps, self.settings.snr_gamma).to(self.device)
-        losses = self.objective.loss(predicted, reference, target, snr) * batch.weights.to(self.device)
-        return losses.sum() / self.settings.batch_size
-
-    def _predict(self, unet, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        given = self.embeds[text.tolist()]
-        mixed = self.settings.method == "full" and self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=mixed):
-            return unet(
-                noisy.to(self.device, self.dtype),
-                timesteps.to(self.device),
-                given.tokens,
-                added_cond_kwargs={
-                    "text_embeds": given.pooled,
-                    "time_ids": self.time_ids.expand(len(noisy), -1),
-                },
-                return_dict=False,
-            )[0].float()
-
-
-def _learning_rate(settings: TrainParams, step: int) -> float:
-    if step <= settings.warmup_steps:
-        return settings.learning_rate * step / settings.warmup_steps
-    if settings.lr_schedule == "constant":
-        return settings.learning_rate
-    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    return settings.learning_rate * 0.5 * (1 + float(np.cos(np.pi * done)))

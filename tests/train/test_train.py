@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,37 +15,9 @@ from srpo.params import Params
 from srpo.rounds import RoundFiles
 from srpo.sampler import Sampler
 from srpo.train import train
-from tests.training import contents, losses, ready, started, with_train
+from tests.train.helpers import contents, losses, with_train
 
 METHODS = ["lora", "full"]
-
-
-@pytest.fixture(scope="session")
-def two_rounds(shared_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rounds 001 (trained) and 002 (ready to train); read only."""
-    root = tmp_path_factory.mktemp("training") / "project"
-    shutil.copytree(shared_world, root)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        params = started(root)
-        train(params, root, "001")
-        ready(params, root, "002")
-    return root
-
-
-@pytest.fixture
-def root(two_rounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    target = tmp_path / "project"
-    shutil.copytree(two_rounds, target)
-    monkeypatch.chdir(target)
-    return target
-
-
-@pytest.fixture
-def params(root: Path) -> Params:
-    from srpo.params import load_params
-
-    return load_params()
 
 
 def predict(unet: torch.nn.Module) -> torch.Tensor:

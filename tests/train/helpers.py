@@ -1,4 +1,4 @@
-"""A project whose first rounds are ready to train: random-weight models, and winners with their losers."""
+"""Making rounds that are ready to train, setting their params, and reading what training published."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from srpo.params import Params, load_params
 from srpo.rounds import RoundFiles
 from srpo.winners import batches, load_winners
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parent.parent.parent
 FIELDS = {
     "prompt": pa.string(),
     "latents": datasets.LATENTS,
