@@ -118,9 +118,9 @@ def pixels(cells: Iterable[Mapping[str, Any]]) -> np.ndarray:
     return np.stack([np.asarray(decode_image(cell)) for cell in cells])
 
 
-def latents_array(row: Mapping[str, Any]) -> np.ndarray:
+def latents_array(row: Mapping[str, Any], column: str = "latents") -> np.ndarray:
     """float16 [channels, height, width]: the sampler's final latents, already times the VAE's scaling factor."""
-    return np.asarray(row["latents"], dtype=np.float16).reshape(row["latents_shape"])
+    return np.asarray(row[column], dtype=np.float16).reshape(row["latents_shape"])
 
 
 def broken_latents(path: Path) -> set[str]:

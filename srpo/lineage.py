@@ -9,23 +9,40 @@ from pathlib import Path
 from typing import Any
 
 from srpo.base import write_json
-from srpo.hashing import code_digest, digest, file_digest
+from srpo.hashing import code_digest, file_digest
 from srpo.params import STAGES_WITH_OVERRIDES, Params
 from srpo.rounds import BASE, RoundFiles
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 
-def write_lineage(adapter: Path, params: Params, root: Path, key: str) -> None:
+def weights_file(adapter: Path) -> Path:
+    """The file of an adapter folder that holds its weights: a LoRA's, or a whole UNet's."""
+    return adapter / (UNET_FILE if (adapter / UNET_FILE).exists() else WEIGHTS_FILE)
+
+
+def winners_of_ancestors(root: Path, parent: str) -> dict[str, str]:
+    """The digests of the winners that the parent and the rounds before it had, by round, as its lineage has them."""
+    if parent == BASE:
+        return {}
+    lineage = read_lineage(root, parent)
+    return lineage.get("ancestors", {}) | {parent: lineage["winners"]}
+
+
+def write_lineage(adapter: Path, params: Params, root: Path, key: str, winners: dict[str, str]) -> None:
     """Write `lineage.json` into a folder that already holds the adapter's weights.
 
-    It names by sha256 the weights, the winners they were trained on, the parent's weights and the base model,
-    with the round's resolved params, the code and the library versions. It holds no date and no path of this
-    machine: the same training writes the same bytes.
+    It names by sha256 the weights, the round's winners and those of all its ancestors, the parent's weights and the
+    base model, with the rounds whose winners it was trained on, the round's resolved params, the code and the library
+    versions. It holds no date and no path of this machine: the same training writes the same bytes.
+
+    Args:
+        winners: digests of the winners it was trained on, by round.
     """
     parent = params.rounds[key].parent
     resolved = params.for_round(key)
-    parent_weights = RoundFiles(root, parent).adapter / WEIGHTS_FILE
+    parent_weights = weights_file(RoundFiles(root, parent).adapter)
     write_json(
         adapter / "lineage.json",
         {
@@ -33,8 +50,10 @@ def write_lineage(adapter: Path, params: Params, root: Path, key: str) -> None:
             "parent": parent,
             "base": read_lineage(root, BASE)["base"],
             "parent_adapter": None if parent == BASE else file_digest(parent_weights),
-            "winners": digest(RoundFiles(root, key).winners),
-            "adapter": file_digest(adapter / WEIGHTS_FILE),
+            "winners": winners[key],
+            "ancestors": winners_of_ancestors(root, parent),
+            "trained_on": list(winners),
+            "adapter": file_digest(weights_file(adapter)),
             "params": {"seed": params.seed, "model": params.model.model_dump()}
             | {stage: getattr(resolved, stage).model_dump() for stage in STAGES_WITH_OVERRIDES},
             "code": code_digest(),

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from srpo.adapters import with_adapter
 from srpo.device import load_quietly, pick_device, pick_dtype
 from srpo.errors import UserError
-from srpo.lineage import WEIGHTS_FILE
 from srpo.params import Params
 from srpo.sections import ModelParams
 
@@ -62,15 +62,13 @@ class Sampler:
 
         Args:
             params: `model` and `runtime` are used.
-            adapter: folder of a LoRA in diffusers' layout; a folder without weights (base's) is no adapter.
+            adapter: folder of a LoRA or a UNet in diffusers' layout; one without weights (base's) is no adapter.
         """
         self.device = pick_device(params.runtime)
         dtype = pick_dtype(params.runtime, self.device)
         pipeline = load_pipeline(params.model, dtype)
-        if adapter is not None and (adapter / WEIGHTS_FILE).exists():
-            pipeline.unet.load_lora_adapter(adapter, weight_name=WEIGHTS_FILE, prefix="unet")
-            pipeline.unet.fuse_lora()
-            pipeline.unet.unload_lora()
+        if adapter is not None:
+            pipeline.unet = with_adapter(pipeline.unet, adapter)
         if pipeline.vae.config.force_upcast:
             pipeline.vae.to(torch.float32)
         pipeline.to(self.device)

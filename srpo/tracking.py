@@ -86,8 +86,14 @@ class Curve:
 
 @contextlib.contextmanager
 def live(params: Params, root: Path, key: str) -> Iterator[Curve]:
-    """A curve in a fresh child run of this round; an earlier one of the same round goes to MLflow's bin."""
+    """A curve in a fresh child run of this round; an earlier one of the same round goes to MLflow's bin.
+
+    Among several processes only the first has one; what the others log goes nowhere.
+    """
     curve, status = Curve(), "FINISHED"
+    if os.environ.get("RANK", "0") != "0":
+        yield curve
+        return
     with contextlib.ExitStack() as stack:
 
         def open_run() -> None:

@@ -1,0 +1,78 @@
+"""Making rounds that are ready to train, setting their params, and reading what training published."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+
+from srpo import datasets
+from srpo.base import pin_base
+from srpo.generate import generate
+from srpo.params import Params, load_params
+from srpo.rounds import RoundFiles
+from srpo.score import score
+from srpo.select import select
+
+
+def ready(params: Params, root: Path, key: str) -> RoundFiles:
+    """Make the winners of a round, with losers."""
+    for stage in (generate, score, select):
+        stage(params, root, key)
+    files = RoundFiles(root, key)
+    add_losers(files)
+    return files
+
+
+def started(root: Path) -> Params:
+    """Pin base and make round 001's winners; the project's params."""
+    pin_base(load_params(root / "params.yaml"), root)
+    params = load_params(root / "params.yaml")
+    ready(params, root, "001")
+    return params
+
+
+def add_losers(files: RoundFiles) -> None:
+    """Give winners the column `loser_latents`, where select has not."""
+    latents = {row["candidate_id"]: row["latents"] for row in datasets.read_rows(files.candidates)}
+    for shard in datasets.shards(files.winners):
+        rows = list(datasets.read_rows(shard))
+        if "loser_latents" in rows[0]:
+            continue
+        rows = [row | {"loser_latents": latents[row["loser_id"]]} for row in rows]
+        known = datasets.CANDIDATE_FIELDS | {"loser_latents": datasets.LATENTS, "loser_id": pa.string()}
+        fields = {name: known.get(name, pa.float32()) for name in rows[0]}
+        datasets.write_table(shard, rows, fields)
+
+
+def with_train(params: Params, **values) -> Params:
+    """The params with keys of `train` replaced."""
+    return params.model_copy(update={"train": params.train.model_copy(update=values)})
+
+
+def with_runtime(params: Params, **values) -> Params:
+    """The params with keys of `runtime` replaced."""
+    return params.model_copy(update={"runtime": params.runtime.model_copy(update=values)})
+
+
+def write_train(root: Path, **values) -> None:
+    """Set keys of the section `train` in params.yaml, for processes that read it."""
+    path = root / "params.yaml"
+    text = path.read_text()
+    for name, value in values.items():
+        text, found = re.subn(rf"(?m)^(train:(?:\n  .*)*?\n  {name}: ).*$", rf"\g<1>{value}", text)
+        if not found:
+            text = text.replace("train:\n  rank", f"train:\n  {name}: {value}\n  rank")
+    path.write_text(text)
+
+
+def contents(files: RoundFiles) -> dict[str, bytes]:
+    """What training published, byte by byte."""
+    return {file.name: file.read_bytes() for file in [files.training, *sorted(files.adapter.iterdir())]}
+
+
+def losses(files: RoundFiles) -> list[float]:
+    """The losses of training.csv."""
+    return pl.read_csv(files.training)["loss"].to_list()
