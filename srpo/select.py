@@ -23,6 +23,7 @@ WINNERS_PER_SHARD = 2048
 def select(params: Params, root: Path, key: str) -> None:
     """Write `rounds/<key>/winners/`: the winners with all that training needs, and `selection.json`.
 
+    `loser_latents` are the latents of the prompt's worst candidate, null if that is the winner itself or has none.
     `selection.json` also counts what could not win or had no say: rejected candidates, and for every selecting
     reward its scores that are NaN or infinite and the prompts for which it is constant.
 
@@ -48,6 +49,7 @@ def select(params: Params, root: Path, key: str) -> None:
     scratch = scratch_folder(root, "select", key, "redone from the start")
     fields = datasets.CANDIDATE_FIELDS | dict.fromkeys(params.rewards, pa.float32())
     fields |= dict.fromkeys(("selection_score", "margin", "weight"), pa.float32()) | {"loser_id": pa.string()}
+    fields |= {"loser_latents": datasets.LATENTS}
     found = 0
     for number, shard in enumerate(_full_rows(files.candidates, by_id)):
         datasets.write_table(scratch / f"shard-{number:05d}.parquet", shard, fields)
@@ -76,8 +78,8 @@ def choose_winners(scores: pl.DataFrame, weights: dict[str, float], settings: Se
             `top_fraction` keeps the largest margins (at least one prompt).
 
     Returns:
-        The columns of `scores`, and selection_score, margin (winner minus its prompt's mean), weight (1.0)
-        and loser_id (the worst candidate).
+        The columns of `scores`, and selection_score, margin (winner minus its prompt's mean), loser_id (the worst
+        candidate) and weight: 1, or with `weighting: advantage` the margin over the mean of the kept margins.
     """
     usable = scores.filter(pl.all_horizontal(pl.col(list(weights)).is_finite()))
     ranked = usable.with_columns(_selection_score(weights, settings.combine).alias("selection_score")).sort(
@@ -87,7 +89,6 @@ def choose_winners(scores: pl.DataFrame, weights: dict[str, float], settings: Se
     winners = (
         ranked.with_columns(
             margin.alias("margin"),
-            pl.lit(1.0).alias("weight"),
             pl.col("candidate_id").last().over("prompt_id").alias("loser_id"),
         )
         .filter(_eligible(weights, settings.combine))
@@ -97,7 +98,7 @@ def choose_winners(scores: pl.DataFrame, weights: dict[str, float], settings: Se
     )
     keep = max(1, round(settings.top_fraction * winners.height))
     best = winners.sort(["margin", "prompt_id"], descending=[True, False]).head(keep)
-    return best.sort("prompt_id")
+    return best.sort("prompt_id").with_columns(_weight(best, settings.weighting).alias("weight"))
 
 
 def odd_scores(scores: pl.DataFrame, weights: dict[str, float]) -> dict[str, int]:
@@ -111,6 +112,13 @@ def odd_scores(scores: pl.DataFrame, weights: dict[str, float]) -> dict[str, int
         # a lone candidate says nothing about the reward
         found[f"constant_prompts_{name}"] = spread.filter((pl.col("spread") == 0) & (pl.col("len") > 1)).height
     return found
+
+
+def _weight(winners: pl.DataFrame, weighting: str) -> pl.Expr:
+    # where nothing stands out anywhere there is nothing to weight by
+    if weighting == "uniform" or not winners["margin"].sum():
+        return pl.lit(1.0)
+    return pl.col("margin") / pl.col("margin").mean()
 
 
 def _selection_score(weights: dict[str, float], combine: str) -> pl.Expr:
@@ -163,10 +171,17 @@ def _mean(scores: pl.Series) -> float | None:
 
 
 def _full_rows(candidates: Path, winners: dict[str, dict]):
+    losers = {winner["loser_id"] for winner in winners.values()} - set(winners)
+    latents = {
+        row["candidate_id"]: row["latents"]
+        for row in datasets.read_rows(candidates, ["candidate_id", "latents"])
+        if row["candidate_id"] in losers
+    }
     shard: list[dict] = []
     for row in datasets.read_rows(candidates):
         if row["candidate_id"] in winners:
-            shard.append(winners[row["candidate_id"]] | row)
+            winner = winners[row["candidate_id"]]
+            shard.append(winner | row | {"loser_latents": latents.get(winner["loser_id"])})
             if len(shard) == WINNERS_PER_SHARD:
                 yield shard
                 shard = []
