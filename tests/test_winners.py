@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pytest
 
 from srpo import datasets
+from srpo.errors import UserError
 from srpo.params import Params
 from srpo.rounds import RoundFiles
+from srpo.scratch import scratch_folder
 from srpo.select import select
 from tests.campaign import build_campaign
 
@@ -60,3 +64,48 @@ def test_losers_latents_come_along(campaign) -> None:
     for row in found.values():
         own = next(one for one in made if one["candidate_id"] == row["candidate_id"])
         assert row["latents"] == list(own["latents"]) and row["image"] == own["image"] and row["seed"] == own["seed"]
+
+
+def test_shards_and_row_groups_change_nothing(campaign, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the candidates' nor the winners': small ones hold the same rows; a killed run's shards do not stay."""
+    params, root = campaign
+    rewards = {f"p{i}": [float((i * k) % 7) for k in range(5)] for i in range(9)} | {"r": [1.0]}
+    write_round(root, rewards, params)
+    select(params, root, KEY)
+    out = RoundFiles(root, KEY).winners
+    whole = pl.read_parquet(out / "*.parquet")
+    assert len(list(out.glob("*.parquet"))) == 1 and whole["loser_latents"].null_count() == 1
+    monkeypatch.setattr("srpo.datasets.ROW_GROUP", range(2, 3))
+    write_round(root, rewards, params)
+    monkeypatch.setattr("srpo.winners.SHARD_BYTES", 1)
+    select(params, root, KEY)
+    assert len(list(out.glob("*.parquet"))) > 3 and pl.read_parquet(out / "*.parquet").equals(whole)
+    stale = scratch_folder(root, "select", KEY, "redone from the start") / "shard-99999.parquet"
+    stale.write_bytes((out / "shard-00000.parquet").read_bytes())
+    select(params, root, KEY)
+    assert pl.read_parquet(out / "*.parquet").equals(whole)
+
+
+def test_unfinished_candidates_never_win_and_are_counted(campaign) -> None:
+    params, root = campaign
+    nothing = {"0000p": {"image": None, "latents": None}}
+    write_round(root, {"p": [None, 1.0, 2.0], "q": [1.0, 0.0]}, params, **nothing)
+    select(params, root, KEY)
+    out = RoundFiles(root, KEY).winners
+    found = {row["prompt_id"]: row for row in datasets.read_rows(out)}
+    assert found["p"]["index"] == 2 and found["p"]["loser_id"] == "001-p-0001"
+    summary = json.loads((out / "selection.json").read_text())
+    assert (summary["unfinished"], summary["rejected"], summary["not_finite_reward"]) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("lost", [2, 3], ids=["a winner", "a loser"])
+def test_scores_of_other_candidates_are_an_error(campaign, lost: int) -> None:
+    params, root = campaign
+    files = RoundFiles(root, KEY)
+    rows = write_round(root, {"p": [1.0, 2.0], "q": [2.0, 1.0]}, params)
+    (files.candidates / "shard-00001.parquet").unlink()
+    kept = [row for i, row in enumerate(rows) if i != lost]
+    datasets.write_table(files.candidates / "shard-00000.parquet", kept, datasets.CANDIDATE_FIELDS)
+    with pytest.raises(UserError, match=r"scores\.parquet.*rerun score"):
+        select(params, root, KEY)
+    assert not files.winners.exists()
