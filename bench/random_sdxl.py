@@ -114,7 +114,7 @@ def build_networks(configuration: Configuration, device: torch.device | str) -> 
 
 
 def save_pipeline(configuration: Configuration, device: torch.device, folder: Path) -> None:
-    """The pipeline with random weights in diffusers' layout, in float16 (7 GB for SDXL), as `load_pipeline` reads it."""
+    """The pipeline with random weights in diffusers' layout, float16 (7 GB for SDXL)."""
     torch.manual_seed(0)
     networks = {name: network.half() for name, network in build_networks(configuration, device).items()}
     make_tokenizer(["a red circle"], folder / "words")
