@@ -11,8 +11,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +24,13 @@ from PIL import Image
 
 from srpo.errors import UserError
 
+if TYPE_CHECKING:
+    import polars as pl
+
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 LATENTS = pa.list_(pa.float16())
-ROW_GROUP = 64
+# a row group is what is read at once: some twenty pictures of 1024 x 1024, thousands of small ones
+ROW_GROUP_BYTES, ROW_GROUP = 32 << 20, range(16, 1 << 16)
 
 CANDIDATE_FIELDS = {
     "candidate_id": pa.string(),
@@ -61,10 +67,20 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]], fields: Mapping[s
 
     The same rows give the same bytes.
     """
+    write_arrow(path, [pa.Table.from_pylist([dict(row) for row in rows], schema=schema(fields))])
+
+
+def write_arrow(path: Path, tables: Iterable[pa.Table]) -> None:
+    """The same from Arrow tables of one schema, written as they come."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema(fields))
-    pq.write_table(table, partial, row_group_size=ROW_GROUP, compression="zstd", write_page_checksum=True)
+    tables = iter(tables)
+    first = next(tables)
+    rows = ROW_GROUP_BYTES * first.num_rows // max(1, first.nbytes)
+    size = max(ROW_GROUP.start, min(rows, ROW_GROUP.stop))
+    with pq.ParquetWriter(partial, first.schema, compression="zstd", write_page_checksum=True) as writer:
+        for table in chain([first], tables):
+            writer.write_table(table, row_group_size=size)
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
@@ -141,13 +157,68 @@ def broken_latents(path: Path) -> set[str]:
     return found
 
 
+class Places:
+    """A dataset's rows by their place, counted over all shards in name order. Opening it reads no rows."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the footers of a dataset (a folder, or one file).
+
+        Raises:
+            UserError: a file is damaged, or there is none.
+        """
+        self.groups: list[tuple[Path, int]] = []
+        counts = [0]
+        for shard in shards(path):
+            with _opened(shard, None) as file:
+                self.groups += [(shard, group) for group in range(file.num_row_groups)]
+                counts += [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+                self.schema = file.schema_arrow
+        self.starts = np.cumsum(counts)
+
+    def take(self, places: np.ndarray, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The rows at these ascending places, a row group's at a time; row groups without any are not read.
+
+        Raises:
+            UserError: a file is damaged or lacks a column.
+        """
+        ends = np.searchsorted(places, self.starts[1:])
+        begin = 0
+        for group in np.flatnonzero(np.diff(ends, prepend=0)):
+            shard, number = self.groups[group]
+            with _opened(shard, columns) as file:
+                table = file.read_row_group(number, columns=columns)
+                yield table.take(places[begin : ends[group]] - self.starts[group])
+            begin = ends[group]
+
+
+def scan(path: Path, columns: Sequence[str]) -> pl.LazyFrame:
+    """These columns of a dataset as a polars query; nothing but the footers is read yet.
+
+    Raises:
+        UserError: a file is damaged, lacks a column, or there is none.
+    """
+    import polars as pl
+
+    found = shards(path)
+    for shard in found:
+        with _opened(shard, columns):
+            pass
+    return pl.scan_parquet(found, extra_columns="ignore").select(columns)
+
+
 def _row_groups(shard: Path, columns: Sequence[str] | None) -> Iterator[pa.Table]:
+    with _opened(shard, columns) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns=columns)
+
+
+@contextmanager
+def _opened(shard: Path, columns: Sequence[str] | None) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(shard, page_checksum_verification=True) as file:
             if missing := set(columns or ()) - set(file.schema_arrow.names):
                 raise UserError(f"{shard}: has no column {sorted(missing)[0]!r}; rerun what makes this file")
-            for group in range(file.num_row_groups):
-                yield file.read_row_group(group, columns=columns)
+            yield file
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{shard}: not a readable parquet file ({reason:.120}); `dvc checkout` restores it") from None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import polars as pl
-import pyarrow as pa
 
 from srpo import datasets
 from srpo.base import write_json
@@ -15,105 +15,153 @@ from srpo.params import Params
 from srpo.rounds import RoundFiles
 from srpo.scratch import scratch_folder
 from srpo.sections import SelectParams
+from srpo.winners import write_winners
 
 log = logging.getLogger("srpo")
-WINNERS_PER_SHARD = 2048
+ROW, PROMPT = "_row", "_prompt"  # numbers in place of ids: millions of those would fill the memory
 
 
 def select(params: Params, root: Path, key: str) -> None:
     """Write `rounds/<key>/winners/`: the winners with all that training needs, and `selection.json`.
 
-    `selection.json` also counts what could not win or had no say: rejected candidates, and for every selecting
-    reward its scores that are NaN or infinite and the prompts for which it is constant.
+    `selection.json` also counts what could not win or had no say: rejected candidates, unfinished ones (a selecting
+    reward is null), and for every selecting reward its scores that are NaN or infinite and the prompts for which it
+    is constant.
 
     Raises:
         UserError: no candidate is left, or scores and candidates do not belong together.
     """
     files, settings = RoundFiles(root, key), params.for_round(key).select
-    scores = pl.read_parquet(files.scores)
-    if "rejected" not in scores.columns:
-        raise UserError(f"{files.scores}: has no column `rejected`, as older versions wrote it; rerun score")
     weights = {name: params.rewards[name].weight for name in params.reward_names("select")}
-    sound = scores.filter(~pl.col("rejected"))
+    if "rejected" not in datasets.Places(files.scores).schema.names:
+        raise UserError(f"{files.scores}: has no column `rejected`, as older versions wrote it; rerun score")
+    scores = datasets.scan(files.scores, ["candidate_id", "prompt_id", "index", *params.rewards, "rejected"])
+    sound = scores.filter(pl.col("rejected").not_().fill_null(True)).drop("rejected")
+    summary = _counts(scores, weights)
+    oddities = odd_scores(sound, weights)
+    _report_oddities(key, summary["rejected"], oddities, weights)
     winners = choose_winners(sound, weights, settings)
-    prompts = scores["prompt_id"].n_unique()
-    rejected, odd = scores.height - sound.height, odd_scores(sound, weights)
-    _report_oddities(key, rejected, odd, weights)
     if winners.is_empty():
         raise UserError(
-            f"rounds.{key}.select: no winner is left of {scores.height} candidates ({rejected} rejected);"
-            " loosen min_margin or combine, or look at the scores"
+            f"rounds.{key}.select: no winner is left of {summary['candidates']} candidates ({summary['rejected']}"
+            " rejected); loosen min_margin or combine, or look at the scores"
         )
-    by_id = {row["candidate_id"]: row for row in winners.drop("rejected").to_dicts()}
     scratch = scratch_folder(root, "select", key, "redone from the start")
-    fields = datasets.CANDIDATE_FIELDS | dict.fromkeys(params.rewards, pa.float32())
-    fields |= dict.fromkeys(("selection_score", "margin", "weight"), pa.float32()) | {"loser_id": pa.string()}
-    found = 0
-    for number, shard in enumerate(_full_rows(files.candidates, by_id)):
-        datasets.write_table(scratch / f"shard-{number:05d}.parquet", shard, fields)
-        found += len(shard)
-    if found != len(by_id):
-        raise UserError(f"{files.scores}: scores of other candidates than {files.candidates} holds; rerun score")
-    summary = {"prompts": prompts, "candidates": scores.height, "winners": found, "rejected": rejected} | odd
-    summary |= {f"candidates_{name}": _mean(scores[name]) for name in params.rewards}
-    summary |= {f"winners_{name}": _mean(winners[name]) for name in params.rewards}
+    for left in scratch.iterdir():  # by a killed run that may have made more shards
+        left.unlink()
+    try:
+        write_winners(scratch, winners, files.candidates)
+    except KeyError:
+        raise UserError(
+            f"{files.scores}: scores of other candidates than {files.candidates} holds; rerun score"
+        ) from None
+    summary |= {"winners": winners.height} | oddities
+    summary |= {f"candidates_{name}": value for name, value in _means(scores, params.rewards).items()}
+    summary |= {f"winners_{name}": value for name, value in _means(winners.lazy(), params.rewards).items()}
     write_json(scratch / "selection.json", summary)
     datasets.publish(scratch, files.winners)
-    log.info("select %s: %d winners of %d candidates for %d prompts", key, found, scores.height, prompts)
+    log.info(
+        "select %s: %d winners of %d candidates for %d prompts",
+        *(key, winners.height, summary["candidates"], summary["prompts"]),
+    )
 
 
-def choose_winners(scores: pl.DataFrame, weights: dict[str, float], settings: SelectParams) -> pl.DataFrame:
+def choose_winners(
+    scores: pl.DataFrame | pl.LazyFrame, weights: Mapping[str, float], settings: SelectParams
+) -> pl.DataFrame:
     """One row per kept prompt: the scores of its best candidate, in prompt order.
 
     The selection score is the reward itself when one reward selects; when several do, `settings.combine` makes it
-    of theirs. Ties go to the lowest index. A candidate with a NaN or infinite selecting reward can't win, nor does
-    it count in its prompt's means and ranks. A reward that is constant for a prompt has nothing to say about it.
+    of theirs. Ties go to the lowest index. A candidate with a null, NaN or infinite selecting reward can't win, nor
+    does it count in its prompt's means and ranks. A reward that is constant for a prompt has nothing to say about it.
 
     Args:
-        scores: columns prompt_id, candidate_id, index and the rewards.
+        scores: columns prompt_id, candidate_id, index and the rewards, in any order of rows.
         weights: by name of the selecting rewards.
         settings: `min_margin` drops prompts whose winner is hardly better than its prompt's mean; then
             `top_fraction` keeps the largest margins (at least one prompt).
 
     Returns:
-        The columns of `scores`, and selection_score, margin (winner minus its prompt's mean), weight (1.0)
-        and loser_id (the worst candidate).
+        The columns of `scores`, and selection_score, margin (winner minus its prompt's mean), loser_id (the worst
+        candidate) and weight: 1, or with `weighting: advantage` the margin over the mean of the kept margins.
     """
-    usable = scores.filter(pl.all_horizontal(pl.col(list(weights)).is_finite()))
-    ranked = usable.with_columns(_selection_score(weights, settings.combine).alias("selection_score")).sort(
-        ["prompt_id", "selection_score", "index"], descending=[False, True, False]
+    rows = scores.lazy().with_row_index(ROW)
+    usable = (
+        rows.filter(pl.all_horizontal(pl.col(list(weights)).is_finite()))
+        .select(ROW, pl.col("prompt_id").cast(pl.Categorical).to_physical().alias(PROMPT), "index", *weights)
+        .collect(engine="streaming")
+        # in this order means are summed, so the order of the file changes nothing, and the first best is the winner
+        .sort(PROMPT, "index", maintain_order=True)
     )
-    margin = pl.col("selection_score") - pl.col("selection_score").mean().over("prompt_id")
-    winners = (
-        ranked.with_columns(
-            margin.alias("margin"),
-            pl.lit(1.0).alias("weight"),
-            pl.col("candidate_id").last().over("prompt_id").alias("loser_id"),
-        )
-        .filter(_eligible(weights, settings.combine))
-        .group_by("prompt_id", maintain_order=True)
-        .first()
+    score = pl.col("selection_score")
+    ranked = usable.with_columns(
+        _selection_score(weights, settings.combine).alias("selection_score"),
+        _eligible(weights, settings.combine).alias("eligible"),
+    ).select(ROW, PROMPT, "selection_score", "eligible")
+    del usable
+    prompts = ranked.group_by(PROMPT, maintain_order=True).agg(
+        score.mean().alias("mean"), pl.col(ROW).filter(score == score.min()).last().alias("_loser")
+    )
+    best = (
+        ranked.filter("eligible")
+        .group_by(PROMPT, maintain_order=True)
+        .agg(pl.col(ROW).get(score.arg_max()), score.max())
+        .join(prompts, on=PROMPT)
+        .select(ROW, "selection_score", (score - pl.col("mean")).alias("margin"), "_loser")
         .filter(pl.col("margin") >= settings.min_margin)
     )
+    del ranked, prompts
+    losers = rows.select(_loser=ROW, loser_id="candidate_id")
+    winners = rows.join(best.lazy(), on=ROW).join(losers, on="_loser").drop(ROW, "_loser").collect(engine="streaming")
     keep = max(1, round(settings.top_fraction * winners.height))
-    best = winners.sort(["margin", "prompt_id"], descending=[True, False]).head(keep)
-    return best.sort("prompt_id")
+    kept = winners.sort(["margin", "prompt_id"], descending=[True, False]).head(keep).sort("prompt_id")
+    return kept.with_columns(_weight(kept, settings.weighting).alias("weight"))
 
 
-def odd_scores(scores: pl.DataFrame, weights: dict[str, float]) -> dict[str, int]:
+def odd_scores(scores: pl.DataFrame | pl.LazyFrame, weights: Mapping[str, float]) -> dict[str, int]:
     """By selecting reward: `not_finite_<name>`, its scores that are NaN or infinite, and
-    `constant_prompts_<name>`, the prompts for which the rest are all equal."""
-    found: dict[str, int] = {}
-    for name in weights:
-        finite = scores.filter(pl.col(name).is_finite())
-        found[f"not_finite_{name}"] = scores.height - finite.height
-        spread = finite.group_by("prompt_id").agg(pl.len(), (pl.col(name).max() - pl.col(name).min()).alias("spread"))
-        # a lone candidate says nothing about the reward
-        found[f"constant_prompts_{name}"] = spread.filter((pl.col("spread") == 0) & (pl.col("len") > 1)).height
-    return found
+    `constant_prompts_<name>`, the prompts for which the rest are all equal. A null score is none."""
+    finite = {name: pl.col(name).filter(pl.col(name).is_finite()) for name in weights}
+    prompts = (
+        scores.lazy()
+        .group_by("prompt_id")
+        .agg(
+            *(pl.col(name).is_finite().not_().sum().alias(f"not_finite_{name}") for name in weights),
+            # a lone candidate says nothing about the reward
+            *(
+                ((column.len() > 1) & (column.min() == column.max())).alias(f"constant_prompts_{name}")
+                for name, column in finite.items()
+            ),
+        )
+    )
+    return prompts.drop("prompt_id").sum().collect(engine="streaming").row(0, named=True)
 
 
-def _selection_score(weights: dict[str, float], combine: str) -> pl.Expr:
+def _counts(scores: pl.LazyFrame, weights: Mapping[str, float]) -> dict[str, int]:
+    unfinished = pl.any_horizontal(pl.col(list(weights)).is_null()) & pl.col("rejected").not_().fill_null(True)
+    counts = {
+        "prompts": pl.col("prompt_id").n_unique(),
+        "candidates": pl.len(),
+        "rejected": pl.col("rejected").sum(),
+        "unfinished": unfinished.sum(),
+    }
+    return scores.select(**counts).collect(engine="streaming").row(0, named=True)
+
+
+def _means(scores: pl.LazyFrame, names: Iterable[str]) -> dict[str, float | None]:
+    """Over the finite scores: JSON has no NaN."""
+    found = scores.select(pl.col(name).filter(pl.col(name).is_finite()).mean() for name in names)
+    return found.collect().row(0, named=True)
+
+
+def _weight(winners: pl.DataFrame, weighting: str) -> pl.Expr:
+    # where nothing stands out anywhere there is nothing to weight by
+    if weighting == "uniform" or not winners["margin"].sum():
+        return pl.lit(1.0)
+    return pl.col("margin") / pl.col("margin").mean()
+
+
+def _selection_score(weights: Mapping[str, float], combine: str) -> pl.Expr:
     if len(weights) == 1:
         return pl.col(next(iter(weights))).cast(pl.Float64)
     if combine == "rank":
@@ -123,30 +171,30 @@ def _selection_score(weights: dict[str, float], combine: str) -> pl.Expr:
 
 def _z_score(name: str) -> pl.Expr:
     column = pl.col(name).cast(pl.Float64)
-    z = (column - column.mean().over("prompt_id")) / column.std(ddof=0).over("prompt_id")
+    z = (column - column.mean().over(PROMPT)) / column.std(ddof=0).over(PROMPT)
     return pl.when(_constant(name)).then(0.0).otherwise(z)
 
 
 def _rank(name: str) -> pl.Expr:
     """0 for the worst of the prompt, 1 for the best; equals share their mean rank."""
-    rank = (pl.col(name).rank("average").over("prompt_id") - 1) / (pl.len().over("prompt_id") - 1)
+    rank = (pl.col(name).rank("average").over(PROMPT) - 1) / (pl.len().over(PROMPT) - 1)
     return pl.when(_constant(name)).then(0.5).otherwise(rank)
 
 
-def _eligible(weights: dict[str, float], combine: str) -> pl.Expr:
+def _eligible(weights: Mapping[str, float], combine: str) -> pl.Expr:
     if combine != "beats_mean" or len(weights) == 1:
         return pl.lit(True)
     columns = {name: pl.col(name).cast(pl.Float64) for name in weights}
     return pl.all_horizontal(
-        _constant(name) | (column > column.mean().over("prompt_id")) for name, column in columns.items()
+        _constant(name) | (column > column.mean().over(PROMPT)) for name, column in columns.items()
     )
 
 
 def _constant(name: str) -> pl.Expr:
-    return pl.col(name).max().over("prompt_id") == pl.col(name).min().over("prompt_id")
+    return pl.col(name).max().over(PROMPT) == pl.col(name).min().over(PROMPT)
 
 
-def _report_oddities(key: str, rejected: int, odd: dict[str, int], weights: dict[str, float]) -> None:
+def _report_oddities(key: str, rejected: int, odd: dict[str, int], weights: Mapping[str, float]) -> None:
     parts = [f"{rejected} candidates rejected as no pictures"] if rejected else []
     for name in weights:
         if count := odd[f"not_finite_{name}"]:
@@ -155,20 +203,3 @@ def _report_oddities(key: str, rejected: int, odd: dict[str, int], weights: dict
             parts.append(f"{name} is constant for {count} prompts")
     if parts:
         log.warning("select %s: %s", key, "; ".join(parts))
-
-
-def _mean(scores: pl.Series) -> float | None:
-    """Over the finite scores: JSON has no NaN."""
-    return scores.filter(scores.is_finite()).mean()
-
-
-def _full_rows(candidates: Path, winners: dict[str, dict]):
-    shard: list[dict] = []
-    for row in datasets.read_rows(candidates):
-        if row["candidate_id"] in winners:
-            shard.append(winners[row["candidate_id"]] | row)
-            if len(shard) == WINNERS_PER_SHARD:
-                yield shard
-                shard = []
-    if shard:
-        yield shard

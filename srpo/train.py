@@ -23,7 +23,7 @@ from srpo.rounds import RoundFiles
 from srpo.sampler import PromptEmbeds, Sampler
 from srpo.scratch import scratch_folder
 from srpo.training_loop import OnStep, TrainingLoop
-from srpo.winners import Winners, load_winners
+from srpo.training_set import Winners, load_winners
 
 log = logging.getLogger("srpo")
 FIELDS = ["step", "loss", "learning_rate", "grad_norm"]

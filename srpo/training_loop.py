@@ -27,7 +27,7 @@ from srpo.objectives import Objective, snr_weight, target_of
 from srpo.sampler import PromptEmbeds
 from srpo.sections import RuntimeParams, TrainParams
 from srpo.training_state import Row, TrainingState
-from srpo.winners import Winners, batches
+from srpo.training_set import Winners, batches
 
 log = logging.getLogger("srpo")
 OnStep = Callable[[Mapping[str, float], int], None]

@@ -24,13 +24,13 @@ def tables(values: st.SearchStrategy) -> st.SearchStrategy:
     )
 
 
-def frame(table: dict[str, list[tuple[float, float]]]) -> pl.DataFrame:
+def frame(table: dict[str, list[tuple[float, float]]], schema: dict | None = None) -> pl.DataFrame:
     rows = [
         {"candidate_id": f"{prompt}-{i}", "prompt_id": prompt, "index": i, "a": a, "b": b}
         for prompt, pairs in table.items()
         for i, (a, b) in enumerate(pairs)
     ]
-    return pl.DataFrame(rows)
+    return pl.DataFrame(rows, schema=schema)
 
 
 def chosen(rows: pl.DataFrame, mode: str, weights: dict[str, float] = WEIGHTS) -> dict[str, str]:
@@ -78,6 +78,58 @@ def test_units_do_not_matter(mode: str, table) -> None:
     assert one["prompt_id"].to_list() == two["prompt_id"].to_list()
     for column in ("selection_score", "margin"):
         assert one[column].to_list() == pytest.approx(two[column].to_list(), abs=1e-9)
+
+
+def by_hand(pairs: list[tuple[float | None, float | None]], mode: str) -> dict[int, tuple[float, bool]]:
+    """One prompt in plain Python: by index of the usable candidates the selection score, and whether it may win."""
+    usable = {i: pair for i, pair in enumerate(pairs) if all(v is not None and math.isfinite(v) for v in pair)}
+    scores, count = dict.fromkeys(usable, 0.0), len(usable)
+    allowed = dict.fromkeys(usable, True)
+    for column, weight in enumerate(WEIGHTS.values()):
+        values = {i: pair[column] for i, pair in usable.items()}
+        varies = len(set(values.values())) > 1
+        mean = sum(values.values()) / count if count else 0.0
+        for i, value in values.items():
+            below = sum(v < value for v in values.values())
+            equal = sum(v == value for v in values.values())
+            if mode == "rank":
+                share = (below + (equal - 1) / 2) / (count - 1) if varies else 0.5
+                scores[i] += weight * share / sum(WEIGHTS.values())
+            elif varies:
+                scores[i] += weight * (value - mean) / math.sqrt(sum((v - mean) ** 2 for v in values.values()) / count)
+            if mode == "beats_mean" and varies:
+                allowed[i] &= value > mean
+    return {i: (scores[i], allowed[i]) for i in usable}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=80, deadline=None)
+@given(table=tables(st.one_of(odd, st.none())), rng=st.randoms(use_true_random=False))
+def test_every_mode_is_what_plain_python_makes_of_it(mode: str, table, rng) -> None:
+    """Whatever the order of rows, and with scores that are null. Sums may round apart, so near ties are ties here."""
+    schema = {"candidate_id": pl.String, "prompt_id": pl.String, "index": pl.Int32, "a": pl.Float32, "b": pl.Float32}
+    rows = frame(table, schema)
+    order = rng.sample(range(rows.height), rows.height)
+    found = choose_winners(rows, WEIGHTS, SelectParams(combine=mode))
+    assert found.equals(choose_winners(rows[order], WEIGHTS, SelectParams(combine=mode)))
+    winners = {row["prompt_id"]: row for row in found.to_dicts()}
+    for prompt, pairs in table.items():
+        known = by_hand(pairs, mode)
+        able = {i: score for i, (score, allowed) in known.items() if allowed}
+        if not able:
+            assert prompt not in winners
+            continue
+        mean = sum(score for score, _ in known.values()) / len(known)
+        if prompt not in winners:
+            assert max(able.values()) <= mean + 1e-9
+            continue
+        row = winners[prompt]
+        loser = int(row["loser_id"].split("-")[1])
+        assert able[row["index"]] == pytest.approx(max(able.values())) == pytest.approx(row["selection_score"])
+        assert row["margin"] == pytest.approx(max(able.values()) - mean, abs=1e-9)
+        assert known[loser][0] == pytest.approx(min(score for score, _ in known.values()))
+        assert pairs.index(pairs[row["index"]]) == row["index"], "ties go to the lowest index"
+        assert len(pairs) - 1 - pairs[::-1].index(pairs[loser]) == loser, "the loser's to the highest"
 
 
 @settings(max_examples=80, deadline=None)
@@ -128,7 +180,10 @@ def test_scores_and_margins_are_in_the_units_the_docs_name() -> None:
 
 
 def test_what_is_odd_is_counted() -> None:
-    rows = frame({"p": [(1.0, math.nan), (1.0, 2.0)], "q": [(1.0, 2.0), (2.0, math.inf)], "r": [(3.0, 3.0)]})
+    """A null is no odd score but none at all: the candidate was not finished."""
+    rows = frame(
+        {"p": [(1.0, math.nan), (1.0, 2.0), (None, None)], "q": [(1.0, 2.0), (2.0, math.inf)], "r": [(3.0, 3.0)]}
+    )
     assert odd_scores(rows, WEIGHTS) == {
         "not_finite_a": 0, "constant_prompts_a": 1, "not_finite_b": 2, "constant_prompts_b": 0,
     }  # fmt: skip

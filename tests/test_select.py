@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import polars as pl
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,3 +77,22 @@ def test_several_rewards_count_by_their_within_prompt_z_scores() -> None:
     )
     weights = {"large": 1.0, "small": 2.0, "flat": 50.0}
     assert choose_winners(rows, weights, SelectParams())["candidate_id"].to_list() == ["z"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(tables, st.floats(0.05, 1.0))
+def test_advantage_weighs_by_the_margin_with_mean_one(table, fraction) -> None:
+    chosen = {
+        weighting: choose_winners(
+            frame(table), {"reward": 1.0}, SelectParams(top_fraction=fraction, weighting=weighting)
+        )
+        for weighting in ("uniform", "advantage")
+    }
+    assert chosen["uniform"].drop("weight").equals(chosen["advantage"].drop("weight"))
+    assert set(chosen["uniform"]["weight"]) <= {1.0}
+    weights, margins = chosen["advantage"]["weight"], chosen["advantage"]["margin"]
+    assert weights.sum() == pytest.approx(len(weights))
+    if margins.sum():
+        assert weights.to_list() == pytest.approx((margins * (len(margins) / margins.sum())).to_list())
+    else:
+        assert set(weights) <= {1.0}

@@ -17,7 +17,7 @@ from srpo.errors import UserError
 from srpo.hashing import digest
 from srpo.params import Params, load_params
 from srpo.rounds import RoundFiles
-from srpo.winners import batches, load_winners
+from srpo.training_set import batches, load_winners
 
 REPO = Path(__file__).parent.parent.parent
 FIELDS = {
