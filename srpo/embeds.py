@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,20 @@ from srpo.lineage import read_lineage
 from srpo.rounds import BASE
 
 if TYPE_CHECKING:
-    from srpo.sampler import PromptEmbeds, Sampler
+    from srpo.sampler import Sampler
 
 log = logging.getLogger("srpo")
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """Text conditioning of n prompts: `tokens` [n, length, dim] and `pooled` [n, pooled_dim]."""
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor
+
+    def __getitem__(self, rows: Sequence[int]) -> PromptEmbeds:
+        return PromptEmbeds(self.tokens[rows], self.pooled[rows])
 
 
 def prompt_embeds(sampler: Sampler, prompts: Sequence[str], root: Path) -> PromptEmbeds:

@@ -30,7 +30,7 @@ def is_audited(fraction: float, seed: int, key: str, prompt_id: str) -> bool:
     return derive_seed(seed, key, "audit", prompt_id) < fraction * 2**63
 
 
-def audit(candidates: pl.DataFrame, scores: pl.DataFrame, settings: GenerateParams) -> dict[str, float | int | None]:
+def audit(candidates: pl.LazyFrame, scores: pl.DataFrame, settings: GenerateParams) -> dict[str, float | int | None]:
     """What early rejection lost and saved in a round, flat; empty when nothing was rejected early.
 
     Regret is the best final reward of a prompt minus the best that rejection leaves of it, mean over the audited
@@ -39,7 +39,7 @@ def audit(candidates: pl.DataFrame, scores: pl.DataFrame, settings: GeneratePara
     (nothing audited, or all equal) is None.
 
     Args:
-        candidates: prompt_id, candidate_id, index, preview_scores, stopped_at, would_stop_at, audited.
+        candidates: the round's whole dataset, of which only the columns needed are read.
         scores: candidate_id, rejected, and the reward that scored the previews.
         settings: of the round; says steps, checkpoints, and the reward.
     """
@@ -47,7 +47,9 @@ def audit(candidates: pl.DataFrame, scores: pl.DataFrame, settings: GeneratePara
     if rejection is None:
         return {}
     final = pl.col(rejection.reward).cast(pl.Float64).alias("final")
-    table = candidates.join(scores.select("candidate_id", "rejected", final), on="candidate_id", how="left")
+    columns = ["prompt_id", "candidate_id", "preview_scores", "stopped_at", "would_stop_at", "audited"]
+    table = candidates.select(columns).collect()
+    table = table.join(scores.select("candidate_id", "rejected", final), on="candidate_id", how="left")
     audited = table.filter("audited")
     sound = audited.filter(~pl.col("rejected") & pl.col("final").is_finite())
     kept = pl.col("would_stop_at") == settings.num_inference_steps

@@ -10,16 +10,16 @@ import copy
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from diffusers import SchedulerMixin, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 
 from srpo.device import pick_device, pick_dtype, speed_up
+from srpo.embeds import PromptEmbeds
 from srpo.lineage import WEIGHTS_FILE
 from srpo.params import Params
 from srpo.pipeline import TEXT_PARTS, load_pipeline
@@ -27,19 +27,8 @@ from srpo.pipeline import TEXT_PARTS, load_pipeline
 log = logging.getLogger("srpo")
 CPU_TILE = 32
 TEXT_TILE = 32
-DECODED_AT_ONCE = 32
+DECODED_AT_ONCE = 8  # on CUDA: a decoder takes far more memory for a picture than the UNet
 T, R = TypeVar("T"), TypeVar("R")
-
-
-@dataclass(frozen=True)
-class PromptEmbeds:
-    """Text conditioning of n prompts: `tokens` [n, length, dim] and `pooled` [n, pooled_dim]."""
-
-    tokens: torch.Tensor
-    pooled: torch.Tensor
-
-    def __getitem__(self, rows: Sequence[int]) -> PromptEmbeds:
-        return PromptEmbeds(self.tokens[rows], self.pooled[rows])
 
 
 class Sampler:
@@ -139,8 +128,8 @@ class Sampler:
         latents = latents.to(self.device, torch.float32)
         if steps.start == 0:
             latents = latents * scheduler.init_noise_sigma
-        else:
-            _begin_at(scheduler, steps.start)
+        elif hasattr(scheduler, "set_begin_index"):  # the others know the step by its timestep
+            scheduler.set_begin_index(steps.start)
         count, guided = len(latents), guidance_scale > 1
         tokens, pooled = embeds.tokens, embeds.pooled
         if guided:
@@ -162,7 +151,7 @@ class Sampler:
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """uint8 pixels [n, height, width, 3] on the CPU, of clean latents [n, channels, h, w]."""
-        return torch.cat([self._decode(part) for part in latents.split(DECODED_AT_ONCE)])
+        return torch.cat([self._decode(part) for part in latents.split(self.tile or DECODED_AT_ONCE)])
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         scaled = latents.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
@@ -259,8 +248,3 @@ def sample_images(
         images.append(decoded)
         on_images(len(batch))
     return torch.cat(latents), torch.cat(images)
-
-
-def _begin_at(scheduler: SchedulerMixin, step: int) -> None:
-    if hasattr(scheduler, "set_begin_index"):  # the others know the step by its timestep
-        scheduler.set_begin_index(step)
