@@ -63,6 +63,11 @@ def settings(count: int, steps: list[int]) -> list[list[tuple[int, int, int]]]:
     return one + two
 
 
+def _beats(other: dict[str, float], one: dict[str, float]) -> bool:
+    pairs = ((other["fewer"], one["fewer"]), (-other["share"], -one["share"]))
+    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+
+
 def main() -> None:
     """Print, for each number of candidates, the settings that no other beats at both."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -94,13 +99,7 @@ def main() -> None:
         for name in ("step: keep", "UNet evaluations, times fewer", "regret", "of best-of-N gain", "same best"):
             shown.add_column(name, justify="right")
         for points, r in sorted(rows, key=lambda row: row[1]["fewer"]):
-            beaten = any(
-                o["fewer"] >= r["fewer"]
-                and o["share"] <= r["share"]
-                and (o["fewer"], o["share"]) != (r["fewer"], r["share"])
-                for _, o in rows
-            )
-            if not beaten:
+            if not any(_beats(other, r) for _, other in rows):
                 name = ", ".join(f"{step}: {keep}" for _, step, keep in points)
                 shown.add_row(name, f"{r['fewer']:.2f}", f"{r['regret']:.3f}", f"{r['share']:.1%}", f"{r['same']:.0%}")
         Console(width=110).print(shown)
