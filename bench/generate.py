@@ -23,9 +23,9 @@ from rich.table import Table
 from srpo.device import pick_device, pick_dtype
 from srpo.generate import generate
 from srpo.params import Params, load_params
+from srpo.pipeline import load_pipeline
 from srpo.prompts import load_prompts
 from srpo.rounds import BASE, RoundFiles
-from srpo.sampler import load_pipeline
 
 
 def by_hand(params: Params, root: Path) -> None:

@@ -2,13 +2,14 @@
 
 import sys
 
-from srpo import warm
+from srpo import launch, warm
 
 
 def main() -> None:
     """Console entry point. Imports nothing heavy until it is known that this process does the work."""
     argv = sys.argv[1:]
-    code = warm.hand_over(["srpo", *argv])
+    launch.become_worker()
+    code = None if launch.is_worker() else warm.hand_over(["srpo", *argv])
     if code is None:
         from srpo import cli
 

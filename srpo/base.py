@@ -20,9 +20,10 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def pin_base(params: Params, root: Path) -> None:
-    """Write `rounds/base/adapter/lineage.json` and `rounds/base/rewards.json`.
+    """Write `rounds/base/adapter/lineage.json`, `rounds/base/rewards.json` and `rounds/base/preview.json`.
 
-    Every other stage depends on one of them, so a changed model folder or revision reruns what it must.
+    Every other stage depends on one of them, so a changed model folder or revision reruns what it must. The last names
+    only the reward that scores previews: with another judge the candidates stay.
 
     Raises:
         UserError: a model is neither a folder or file here nor shaped like a Hub id.
@@ -32,7 +33,10 @@ def pin_base(params: Params, root: Path) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     model = params.model
-    write_json(scratch / "lineage.json", {"base": _identity(root, "model.base", model.base, model.revision)})
+    lineage = {"base": _identity(root, "model.base", model.base, model.revision)}
+    if model.vae:
+        lineage["vae"] = _identity(root, "model.vae", model.vae, model.vae_revision)
+    write_json(scratch / "lineage.json", lineage)
     rewards = {
         name: _identity(root, f"rewards.{name}.model", spec.model, spec.revision)
         if spec.model
@@ -41,6 +45,8 @@ def pin_base(params: Params, root: Path) -> None:
     }
     datasets.publish(scratch, files.adapter)
     write_json(files.folder / "rewards.json", rewards)
+    rejection = params.generate.early_rejection
+    write_json(files.preview, {rejection.reward: rewards[rejection.reward]} if rejection else {})
 
 
 def write_json(path: Path, value: object) -> None:

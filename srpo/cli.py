@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from srpo import __version__
+from srpo import __version__, launch
 from srpo.errors import UserError
 from srpo.params import PARAMS_FILE, Params, load_params
 
@@ -26,17 +26,24 @@ RoundOrBase = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rou
 
 def run(argv: list[str]) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    # of several processes the first draws a bar; the others' lines take its place until it is drawn again
+    over_bar = launch.rank() > 0 and sys.stderr.isatty()
+    form = "\r\x1b[K%(message)s" if over_bar else "%(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr, force=True)
     for chatty in ("alembic", "mlflow", "httpx", "diffusers", "transformers", "datasets"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         code = app(args=argv, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except UserError as error:
-        print(f"srpo: error: {error}", file=sys.stderr)
+        if launch.is_worker():
+            launch.tell_parent(error)
+        else:
+            print(f"srpo: error: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        print("srpo: interrupted", file=sys.stderr)
+        if not launch.is_worker():
+            print("srpo: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if hasattr(error, "format_message"):  # click's usage errors, wherever this typer keeps its click
@@ -61,12 +68,25 @@ def base() -> None:
 
 
 @app.command()
-def generate(key: Round) -> None:
+def generate(
+    key: Round,
+    shards: Annotated[str | None, typer.Option(hidden=True, help="only these shards, which all workers share")] = None,
+) -> None:
     """Make N candidate pictures for every train prompt."""
     params, root = _load(key)
-    from srpo.generate import generate
+    from srpo.generate import Shards
 
-    generate(params, root, key)
+    work = Shards(params, root, key)
+    if launch.is_parent(params.runtime) and work.unfinished():
+        launch.run(
+            lambda: ["generate", key, "--shards", ",".join(map(str, work.unfinished()))],
+            min(params.runtime.processes, len(work.unfinished())),
+            attempts=3,
+        )
+    else:
+        work.make(None if shards is None else [int(number) for number in shards.split(",")])
+    if not launch.is_worker():
+        work.publish()
 
 
 @app.command()
@@ -91,9 +111,15 @@ def select(key: Round) -> None:
 def train(key: Round) -> None:
     """Fine-tune on the winners."""
     params, root = _load(key)
+    if launch.is_parent(params.runtime):
+        launch.run(lambda: ["train", key], params.runtime.processes)
+        return
     from srpo import tracking
     from srpo.train import train
 
+    if launch.rank():
+        train(params, root, key)
+        return
     with tracking.live(params, root, key) as curve:
         train(params, root, key, curve.log)
 

@@ -43,8 +43,17 @@ CANDIDATE_FIELDS = {
     "latents_shape": pa.list_(pa.int32()),
     "steps": pa.int32(),
     "guidance": pa.float32(),
+    # early rejection: one score per checkpoint reached; the steps done; the steps that it asks for, which are
+    # fewer than those done only where a prompt is audited. What was given up has neither image nor latents.
+    "preview_scores": pa.list_(pa.float32()),
+    "stopped_at": pa.int32(),
+    "would_stop_at": pa.int32(),
+    "audited": pa.bool_(),
 }
-_DTYPES = {pa.string(): "string", pa.int32(): "int32", pa.int64(): "int64", pa.float32(): "float32", pa.bool_(): "bool"}
+_DTYPES = {
+    pa.string(): "string", pa.int32(): "int32", pa.int64(): "int64", pa.float16(): "float16", pa.float32(): "float32",
+    pa.bool_(): "bool",
+}  # fmt: skip
 
 
 def schema(fields: Mapping[str, pa.DataType]) -> pa.Schema:
@@ -54,8 +63,7 @@ def schema(fields: Mapping[str, pa.DataType]) -> pa.Schema:
         if kind == IMAGE:
             features[name] = {"_type": "Image"}
         elif pa.types.is_list(kind):
-            dtype = "float16" if kind == LATENTS else "int32"
-            features[name] = {"feature": {"dtype": dtype, "_type": "Value"}, "_type": "List"}
+            features[name] = {"feature": {"dtype": _DTYPES[kind.value_type], "_type": "Value"}, "_type": "List"}
         else:
             features[name] = {"dtype": _DTYPES[kind], "_type": "Value"}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
@@ -151,7 +159,7 @@ def broken_latents(path: Path) -> set[str]:
             latents = group.column("latents").combine_chunks()
             finite = np.isfinite(latents.flatten().to_numpy())
             # a list column's offsets count from its own start once flattened
-            bounds = np.cumsum(pc.list_value_length(latents).to_numpy())
+            bounds = np.cumsum(pc.list_value_length(latents).fill_null(0).to_numpy())  # given up early: has none
             whole = [part.all() for part in np.split(finite, bounds[:-1])]
             found |= {key for key, good in zip(group["candidate_id"].to_pylist(), whole, strict=True) if not good}
     return found

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from srpo import datasets
 from srpo.base import write_json
+from srpo.embeds import prompt_embeds
 from srpo.errors import UserError
 from srpo.gate import appearance, best_guidance, judge_round
 from srpo.hashing import derive_seed
@@ -63,8 +64,8 @@ def evaluate(params: Params, root: Path, key: str) -> None:
         name: load_reference(root / settings.reference, extractor, root / ".srpo" / "cache")
         for name, extractor in extractors.items()
     }
-    sampler = Sampler(params, files.adapter)
-    embeds = sampler.encode([prompt.prompt for prompt in prompts])
+    sampler = Sampler(params, files.adapter, fast=True)
+    embeds = prompt_embeds(sampler, [prompt.prompt for prompt in prompts], root)
     scratch = scratch_folder(root, "evaluate", key, "redone from the start")
     rows, samples, sweep, drift = [], [], {}, {}
     total = len(prompts) * settings.images_per_prompt * len(settings.guidance_scales)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from srpo import charts, datasets, pictures
 from srpo.lineage import read_gate, read_lineage, read_metrics, read_sweep
 from srpo.page import chart, numbers, picture, render_page
 from srpo.params import Params
+from srpo.rejection import PREFIX
 from srpo.rounds import BASE, RoundFiles
 from srpo.scratch import scratch_folder
 from srpo.summary import SET_MEASURES
@@ -46,6 +48,7 @@ def report(params: Params, root: Path, key: str) -> None:
         charts=_charts(params, files, measured, sweeps, training),
         lineage=_lineage_rows(root, key),
         selection=_selection(files),
+        rejection=_early_rejection(params, files),
     )  # fmt: skip
     scratch = scratch_folder(root, "report", key, "redone from the start")
     (scratch / "index.html").write_text(page, encoding="utf-8")
@@ -79,7 +82,8 @@ def _charts(
         "rounds": {name: charts.over_rounds(measured, path, name, role) for name, role in roles.items()},
         "sweep": {name: charts.sweep(sweeps, name) for name in [*rewards, "fid", "cmmd", "saturation"]},
         "histograms": {
-            name: charts.histograms(name, scores[name].to_numpy(), winners[name].to_numpy()) for name in rewards
+            name: charts.histograms(name, scores[name].drop_nulls().to_numpy(), winners[name].to_numpy())
+            for name in rewards
         },
         "training": {"training loss": charts.training(training["step"].to_list(), training["loss"].to_list())},
     }
@@ -104,3 +108,24 @@ def _selection(files: RoundFiles) -> dict[str, Any]:
     scores = pl.read_parquet(files.scores, columns=["prompt_id"])
     winners = sum(1 for _ in datasets.read_rows(files.winners, ["candidate_id"]))
     return {"candidates": scores.height, "prompts": scores["prompt_id"].n_unique(), "winners": winners}
+
+
+def _early_rejection(params: Params, files: RoundFiles) -> list[tuple[str, float | None]]:
+    """What selection wrote about early rejection, as (what, value); empty when nothing was given up early."""
+    rules = params.for_round(files.key).generate.early_rejection
+    if rules is None:
+        return []
+    path = files.winners / "selection.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    labels = {
+        "unet_evaluations_share": "UNet evaluations done, as a share of finishing all",
+        "unet_evaluations_share_unaudited": "the same without the audit",
+        "audited_prompts": "audited prompts, whose candidates were all finished",
+        "regret": f"regret: best {rules.reward} minus the best that rejection leaves",
+        "regret_share": "regret as a share of the best-of-N gain",
+        "same_best": "audited prompts that keep their best candidate",
+    } | {
+        f"rank_correlation_{point.step}": f"rank correlation of preview and final {rules.reward}, step {point.step}"
+        for point in rules.checkpoints
+    }
+    return [(label, found[PREFIX + name]) for name, label in labels.items() if PREFIX + name in found]

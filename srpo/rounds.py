@@ -50,6 +50,11 @@ class RoundFiles:
         return self.folder / "training.csv"
 
     @property
+    def preview(self) -> Path:
+        """Of base only: the identity of the reward that scores previews."""
+        return self.folder / "preview.json"
+
+    @property
     def evaluation(self) -> Path:
         return self.folder / "evaluation"
 

@@ -8,70 +8,50 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 
 from srpo.adapters import with_adapter
-from srpo.device import load_quietly, pick_device, pick_dtype
-from srpo.errors import UserError
+from srpo.device import pick_device, pick_dtype, speed_up
+from srpo.embeds import PromptEmbeds
 from srpo.params import Params
-from srpo.sections import ModelParams
+from srpo.pipeline import TEXT_PARTS, load_pipeline
 
 log = logging.getLogger("srpo")
 CPU_TILE = 32
-
-
-@dataclass(frozen=True)
-class PromptEmbeds:
-    """Text conditioning of n prompts: `tokens` [n, length, dim] and `pooled` [n, pooled_dim]."""
-
-    tokens: torch.Tensor
-    pooled: torch.Tensor
-
-    def __getitem__(self, rows: Sequence[int]) -> PromptEmbeds:
-        return PromptEmbeds(self.tokens[rows], self.pooled[rows])
-
-
-def load_pipeline(model: ModelParams, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """The base pipeline, from the Hub or a local folder, safetensors only.
-
-    Raises:
-        UserError: it can't be had or is no SDXL pipeline.
-    """
-    load_quietly()
-    try:
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
-            model.base, revision=model.revision, variant=model.variant, dtype=dtype, use_safetensors=True
-        )
-    except (OSError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"model.base: can't load {model.base!r} as an SDXL pipeline: {reason:.200}") from None
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+TEXT_TILE = 32
+DECODED_AT_ONCE = 8  # on CUDA: a decoder takes far more memory for a picture than the UNet
+T, R = TypeVar("T"), TypeVar("R")
 
 
 class Sampler:
     """A base pipeline, with an adapter merged in when one is given."""
 
-    def __init__(self, params: Params, adapter: Path | None = None) -> None:
-        """Load the model.
+    def __init__(self, params: Params, adapter: Path | None = None, *, fast: bool = False) -> None:
+        """Load the model; its text encoders come when they are first needed.
 
         Args:
             params: `model` and `runtime` are used.
             adapter: folder of a LoRA or a UNet in diffusers' layout; one without weights (base's) is no adapter.
+            fast: on CUDA, lay the weights out for sampling; what trains them needs them as they are.
         """
-        self.device = pick_device(params.runtime)
+        self.model, self.device = params.model, pick_device(params.runtime)
         dtype = pick_dtype(params.runtime, self.device)
-        pipeline = load_pipeline(params.model, dtype)
+        pipeline = load_pipeline(params.model, dtype, **dict.fromkeys(TEXT_PARTS))
         if adapter is not None:
             pipeline.unet = with_adapter(pipeline.unet, adapter)
         if pipeline.vae.config.force_upcast:
             pipeline.vae.to(torch.float32)
         pipeline.to(self.device)
+        if fast and self.device.type == "cuda":
+            speed_up(pipeline, compiled=params.runtime.compile)
         self.pipeline, self.unet, self.vae = pipeline, pipeline.unet.eval(), pipeline.vae.eval()
         self.tile = CPU_TILE if self.device.type == "cpu" else None
         self.batch_size = params.runtime.batch_size
@@ -79,13 +59,24 @@ class Sampler:
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Conditioning of `prompts`, with the empty prompt's appended as the last row."""
-        tokens, no_tokens, pooled, no_pooled = self.pipeline.encode_prompt(
-            prompt=list(prompts),
-            device=self.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=True,
-        )
-        return PromptEmbeds(torch.cat([tokens, no_tokens[:1]]), torch.cat([pooled, no_pooled[:1]]))
+        tokens, pooled = [], []
+        for start in range(0, len(prompts), TEXT_TILE):
+            part = list(prompts[start : start + TEXT_TILE])
+            padding = [""] * (TEXT_TILE - len(part)) if self.tile else []
+            found, no_tokens, found_pooled, no_pooled = self._text_pipeline.encode_prompt(
+                prompt=part + padding, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=True
+            )
+            tokens.append(found[: len(part)])
+            pooled.append(found_pooled[: len(part)])
+        return self.as_embeds(torch.cat([*tokens, no_tokens[:1]]), torch.cat([*pooled, no_pooled[:1]]))
+
+    def as_embeds(self, tokens: torch.Tensor, pooled: torch.Tensor) -> PromptEmbeds:
+        """Tensors as `encode` made them, on this sampler's device."""
+        return PromptEmbeds(tokens.to(self.device), pooled.to(self.device))
+
+    @cached_property
+    def _text_pipeline(self) -> StableDiffusionXLPipeline:
+        return load_pipeline(self.model, self.unet.dtype, unet=None, vae=None).to(self.device)
 
     def noise(self, seeds: Sequence[int], height: int, width: int) -> torch.Tensor:
         """Unit noise, float32 [n, channels, height / 8, width / 8], one CPU generator per seed."""
@@ -93,7 +84,6 @@ class Sampler:
         shape = (self.unet.config.in_channels, height // factor, width // factor)
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
-    @torch.inference_mode()
     def denoise(
         self,
         noise: torch.Tensor,
@@ -103,41 +93,92 @@ class Sampler:
         num_inference_steps: int,
         guidance_scale: float,
     ) -> torch.Tensor:
-        """Final latents, float32 [n, channels, h, w] on the CPU, for unit noise of the same shape.
+        """Final latents, float32 [n, channels, h, w] on the CPU, for unit noise of the same shape; see `advance`."""
+        steps = range(num_inference_steps)
+        return self.advance(noise, embeds, empty, steps, num_inference_steps, guidance_scale)[0]
+
+    @torch.inference_mode()
+    def advance(
+        self,
+        latents: torch.Tensor,
+        embeds: PromptEmbeds,
+        empty: PromptEmbeds,
+        steps: range,
+        num_inference_steps: int,
+        guidance_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Do some of the scheduler's steps.
 
         Args:
-            noise: as from `noise`.
+            latents: [n, channels, h, w]: unit noise as from `noise` when the steps start at 0, else the last result.
             embeds: conditioning, one row per image.
             empty: conditioning of the empty prompt, one row; used when guidance_scale > 1.
-            num_inference_steps: scheduler steps.
+            steps: which of the `num_inference_steps`. Stopping in between changes nothing if the scheduler keeps
+                nothing from step to step.
             guidance_scale: classifier-free guidance (Ho and Salimans, 2022): e_0 + g * (e_c - e_0).
+
+        Returns:
+            The latents after the last of `steps`, and the clean latents that the model expected in that step, where
+            the scheduler tells them; float32 on the CPU.
         """
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         scheduler.set_timesteps(num_inference_steps, device=self.device)
-        latents = noise.to(self.device, torch.float32) * scheduler.init_noise_sigma
-        count, guided = len(noise), guidance_scale > 1
+        latents = latents.to(self.device, torch.float32)
+        if steps.start == 0:
+            latents = latents * scheduler.init_noise_sigma
+        elif hasattr(scheduler, "set_begin_index"):  # the others know the step by its timestep
+            scheduler.set_begin_index(steps.start)
+        count, guided = len(latents), guidance_scale > 1
         tokens, pooled = embeds.tokens, embeds.pooled
         if guided:
             tokens = torch.cat([empty.tokens.expand(count, -1, -1), tokens])
             pooled = torch.cat([empty.pooled.expand(count, -1), pooled])
-        time_ids = self.time_ids(noise.shape[-2], noise.shape[-1]).expand(len(tokens), -1)
-        for timestep in scheduler.timesteps:
+        time_ids = self.time_ids(latents.shape[-2], latents.shape[-1]).expand(len(tokens), -1)
+        for timestep in scheduler.timesteps[steps.start : steps.stop]:
             model_input = scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
             rows = torch.cat([model_input] * 2) if guided else model_input
             predicted = self._unet(rows, timestep, tokens, pooled, time_ids).float()
             if guided:
                 unconditional, conditional = predicted.chunk(2)
                 predicted = unconditional + guidance_scale * (conditional - unconditional)
-            latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
-        return latents.cpu()
+            done = scheduler.step(predicted, timestep, latents)
+            latents = done.prev_sample
+        clean = getattr(done, "pred_original_sample", None)
+        return latents.cpu(), None if clean is None else clean.cpu()
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels [n, height, width, 3] on the CPU, of final latents [n, channels, h, w]."""
+        """uint8 pixels [n, height, width, 3] on the CPU, of clean latents [n, channels, h, w]."""
+        return torch.cat([self._decode(part) for part in latents.split(self.tile or DECODED_AT_ONCE)])
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         scaled = latents.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
         images = self._tiled(lambda x: self.vae.decode(x, return_dict=False)[0], scaled)
         images = (images.float() / 2 + 0.5).clamp(0, 1) * 255
         return images.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
+
+    def fitting(self, queue: deque[T], run: Callable[[list[T]], R]) -> tuple[list[T], R]:
+        """Take up to `batch_size` items off the queue's left and run them; both are returned.
+
+        When the device's memory does not hold so many, `batch_size` is halved for good.
+
+        Raises:
+            torch.OutOfMemoryError: there is not even room for one.
+        """
+        while True:
+            batch = list(islice(queue, self.batch_size))
+            try:
+                result = run(batch)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                self.batch_size = len(batch) // 2
+                torch.cuda.empty_cache()
+                log.warning("out of memory with %d images at once; going on with %d", len(batch), self.batch_size)
+                continue
+            for _ in batch:
+                queue.popleft()
+            return batch, result
 
     def time_ids(self, latent_height: int, latent_width: int) -> torch.Tensor:
         """SDXL's size conditioning [1, 6]: original size, crop corner (0, 0), target size, in pixels."""
@@ -177,8 +218,6 @@ def sample_images(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample image i from `embeds` row `rows[i]` and seed `seeds[i]`; prompts and candidates mix in a batch.
 
-    When the device's memory does not hold `sampler.batch_size` images, that is halved for good and the run goes on.
-
     Args:
         embeds: from `Sampler.encode`; its last row is the empty prompt.
         on_images: called with the number of images after each micro-batch.
@@ -189,27 +228,21 @@ def sample_images(
     Raises:
         torch.OutOfMemoryError: there is not even room for one image.
     """
-    empty, latents, images, done = embeds[[-1]], [], [], 0
-    while done < len(rows):
-        batch = range(done, min(done + sampler.batch_size, len(rows)))
-        try:
-            final = sampler.denoise(
-                sampler.noise([seeds[i] for i in batch], height, width),
-                embeds[[rows[i] for i in batch]],
-                empty,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-            ).half()
-            decoded = sampler.decode(final)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise
-            sampler.batch_size = len(batch) // 2
-            torch.cuda.empty_cache()
-            log.warning("out of memory with %d images at once; going on with %d", len(batch), sampler.batch_size)
-            continue
+
+    def run(batch: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        final = sampler.denoise(
+            sampler.noise([seed for _, seed in batch], height, width),
+            embeds[[row for row, _ in batch]],
+            embeds[[-1]],
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+        ).half()
+        return final, sampler.decode(final)
+
+    queue, latents, images = deque(zip(rows, seeds, strict=True)), [], []
+    while queue:
+        batch, (final, decoded) = sampler.fitting(queue, run)
         latents.append(final)
         images.append(decoded)
-        done = batch.stop
         on_images(len(batch))
     return torch.cat(latents), torch.cat(images)

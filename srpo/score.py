@@ -30,31 +30,40 @@ def score(params: Params, root: Path, key: str) -> None:
     """Write `rounds/<key>/scores.parquet`: one row a candidate, one float32 column a reward, raw units.
 
     The column `rejected` marks candidates that are no pictures: one flat colour (black is what a half precision
-    VAE makes of NaN), or NaN or infinity in their latents. They are scored all the same and never win.
+    VAE makes of NaN), or NaN or infinity in their latents. They are scored all the same and never win. Candidates that
+    were given up early have no picture and no scores, and are marked, too.
 
     Raises:
         UserError: candidates are missing or damaged, or a reward can't be loaded, raises or answers nonsense.
     """
     files = RoundFiles(root, key)
     rewards = load_rewards(params, root)
-    rows: list[dict[str, Any]] = []
     broken = datasets.broken_latents(files.candidates)
     columns = ["candidate_id", "prompt_id", "prompt", "index", "image"]
+    finished = (row for row in datasets.read_rows(files.candidates, columns) if row["image"] is not None)
+    found: dict[str, dict[str, Any]] = {}
     with tqdm(unit="img", desc=f"score {key}", mininterval=2) as progress:
-        for batch in batched(datasets.read_rows(files.candidates, columns), BATCH):
+        for batch in batched(finished, BATCH):
             images = to_tensor(row["image"] for row in batch)
             scores = score_batch(rewards, images, [row["prompt"] for row in batch])
             flat = is_flat(images).tolist()
             for i, row in enumerate(batch):
                 values = {name: scores[name][i].item() for name in rewards}
-                values["rejected"] = flat[i] or row["candidate_id"] in broken
-                rows.append({name: row[name] for name in ("candidate_id", "prompt_id", "index")} | values)
+                found[row["candidate_id"]] = values | {"rejected": flat[i] or row["candidate_id"] in broken}
             progress.update(len(batch))
+    given_up = dict.fromkeys(rewards) | {"rejected": True}
+    rows = [
+        identity | found.get(identity["candidate_id"], given_up)
+        for identity in datasets.read_rows(files.candidates, ["candidate_id", "prompt_id", "index"])
+    ]
     fields = {"candidate_id": pa.string(), "prompt_id": pa.string(), "index": pa.int32()}
     fields |= dict.fromkeys(rewards, pa.float32()) | {"rejected": pa.bool_()}
     datasets.write_table(files.scores, rows, fields)
-    rejected = sum(row["rejected"] for row in rows)
-    log.info("score %s: %d candidates, %d rejected, rewards %s", key, len(rows), rejected, ", ".join(rewards))
+    rejected, early = sum(row["rejected"] for row in found.values()), len(rows) - len(found)
+    log.info(
+        "score %s: %d candidates, %d given up early, %d rejected, rewards %s",
+        key, len(rows), early, rejected, ", ".join(rewards),
+    )  # fmt: skip
 
 
 def load_rewards(params: Params, root: Path) -> dict[str, Reward]:

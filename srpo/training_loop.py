@@ -26,8 +26,8 @@ from srpo.loss_watch import LossWatch
 from srpo.objectives import Objective, snr_weight, target_of
 from srpo.sampler import PromptEmbeds
 from srpo.sections import RuntimeParams, TrainParams
-from srpo.training_state import Row, TrainingState
 from srpo.training_set import Winners, batches
+from srpo.training_state import Row, TrainingState
 
 log = logging.getLogger("srpo")
 OnStep = Callable[[Mapping[str, float], int], None]

@@ -138,8 +138,8 @@ def test_sampling_agrees_with_the_diffusers_pipeline(params: Params, world: Path
 def test_loading_draws_no_bars_but_downloads_may(params: Params, world: Path, capfd: pytest.CaptureFixture) -> None:
     from huggingface_hub.utils import are_progress_bars_disabled
 
+    from srpo.pipeline import load_pipeline
     from srpo.rewards import load_reward
-    from srpo.sampler import load_pipeline
 
     load_pipeline(params.model, torch.float32)
     load_reward(params.rewards["judge"], world, torch.device("cpu"))
