@@ -175,6 +175,18 @@ def table() -> None:
 
 
 @app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="folder to make the project in")] = Path(),
+    preset: Annotated[str, typer.Option(help="sdxl, or tiny (from a clone of the repository only)")] = "sdxl",
+) -> None:
+    """Start a project: params.yaml from a preset, the pipeline, Git and DVC. Overwrites nothing."""
+    from srpo.init import init_project, next_steps
+
+    print(f"wrote {', '.join(init_project(folder, preset))} under {folder.resolve()}")
+    print(f"next: {next_steps(preset)}")
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     print(__version__)
