@@ -187,6 +187,21 @@ def init(
 
 
 @app.command()
+def check() -> None:
+    """Look for what would go wrong before hours are spent, and estimate hours, memory and disk."""
+    params, root = _load()
+    from srpo.check import check_project
+
+    findings = check_project(params, root)
+    width = max(len(finding.what) for finding in findings)
+    for finding in findings:
+        print(f"{finding.state:4}  {finding.what:{width}}  {finding.text}")
+    failed = sum(finding.state == "fail" for finding in findings)
+    if failed:
+        raise UserError(f"{failed} of {len(findings)} checks failed; mend what says fail above")
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     print(__version__)

@@ -1,7 +1,8 @@
 """What a campaign on SDXL will cost: pure arithmetic over params, no model and no device.
 
-FLOP are counted ones (torch's counter over the networks' shapes: multiply and add are two), memory is an estimate that
-allocators, kernels and drivers move by a quarter either way. All of it is for SDXL's UNet of 2.57 billion weights.
+FLOP and GB of one pass were counted once by torch's FLOP counter and memory tracker over SDXL's shapes in 16 bits,
+without a device. The FLOP are exact (multiply and add are two); kernels, allocators and drivers move memory by a
+quarter either way. All of it is for SDXL's UNet of 2.57 billion weights.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ TRAIN_FORWARDS = {"lora": 14 / UNET_TFLOP, "full": 20 / UNET_TFLOP}  # a trainin
 UNET_WEIGHTS, TEXT_WEIGHTS, VAE_WEIGHTS = 2.567e9, 0.818e9, 0.084e9
 LORA_WEIGHTS_A_RANK = 1.4515e6  # of the default target_modules, attention's four projections
 OPTIMIZER_BYTES = 16  # a trained weight in float32, its gradient and AdamW's two moments
-DENOISE_GB, DECODE_GB = 1.5, 3.2  # a row in the UNet, a picture in the decoder; 16 bits, 1024 x 1024
-TRAIN_GB, CHECKPOINTED_GB = 20.0, 3.0  # activations kept for a sample's backward pass, without and with recomputing
+DENOISE_GB, DECODE_GB = 1.5, 2.4  # a row in the UNet, a picture in the decoder; 16 bits, 1024 x 1024
+# activations that wait for a sample's backward pass, without and with recomputing: counted, LoRA's float32 inputs added
+TRAIN_GB, CHECKPOINTED_GB = 8.0, 1.5
 CONTEXT_GB = 1.5  # the driver's, the kernels' and the allocator's own
 PNG_BYTES = 1.5e6  # of a 1024 x 1024 picture
 LATENT_BYTES = 2 * 4 / 64  # four float16 channels for 8 x 8 pixels

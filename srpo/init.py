@@ -37,7 +37,9 @@ def init_project(folder: Path, preset: str) -> list[str]:
         "dvc.yaml": PACKAGED / "pipeline.yaml",  # under its own name DVC would take it for a second pipeline
         "prefect.yaml": PACKAGED / "prefect.yaml",
         ".gitignore": PACKAGED / "gitignore",
-    } | (_tiny_data() if preset == TINY else {"data/prompts": PACKAGED / "prompts", "README.md": PACKAGED / "README.md"})
+    }
+    examples = {"data/prompts": PACKAGED / "prompts", "README.md": PACKAGED / "README.md"}
+    plan |= _tiny_data() if preset == TINY else examples
     for name in plan:
         if (folder / name).exists():
             raise UserError(f"{folder / name}: is there already and init overwrites nothing; name another folder")
