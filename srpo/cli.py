@@ -201,6 +201,33 @@ def table() -> None:
 
 
 @app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="folder to make the project in")] = Path(),
+    preset: Annotated[str, typer.Option(help="sdxl, or tiny (from a clone of the repository only)")] = "sdxl",
+) -> None:
+    """Start a project: params.yaml from a preset, the pipeline, Git and DVC. Overwrites nothing."""
+    from srpo.init import init_project, next_steps
+
+    print(f"wrote {', '.join(init_project(folder, preset))} under {folder.resolve()}")
+    print(f"next: {next_steps(preset)}")
+
+
+@app.command()
+def check() -> None:
+    """Look for what would go wrong before hours are spent, and estimate hours, memory and disk."""
+    params, root = _load()
+    from srpo.check import check_project
+
+    findings = check_project(params, root)
+    width = max(len(finding.what) for finding in findings)
+    for finding in findings:
+        print(f"{finding.state:4}  {finding.what:{width}}  {finding.text}")
+    failed = sum(finding.state == "fail" for finding in findings)
+    if failed:
+        raise UserError(f"{failed} of {len(findings)} checks failed; mend what says fail above")
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     print(__version__)

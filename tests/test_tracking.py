@@ -51,7 +51,11 @@ def story(root: Path) -> Story:
     # a copy: MLflow keeps its connections, and one to a deleted file still reads what was in it
     copy = root.parent / f"{uuid4().hex}.db"
     shutil.copy(root / "mlflow.db", copy)
-    client = MlflowClient(tracking_uri=f"sqlite:///{copy}")
+    return story_of(MlflowClient(tracking_uri=f"sqlite:///{copy}"))
+
+
+def story_of(client: MlflowClient) -> Story:
+    """All that a tracking server or database shows, without ids and times."""
     experiment = client.get_experiment_by_name("srpo").experiment_id
     runs = client.search_runs([experiment])
     names = {run.info.run_id: run.info.run_name for run in runs}
