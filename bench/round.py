@@ -4,9 +4,9 @@
 
 Run it in the project's folder with its data. Both start as commands on a fresh copy of the project: `python -m
 flows.rounds --round 001`, with Prefect's server, DVC, MLflow, reports and base's evaluation; and bench.naive_round,
-which makes, scores, trains on and evaluates the same numbers of pictures with the same settings, without records. `load`
-counts the imports: the script's one time, the flow's start of its warm server and of Prefect. --prompts takes only the
-first N prompts of both files.
+which makes, scores, trains on and evaluates the same numbers of pictures with the same settings, without records.
+`load` counts the imports: the script's one time, the flow's start of its warm server and of Prefect. --prompts takes
+only the first N prompts of both files.
 """
 
 from __future__ import annotations
