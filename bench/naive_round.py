@@ -77,46 +77,38 @@ def fine_tune(pipeline: StableDiffusionXLPipeline, winners: list[dict], params: 
     )
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     generator = torch.Generator().manual_seed(0)
-    loader = torch.utils.data.DataLoader(
-        winners, batch_size=settings.batch_size, shuffle=True, drop_last=True, collate_fn=list, generator=generator
+    # with replacement, so that there is a batch even of few winners
+    picks = torch.utils.data.RandomSampler(
+        winners, replacement=True, num_samples=settings.steps * settings.batch_size, generator=generator
     )
+    loader = torch.utils.data.DataLoader(winners, settings.batch_size, sampler=picks, collate_fn=list)
     unet.train()
-    done = 0
-    while done < settings.steps:
-        for batch in loader:
-            with torch.no_grad():
-                images = [np.asarray(Image.open(row["path"]).convert("RGB")) for row in batch]
-                pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
-                latents = pipeline.vae.encode(pixels).latent_dist.sample() * pipeline.vae.config.scaling_factor
-                texts = ["" if np.random.rand() < settings.caption_dropout else row["prompt"].prompt for row in batch]
-                tokens, _, pooled, _ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False)
-            noise = torch.randn_like(latents)
-            timesteps = torch.randint(0, schedule.config.num_train_timesteps, (len(batch),))
-            ids = torch.tensor([[size, size, 0, 0, size, size]] * len(batch), dtype=torch.float32)
-            conditions = {"text_embeds": pooled, "time_ids": ids}
-            noisy = schedule.add_noise(latents, noise, timesteps)
-            predicted = unet(noisy, timesteps, tokens, added_cond_kwargs=conditions).sample
-            loss = torch.nn.functional.mse_loss(predicted, noise)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
-            optimizer.step()
-            rate.step()
-            optimizer.zero_grad()
-            done += 1
-            if done == settings.steps:
-                break
+    for batch in loader:
+        with torch.no_grad():
+            images = [np.asarray(Image.open(row["path"]).convert("RGB")) for row in batch]
+            pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+            latents = pipeline.vae.encode(pixels).latent_dist.sample() * pipeline.vae.config.scaling_factor
+            texts = ["" if np.random.rand() < settings.caption_dropout else row["prompt"].prompt for row in batch]
+            tokens, _, pooled, _ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False)
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, schedule.config.num_train_timesteps, (len(batch),))
+        ids = torch.tensor([[size, size, 0, 0, size, size]] * len(batch), dtype=torch.float32)
+        conditions = {"text_embeds": pooled, "time_ids": ids}
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        predicted = unet(noisy, timesteps, tokens, added_cond_kwargs=conditions).sample
+        loss = torch.nn.functional.mse_loss(predicted, noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
+        optimizer.step()
+        rate.step()
+        optimizer.zero_grad()
     unet.eval()
 
 
-def evaluate(pipeline, scorers: dict[str, Scorer], templates, prompts: list[Prompt], folder: Path, params: Params):
+def evaluate(pipeline, scorers, templates, moments, prompts: list[Prompt], folder: Path, params: Params) -> None:
     """Pictures and scores at every guidance scale, and FID on the judge's features."""
     settings = params.evaluate
     size = {"height": settings.height, "width": settings.width, "num_inference_steps": settings.num_inference_steps}
-    reference = [
-        clip(scorers["judge"], datasets.decode_image(row["image"]))[1]
-        for row in datasets.read_rows(Path(settings.reference), ["image"])
-    ]
-    moments = [np.mean(reference, axis=0), np.cov(np.stack(reference), rowvar=False)]
     for guidance in settings.guidance_scales:
         pictures = folder / str(guidance)
         sample(pipeline, prompts, pictures, settings.images_per_prompt, guidance_scale=guidance, **size)
@@ -154,7 +146,14 @@ def main() -> None:
     ]
     prompts, held_out = load_prompts(Path(params.prompts.train)), load_prompts(Path(params.prompts.eval))
     finished("load")
-    evaluate(pipeline, scorers, templates, held_out, folder / "base", params)
+    reference = np.stack(
+        [
+            clip(scorers["judge"], datasets.decode_image(row["image"]))[1]
+            for row in datasets.read_rows(Path(params.evaluate.reference), ["image"])
+        ]
+    )
+    moments = [reference.mean(0), np.cov(reference, rowvar=False)]
+    evaluate(pipeline, scorers, templates, moments, held_out, folder / "base", params)
     finished("evaluate base")
     size = {"height": settings.height, "width": settings.width, "num_inference_steps": settings.num_inference_steps}
     count, guidance = settings.candidates_per_prompt, settings.guidance_scale
@@ -169,7 +168,7 @@ def main() -> None:
     fine_tune(pipeline, list(best.values()), params)
     pipeline.save_lora_weights(folder / "adapter", unet_lora_layers=_lora(pipeline))
     finished("train")
-    evaluate(pipeline, scorers, templates, held_out, folder / "round", params)
+    evaluate(pipeline, scorers, templates, moments, held_out, folder / "round", params)
     finished("evaluate")
     print(json.dumps(seconds))
 
