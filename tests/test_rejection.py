@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srpo import datasets
-from srpo.base import pin_base
+from srpo.base import pin_base, write_json
 from srpo.errors import UserError
 from srpo.generate import generate
 from srpo.params import Params, load_params
@@ -213,3 +213,36 @@ def test_only_the_preview_reward_is_followed(params: Params, world: Path) -> Non
     assert json.loads(path.read_text()) != before
     pin_base(params, world)
     assert json.loads(path.read_text()) == {}
+
+
+def test_the_report_and_mlflow_show_the_audit_and_survive_what_has_no_scores(tmp_path: Path) -> None:
+    from ruamel.yaml import YAML
+
+    from srpo.projection import round_record
+    from srpo.report import report
+    from tests.campaign import build_campaign
+
+    build_campaign(tmp_path, ("001",))
+    raw = YAML(typ="safe").load((tmp_path / "params.yaml").read_text())
+    raw["generate"]["early_rejection"] = {"reward": "reward", "checkpoints": [{"step": 3, "keep": 3}]}
+    write_json(tmp_path / "params.yaml", raw)
+    files, params = RoundFiles(tmp_path, "001"), load_params(tmp_path / "params.yaml")
+    scores = pl.read_parquet(files.scores)
+    loser_ids = pl.scan_parquet(datasets.shards(files.winners)).select("loser_id").collect()["loser_id"]
+    winner_ids = pl.scan_parquet(datasets.shards(files.winners)).select("candidate_id").collect()["candidate_id"]
+    gone = ~pl.col("candidate_id").is_in(pl.concat([loser_ids, winner_ids]).to_list())
+    names = list(params.rewards)
+    scores = scores.with_columns(pl.when(gone).then(None).otherwise(pl.col(names)).name.keep())
+    assert scores["reward"].null_count()
+    scores.write_parquet(files.scores)
+    path = files.winners / "selection.json"
+    told = {"rejection_regret": 0.125, "rejection_regret_share": None, "rejection_rank_correlation_3": 0.625}
+    write_json(path, json.loads(path.read_text()) | told)
+    report(params, tmp_path, "001")
+    page = (files.report / "index.html").read_text()
+    assert "<h2>Early rejection</h2>" in page and "rank correlation of preview and final reward, step 3" in page
+    assert "0.125" in page and "0.625" in page
+    assert ("rejection_regret", 0.125, 0) in round_record(params, tmp_path, "001").points
+    without = params.model_copy(update={"generate": params.generate.model_copy(update={"early_rejection": None})})
+    report(without, tmp_path, "001")
+    assert "Early rejection" not in (files.report / "index.html").read_text()

@@ -117,13 +117,14 @@ def test_pictures_are_the_decoded_latents(params: Params, world: Path) -> None:
 
 def test_sampling_agrees_with_the_diffusers_pipeline(params: Params, world: Path) -> None:
     """The loop of our own must do what `StableDiffusionXLPipeline.__call__` does."""
+    from srpo.pipeline import load_pipeline
     from srpo.sampler import Sampler
 
-    sampler = Sampler(params)
+    sampler, pipeline = Sampler(params), load_pipeline(params.model, torch.float32)
     embeds, noise = sampler.encode(["a red circle", "a blue square"]), sampler.noise([1, 2], 32, 32)
     for guidance in (1.0, 4.0):
         ours = sampler.denoise(noise, embeds[[0, 1]], embeds[[-1]], num_inference_steps=5, guidance_scale=guidance)
-        theirs = sampler.pipeline(
+        theirs = pipeline(
             prompt=["a red circle", "a blue square"],
             latents=noise,
             num_inference_steps=5,
