@@ -124,7 +124,9 @@ class FullTrainee(Trainee):
     def __init__(self, unet: UNet2DConditionModel, *, keep: bool, dtype: torch.dtype) -> None:
         """`keep` keeps a frozen copy in `dtype` for `frozen`."""
         self.unet = unet.requires_grad_(True)
-        self._reference = copy.deepcopy(unet).requires_grad_(False).to(dtype) if keep else None
+        self._reference = copy.deepcopy(unet).requires_grad_(False) if keep else None
+        if keep and dtype != unet.dtype:
+            self._reference.to(dtype)
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[UNet2DConditionModel]:

@@ -66,7 +66,7 @@ def dpo(predicted: Tensor, reference: Tensor, target: Tensor, weight: Tensor, *,
 
 
 def nft(predicted: Tensor, reference: Tensor, target: Tensor, weight: Tensor, *, beta: float) -> Tensor:
-    """DiffusionNFT (Zheng et al., 2025, arXiv:2509.16117, eq. 5), with r = 1 for winners and r = 0 for losers:
+    """DiffusionNFT (Zheng et al., 2025, arXiv:2509.16117), with r = 1 for winners and r = 0 for losers:
 
         v+ = (1 - beta) * v_ref + beta * v      fits the winner,
         v- = (1 + beta) * v_ref - beta * v      fits the loser:   weight * (e(v+) + e(v-)) / 2
