@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import httpx
     from dvc.repo import Repo
 
-SECONDS = 5.0
+SECONDS = 15.0  # a busy machine is no dead one
 INCEPTION_FILE = "inception-2015-12-05.pt"
 # the file without which a family's model is not there
 FILES = {
@@ -82,7 +82,9 @@ def _wanted(params: Params, root: Path) -> Iterator[Wanted]:
     files = ("model_index.json", *(f"{part}{suffix}.safetensors" for part in parts))
     yield Wanted("model.base", model.base, model.revision, files)
     if model.vae:
-        yield Wanted("model.vae", model.vae, model.vae_revision, ("diffusion_pytorch_model.safetensors",))
+        # a local one may be a VAE's folder or a whole pipeline's
+        files = () if (root / model.vae).exists() else ("config.json", "diffusion_pytorch_model.safetensors")
+        yield Wanted("model.vae", model.vae, model.vae_revision, files)
     for name, spec in params.rewards.items():
         if spec.kind not in FAMILIES or spec.model is None:
             continue  # a class of the user's own loads what it likes
@@ -186,7 +188,7 @@ def find_mlflow(uri: str) -> Finding:
 
 
 def find_prefect() -> Finding:
-    """Whether the Prefect server that is configured, if any, answers."""
+    """Whether the Prefect server that is configured, if any, answers to these credentials."""
     address = _prefect_address()
     if address is None:
         return Finding("prefect", "ok", "none configured: a flow brings its own; PREFECT_API_URL names one")
@@ -194,7 +196,9 @@ def find_prefect() -> Finding:
     key, pair = os.environ.get("PREFECT_API_KEY"), os.environ.get("PREFECT_API_AUTH_STRING")
     auth = tuple(pair.split(":", 1)) if pair and ":" in pair else None
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return _find_server("prefect", f"{address.rstrip('/')}/health", address, hints, auth=auth, headers=headers)
+    return _find_server(
+        "prefect", f"{address.rstrip('/')}/flows/count", address, hints, "POST", json={}, auth=auth, headers=headers
+    )
 
 
 def _prefect_address() -> str | None:
@@ -209,12 +213,12 @@ def _prefect_address() -> str | None:
     return None
 
 
-def _find_server(what: str, address: str, shown: str, hints: dict[int, str], **request) -> Finding:
+def _find_server(what: str, address: str, shown: str, hints: dict[int, str], method: str = "GET", **request) -> Finding:
     import httpx
 
     shown = _without_secrets(shown)
     try:
-        answer: httpx.Response = httpx.get(address, timeout=SECONDS, **request)
+        answer: httpx.Response = httpx.request(method, address, timeout=SECONDS, **request)
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
         return Finding(what, "fail", f"{shown} does not answer ({type(error).__name__}); start it, see docs/servers.md")
     if answer.is_success:

@@ -172,6 +172,8 @@ def answering() -> Iterator[tuple[str, dict]]:
             self.send_response(state["status"])
             self.end_headers()
 
+        do_POST = do_GET
+
         def log_message(self, *_: object) -> None:
             pass
 
@@ -190,14 +192,17 @@ def test_servers_are_asked(answering: tuple[str, dict], monkeypatch: pytest.Monk
     assert "--allowed-hosts" in reach.find_mlflow(address).text
     state["status"] = 200
     monkeypatch.setenv("PREFECT_API_URL", f"{address}/api")
-    assert reach.find_prefect().state == "ok" and state["asked"][-1][0] == "/api/health"
+    assert reach.find_prefect().state == "ok" and state["asked"][-1][0] == "/api/flows/count"
+    state["status"] = 401
+    assert "PREFECT_API_AUTH_STRING" in reach.find_prefect().text
+    state["status"] = 200
     monkeypatch.delenv("PREFECT_API_URL")
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     assert "none configured" in reach.find_prefect().text
     (tmp_path / "profiles.toml").write_text(
         f'active = "mine"\n[profiles.mine]\nPREFECT_API_URL = "{address}/other"\n', encoding="utf-8"
     )
-    assert reach.find_prefect().state == "ok" and state["asked"][-1][0] == "/other/health"
+    assert reach.find_prefect().state == "ok" and state["asked"][-1][0] == "/other/flows/count"
 
 
 def test_a_server_that_is_down_fails_without_its_password() -> None:

@@ -6,6 +6,7 @@ all that differs from a real run is numbers.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -17,6 +18,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
 
 from srpo import cli, datasets
@@ -44,6 +48,7 @@ REDUCED: dict[str, Any] = {
     "runtime.train_batch_size": 2,
     "runtime.checkpoint_every": 2,
 }
+VAE_SNAPSHOTS = "models--madebyollin--sdxl-vae-fp16-fix/snapshots"
 ROUND = ("generate 001", "score 001", "select 001", "train 001", "evaluate 001", "report 001")
 # one process for all stages: their imports are most of the time
 RUN = """
@@ -110,6 +115,19 @@ def test_the_round_is_whole(project: Path) -> None:
     assert metrics["guidance"] == 5.0 and metrics["verdict"] in ("pass", "fail")
     assert {"hps_win_rate_low", "clip_win_rate_low", "fid", "kid", "cmmd"} <= metrics.keys()
     assert (folder / "report" / "index.html").stat().st_size > 10_000
+
+
+def test_the_presets_vae_made_the_pictures(project: Path) -> None:
+    params = load_params(project / "params.yaml")
+    snapshots = Path(json.loads((project / "environment.json").read_text())["HF_HOME"], "hub", VAE_SNAPSHOTS)
+    vae = AutoencoderKL.from_pretrained(snapshots / params.model.vae_revision)
+    rows = list(datasets.read_rows(project / "rounds" / "001" / "candidates", ["image", "latents", "latents_shape"]))
+    latents = torch.from_numpy(np.stack([datasets.latents_array(row) for row in rows])).float()
+    with torch.inference_mode():
+        decoded = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0] / 2 + 0.5
+    wanted = (decoded.clamp(0, 1) * 255).permute(0, 2, 3, 1).numpy()
+    made = np.stack([np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))) for row in rows])
+    assert np.abs(made - wanted).max() < 1.5
 
 
 def test_what_it_stands_on_is_pinned(project: Path) -> None:

@@ -74,9 +74,9 @@ def test_a_few_steps_make_winners_likelier_than_losers(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     winners, losers = (torch.randn(8, 16, generator=generator) + shift for shift in (1.0, -1.0))
     clean, schedule = torch.cat([winners, losers]).view(16, *SHAPE), DDPMScheduler()
-    model = torch.nn.Linear(16, 16)
-    reference = torch.nn.Linear(16, 16)
-    reference.load_state_dict(model.state_dict())
+    model, reference = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+    for parameter in (*model.parameters(), *reference.parameters()):
+        torch.nn.init.zeros_(parameter)  # at first no better for winners than for losers
     objective = make_objective(settings(objective=name, dpo_beta=20.0))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
 
