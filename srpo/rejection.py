@@ -14,6 +14,7 @@ from srpo.hashing import derive_seed
 from srpo.sections import GenerateParams
 
 PREFIX = "rejection_"
+AUDITED_COLUMNS = ["prompt_id", "candidate_id", "preview_scores", "stopped_at", "would_stop_at", "audited"]
 
 
 def survivors(scores: Sequence[float], keep: int) -> list[int]:
@@ -47,8 +48,7 @@ def audit(candidates: pl.LazyFrame, scores: pl.DataFrame, settings: GeneratePara
     if rejection is None:
         return {}
     final = pl.col(rejection.reward).cast(pl.Float64).alias("final")
-    columns = ["prompt_id", "candidate_id", "preview_scores", "stopped_at", "would_stop_at", "audited"]
-    table = candidates.select(columns).collect()
+    table = candidates.select(AUDITED_COLUMNS).collect()
     table = table.join(scores.select("candidate_id", "rejected", final), on="candidate_id", how="left")
     audited = table.filter("audited")
     sound = audited.filter(~pl.col("rejected") & pl.col("final").is_finite())

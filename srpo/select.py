@@ -12,6 +12,7 @@ from srpo import datasets
 from srpo.base import write_json
 from srpo.errors import UserError
 from srpo.params import Params
+from srpo.rejection import AUDITED_COLUMNS, audit
 from srpo.rounds import RoundFiles
 from srpo.scratch import scratch_folder
 from srpo.sections import SelectParams
@@ -26,7 +27,7 @@ def select(params: Params, root: Path, key: str) -> None:
 
     `selection.json` also counts what could not win or had no say: rejected candidates, unfinished ones (a selecting
     reward is null), and for every selecting reward its scores that are NaN or infinite and the prompts for which it
-    is constant.
+    is constant. After early rejection it holds what `rejection.audit` found.
 
     Raises:
         UserError: no candidate is left, or scores and candidates do not belong together.
@@ -58,6 +59,9 @@ def select(params: Params, root: Path, key: str) -> None:
     summary |= {"winners": winners.height} | oddities
     summary |= {f"candidates_{name}": value for name, value in _means(scores, params.rewards).items()}
     summary |= {f"winners_{name}": value for name, value in _means(winners.lazy(), params.rewards).items()}
+    generated = params.for_round(key).generate
+    if generated.early_rejection:
+        summary |= audit(datasets.scan(files.candidates, AUDITED_COLUMNS), scores.collect(), generated)
     write_json(scratch / "selection.json", summary)
     datasets.publish(scratch, files.winners)
     log.info(
@@ -138,11 +142,11 @@ def odd_scores(scores: pl.DataFrame | pl.LazyFrame, weights: Mapping[str, float]
 
 
 def _counts(scores: pl.LazyFrame, weights: Mapping[str, float]) -> dict[str, int]:
-    unfinished = pl.any_horizontal(pl.col(list(weights)).is_null()) & pl.col("rejected").not_().fill_null(True)
+    unfinished = pl.any_horizontal(pl.col(list(weights)).is_null())
     counts = {
         "prompts": pl.col("prompt_id").n_unique(),
         "candidates": pl.len(),
-        "rejected": pl.col("rejected").sum(),
+        "rejected": (pl.col("rejected") & ~unfinished).sum(),
         "unfinished": unfinished.sum(),
     }
     return scores.select(**counts).collect(engine="streaming").row(0, named=True)

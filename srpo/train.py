@@ -14,20 +14,20 @@ from diffusers import DDPMScheduler
 from srpo import datasets
 from srpo.adapters import make_trainee
 from srpo.device import pick_device, pick_dtype
+from srpo.embeds import prompt_embeds
 from srpo.errors import UserError
 from srpo.hashing import code_digest, digest
 from srpo.lineage import write_lineage
 from srpo.objectives import Objective, make_objective
 from srpo.params import Params
 from srpo.rounds import RoundFiles
-from srpo.sampler import PromptEmbeds, Sampler
+from srpo.sampler import Sampler
 from srpo.scratch import scratch_folder
 from srpo.training_loop import OnStep, TrainingLoop
 from srpo.training_set import Winners, load_winners
 
 log = logging.getLogger("srpo")
 FIELDS = ["step", "loss", "learning_rate", "grad_norm"]
-PROMPTS_AT_ONCE = 256
 
 
 def train(params: Params, root: Path, key: str, on_step: OnStep = lambda metrics, step: None) -> None:
@@ -94,14 +94,15 @@ def _prepare(
         sampling = params.model_copy(update={"runtime": params.runtime.model_copy(update={"dtype": "float32"})})
     sampler = Sampler(sampling)
     dtype = pick_dtype(params.runtime, sampler.device)
-    embeds, rows = _encode(sampler, winners.prompts)
+    distinct = sorted(set(winners.prompts))
+    position = {prompt: row for row, prompt in enumerate(distinct)}
     return TrainingLoop(
         accelerator=accelerator,
         trainee=make_trainee(sampler.unet, params, root, key, keep=objective.pairs, dtype=dtype),
         objective=objective,
         winners=winners,
-        embeds=embeds,
-        rows=rows,
+        embeds=prompt_embeds(sampler, distinct, root),
+        rows=torch.tensor([position[prompt] for prompt in winners.prompts]),
         time_ids=sampler.time_ids(*winners.latents.shape[-2:]),
         schedule=DDPMScheduler.from_config(sampler.pipeline.scheduler.config),
         settings=settings,
@@ -110,15 +111,3 @@ def _prepare(
         device=sampler.device,
         dtype=dtype,
     )
-
-
-def _encode(sampler: Sampler, prompts: list[str]) -> tuple[PromptEmbeds, torch.Tensor]:
-    """Conditioning of the distinct prompts and, as the last row, of the empty one; and which row each prompt has."""
-    distinct = sorted(set(prompts))
-    parts = [sampler.encode(distinct[i : i + PROMPTS_AT_ONCE]) for i in range(0, len(distinct), PROMPTS_AT_ONCE)]
-    embeds = PromptEmbeds(
-        torch.cat([part.tokens[:-1] for part in parts] + [parts[0].tokens[-1:]]),
-        torch.cat([part.pooled[:-1] for part in parts] + [parts[0].pooled[-1:]]),
-    )
-    position = {prompt: i for i, prompt in enumerate(distinct)}
-    return embeds, torch.tensor([position[prompt] for prompt in prompts])
