@@ -14,6 +14,7 @@ from srpo.params import STAGES_WITH_OVERRIDES, Params
 from srpo.rounds import BASE, RoundFiles
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
+UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def write_lineage(adapter: Path, params: Params, root: Path, key: str) -> None:
@@ -43,9 +44,25 @@ def write_lineage(adapter: Path, params: Params, root: Path, key: str) -> None:
     )
 
 
+def adapter_weights(adapter: Path) -> Path | None:
+    """The weights in an adapter's folder, a LoRA's or a whole UNet's; None where there are none, as in base's."""
+    found = (adapter / name for name in (WEIGHTS_FILE, UNET_FILE))
+    return next((path for path in found if path.exists()), None)
+
+
 def read_lineage(root: Path, key: str) -> dict[str, Any]:
     """The `lineage.json` of a round, or of `base`."""
     return json.loads((RoundFiles(root, key).adapter / "lineage.json").read_text(encoding="utf-8"))
+
+
+def read_dvc_lock(root: Path) -> dict[str, Any]:
+    """The stages of dvc.lock by name (`train@001`), each with `outs` and maybe `deps`; empty without a lock file."""
+    from ruamel.yaml import YAML
+
+    lock = root / "dvc.lock"
+    if not lock.exists():
+        return {}
+    return (YAML(typ="safe").load(lock.read_text(encoding="utf-8")) or {}).get("stages") or {}
 
 
 def read_metrics(root: Path, key: str) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def live(params: Params, root: Path, key: str) -> Iterator[Curve]:
         def open_run() -> None:
             # while this is held, MLflow knows more than the round's files, and `project` leaves the round alone
             stack.enter_context(_lock(root, f"live@{key}", timeout=0))
-            with _opened(params, root) as records:
+            with opened(params, root) as records:
                 campaign = records.campaign()
                 for run in records.children(key):
                     records.client.delete_run(run.info.run_id)
@@ -124,7 +124,7 @@ def _project(params: Params, root: Path, keys: list[str]) -> bool:
     done = []
 
     def work() -> None:
-        with _opened(params, root) as records:
+        with opened(params, root) as records:
             campaign = records.project_campaign()
             done.extend(_attempt(f"round {key}", lambda key=key: records.project_round(key, campaign)) for key in keys)
 
@@ -132,10 +132,11 @@ def _project(params: Params, root: Path, keys: list[str]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Records:
-    """The runs of one campaign in one experiment."""
+class Records:
+    """The runs of one campaign in one experiment, at the address `uri`."""
 
     client: MlflowClient
+    uri: str
     experiment: str
     params: Params
     root: Path
@@ -235,7 +236,7 @@ class _Records:
 
 
 @contextlib.contextmanager
-def _opened(params: Params, root: Path) -> Iterator[_Records]:
+def opened(params: Params, root: Path) -> Iterator[Records]:
     """The campaign's records, held by this process alone."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -257,7 +258,7 @@ def _opened(params: Params, root: Path) -> Iterator[_Records]:
             # the tag opens the UI on training runs and not on chat traces
             tags = {"mlflow.experimentKind": "custom_model_development"}
             number = client.create_experiment(params.tracking.experiment, artifacts, tags)
-        yield _Records(client, number, params, root)
+        yield Records(client, uri, number, params, root)
 
 
 def _note(params: Params, key: str, wanted: projection.RoundRecord) -> str:
@@ -322,8 +323,13 @@ def _attempt(what: str, work: Callable[[], None]) -> bool:
     try:
         work()
     except Exception as error:  # whatever a tracking server can do wrong, the round goes on
-        # an address may hold a password, and a password may hold @
-        reason = re.sub(r"//\S*@", "//", " ".join(str(error).split()))
-        log.warning("MLflow: %s not recorded (%s: %.160s); run `srpo track` later", what, type(error).__name__, reason)
+        log.warning("MLflow: %s not recorded (%s); run `srpo track` later", what, reason(error))
         return False
     return True
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in one line that holds no password."""
+    # an address may hold a password, and a password may hold @
+    words = re.sub(r"//\S*@", "//", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {words:.160}"
