@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -19,6 +20,9 @@ from srpo.params import Params, load_params
 from srpo.registry import Decision, chain_of, check, look_up, promote, versions
 from srpo.rounds import RoundFiles
 from tests.campaign import build_campaign, write_dvc_lock, write_training
+
+if TYPE_CHECKING:
+    from mlflow.diffusers import DiffusersAdapterModel
 
 AUTO = Decision("auto", "tests say so")
 
@@ -48,11 +52,24 @@ def dvc(root: Path, *arguments: str) -> None:
 
 
 def keep_in_dvc(root: Path, key: str) -> None:
-    """What `dvc repro` does with an adapter: a copy of it in the cache."""
-    (root / "dvc.yaml").write_text(f"stages:\n  train@{key}:\n    cmd: 'true'\n    outs: [rounds/{key}/adapter]\n")
-    lock = (root / "dvc.lock").read_text()
-    dvc(root, "commit", "-f", f"train@{key}")
-    (root / "dvc.lock").write_text(lock)
+    """Put an adapter into DVC's cache, as `dvc repro` does."""
+    shutil.copytree(RoundFiles(root, key).adapter, root / "kept")
+    dvc(root, "add", "-q", "kept")
+    shutil.rmtree(root / "kept")
+    (root / "kept.dvc").unlink()
+
+
+def load_model(root: Path, uri: str) -> DiffusersAdapterModel:
+    """What a user of the registry does."""
+    import mlflow
+
+    # absolute, because MLflow keeps a database open by its address as it was given
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
+    try:
+        return mlflow.diffusers.load_model(uri)
+    finally:
+        mlflow.set_tracking_uri(before)
 
 
 def retrain(params: Params, root: Path, key: str) -> None:
@@ -68,8 +85,6 @@ def fail_the_gate(params: Params, root: Path, key: str) -> None:
 
 
 def test_champion_moves_and_the_same_adapter_is_one_version(params: Params, project: Path) -> None:
-    import mlflow
-
     first, second = promote(params, project, "001", AUTO), promote(params, project, "002", AUTO)
     assert (str(first.version), str(second.version)) == ("1", "2")
     assert {str(v.version): v.aliases for v in versions(params, project)} == {"1": ["previous"], "2": ["champion"]}
@@ -92,23 +107,19 @@ def test_champion_moves_and_the_same_adapter_is_one_version(params: Params, proj
     assert expected.items() <= tags.items() and "srpo.override" not in tags
     assert json.loads(tags["srpo.params"]) == lineage["params"]
 
-    mlflow.set_tracking_uri("sqlite:///mlflow.db")
-    loaded = mlflow.diffusers.load_model(f"models:/{second.name}@previous")
+    loaded = load_model(project, f"models:/{second.name}@previous")
     assert loaded.base_model == "./data/base"
     assert dvc_digest(Path(loaded.adapter_path)) == dvc_digest(adapter), "the registry holds another adapter"
 
 
 def test_a_hub_base_is_pinned_to_the_revision_it_was_trained_on(params: Params, project: Path) -> None:
-    import mlflow
-
     for key in ("base", "001"):
         path = RoundFiles(project, key).adapter / "lineage.json"
         base = {"source": "stabilityai/stable-diffusion-xl-base-1.0", "revision": "46" * 20, "digest": None}
         write_json(path, json.loads(path.read_text()) | {"base": base})
     write_dvc_lock(params, project, ("001",))
     version = promote(params, project, "001", AUTO)
-    mlflow.set_tracking_uri("sqlite:///mlflow.db")
-    loaded = mlflow.diffusers.load_model(f"models:/{version.name}/1")
+    loaded = load_model(project, f"models:/{version.name}/1")
     assert (loaded.base_model, loaded.base_model_revision) == (base["source"], base["revision"])
     assert version.tags["srpo.licence"] == "openrail++"
 
