@@ -62,10 +62,10 @@ def write_kohya(adapter: Path, path: Path) -> None:
 
     The numbers stay as they are; alpha is the rank, so the scale is 1, as it was in training.
     """
-    from diffusers.utils import convert_state_dict_to_kohya
+    from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
     from safetensors.torch import load_file, save_file
 
-    state = convert_state_dict_to_kohya(load_file(adapter / WEIGHTS_FILE))
+    state = convert_state_dict_to_kohya(convert_unet_state_dict_to_peft(load_file(adapter / WEIGHTS_FILE)))
     ranks = sorted({int(value) for name, value in state.items() if name.endswith(".alpha")})
     # by ss_base_model_version WebUI and its kin tell which models a LoRA fits
     told = {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_module": "networks.lora"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,9 @@ def answered(key: str, *answers: dict) -> list:
     """Run the flow in a thread and resume it with these answers in turn; returns what each resuming said, then the
     flow's state."""
     known, found = {run.id for run in runs()}, []
-    thread = threading.Thread(target=lambda: found.append(srpo_promote(round=key, return_state=True)))
+    # Prefect's settings, the server's address among them, are the context's
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=lambda: found.append(context.run(srpo_promote, round=key, return_state=True)))
     thread.start()
     paused, end = None, time.monotonic() + 60
     while paused is None and time.monotonic() < end and thread.is_alive():
