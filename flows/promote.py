@@ -14,7 +14,7 @@ import typer
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.exceptions import FlowPauseTimeout
+from prefect.exceptions import FailedRun, FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from prefect.settings import PREFECT_API_URL
@@ -65,23 +65,22 @@ def srpo_promote(round: str, auto: bool = False, override: str | None = None, wa
         done = register(round, decision, adapter)
     except UserError as error:  # returned, not raised: the user needs the line, not a traceback
         return Failed(message=str(error), data=error)
-    except FlowPauseTimeout:
-        late = UserError(f"round {round}: nobody decided within {wait_hours:g} hours; promote it again")
-        return Failed(message=str(late), data=late)
+    except FlowPauseTimeout:  # the server has failed the run by then, and keeps its own words for it
+        get_run_logger().error(_late(round, wait_hours))
+        raise
     get_run_logger().info("%s is the champion: round %s", done, round)
     return Completed(message=f"{done} is the champion: round {round}", data=done)
+
+
+def _late(key: str, hours: float) -> str:
+    return f"round {key}: nobody decided within {hours:g} hours; promote it again"
 
 
 def _ask(key: str, adapter: str, override: str | None, hours: float) -> Approval:
     told = _told(key, adapter, override)
     create_markdown_artifact(told, key=f"srpo-promote-{key.lower().replace('_', '-')}", description=f"Promote {key}?")
     form = Approval.with_initial_data(description=told, approve=False)
-    return pause_flow_run(wait_for_input=form, timeout=round_up(hours * 3600), poll_interval=POLL_SECONDS)
-
-
-def round_up(seconds: float) -> int:
-    """Whole seconds, at least one, which is what Prefect takes."""
-    return max(1, int(seconds))
+    return pause_flow_run(wait_for_input=form, timeout=max(1, int(hours * 3600)), poll_interval=POLL_SECONDS)
 
 
 def _told(key: str, adapter: str, override: str | None) -> str:
@@ -117,8 +116,8 @@ def main(
             )
         with server.provided():
             srpo_promote(round=round, auto=auto, override=override, wait_hours=wait_hours)
-    except UserError as error:
-        print(f"srpo: error: {error}", file=sys.stderr)
+    except (UserError, FailedRun, FlowPauseTimeout) as error:
+        print(f"srpo: error: {error if isinstance(error, UserError) else _late(round, wait_hours)}", file=sys.stderr)
         raise SystemExit(2) from None
     except server.NoServer as error:
         print(f"srpo: error: {error}", file=sys.stderr)

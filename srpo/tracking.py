@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
     from mlflow import MlflowClient
     from mlflow.entities import Run
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 log = logging.getLogger("srpo")
 FLUSH_SECONDS = 2.0
 LOCK_SECONDS = 120
 BATCH = 1000  # MLflow's limit of metrics in one request
+SYSTEM = "system/"  # load and memory while the round trained: from no file, so they are left alone
 PICTURES_TAG, NOTE_TAG = "srpo.pictures", "mlflow.note.content"
 CAMPAIGN_NOTE = (
     "Every round of the campaign on held-out prompts. Step is the round's place in the tree: 0 is base, 1 its children."
@@ -58,6 +60,7 @@ class Curve:
 
     def __init__(self) -> None:
         self._client: MlflowClient | None = None
+        self._monitor: SystemMetricsMonitor | None = None
         self._run_id = ""
         self._points: list[Point] = []
         self._flushed = time.monotonic()
@@ -75,10 +78,16 @@ class Curve:
             self._client = None
         self._points, self._flushed = [], time.monotonic()
 
-    def _open(self, client: MlflowClient, run_id: str) -> None:
+    def _open(self, client: MlflowClient, uri: str, run_id: str) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
         self._client, self._run_id = client, run_id
+        self._monitor = SystemMetricsMonitor(run_id, tracking_uri=uri)
+        self._monitor.start()
 
     def _close(self, status: str) -> None:
+        if self._monitor:
+            self._monitor.finish()
         self.flush()
         if client := self._client:
             _attempt("end of the live curve", lambda: client.set_terminated(self._run_id, status))
@@ -97,7 +106,7 @@ def live(params: Params, root: Path, key: str) -> Iterator[Curve]:
                 campaign = records.campaign()
                 for run in records.children(key):
                     records.client.delete_run(run.info.run_id)
-                curve._open(records.client, records.create_child(key, campaign))
+                curve._open(records.client, records.uri, records.create_child(key, campaign))
 
         _attempt("live curve", open_run)
         try:
@@ -231,6 +240,7 @@ class Records:
         return [
             (name, point.value, point.step)
             for name in run.data.metrics
+            if not name.startswith(SYSTEM)
             for point in self.client.get_metric_history(run.info.run_id, name)
         ]
 

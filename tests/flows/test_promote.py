@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import shutil
 import subprocess
@@ -94,10 +95,12 @@ def test_a_failed_gate_is_refused_and_an_override_recorded(project: Path, prefec
     assert versions(load_params(), project)[0].tags["srpo.override"] == "the demo is tomorrow"
 
 
-def test_nobody_decides_in_time(project: Path, prefect_server) -> None:
-    with pytest.raises(UserError, match=r"^round 001: nobody decided within"):
-        srpo_promote(round="001", wait_hours=1 / 3600)
-    assert aliases(project) == {}
+def test_nobody_decides_in_time(project: Path, prefect_server, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit) as error:
+        monkeypatch.setattr(module.server, "provided", contextlib.nullcontext)
+        module.main(round="001", wait_hours=1 / 3600)
+    assert error.value.code == 2 and aliases(project) == {}
+    assert "srpo: error: round 001: nobody decided within 0.000277778 hours" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
