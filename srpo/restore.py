@@ -60,6 +60,7 @@ def fetch(root: Path, dvc_hash: str, folder: Path, name: str) -> None:
         UserError: neither has all of them; the text calls what is missing by `name`.
     """
     from dvc.repo import Repo
+    from dvc_data.hashfile import load
     from dvc_data.hashfile.hash_info import HashInfo
 
     wanted = HashInfo("md5", dvc_hash)
@@ -67,7 +68,8 @@ def fetch(root: Path, dvc_hash: str, folder: Path, name: str) -> None:
         files, why = _cached(repo, wanted), ""
         if files is None:
             try:
-                repo.cloud.pull([wanted])
+                repo.cloud.pull([wanted])  # the listing, and then what it lists
+                repo.cloud.pull([item for _, _, item in load(repo.cache.local, wanted)])
             except Exception as error:  # whatever a remote can do wrong
                 why = f" ({' '.join(str(error).split()):.160})"
             files = _cached(repo, wanted)
