@@ -231,3 +231,51 @@ def check() -> None:
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+@app.command()
+def lineage(
+    which: Annotated[
+        str, typer.Argument(metavar="ROUND|VERSION", help="a round, or a version or alias of the registry")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
+    check: Annotated[bool, typer.Option(help="hash what is on disk and mark what is missing or differs")] = True,
+) -> None:
+    """Print what a round or a registered version was made from, back to base and prompts."""
+    params, root = _load()
+    from rich.console import Console
+
+    from srpo import chain, registry
+
+    found = registry.chain_of(params, root, which)
+    if check:
+        chain.verify(root, found)
+    if as_json:
+        print(found.model_dump_json(indent=1))
+    else:
+        Console(width=max(120, Console().width)).print(chain.render(found))
+
+
+@app.command()
+def restore(
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="a version or alias of the registry")],
+    to: Annotated[Path | None, typer.Option(help="folder to make; default restored/<version>")] = None,
+) -> None:
+    """Bring back exactly the adapter of a registered version from DVC."""
+    params, root = _load()
+    from srpo.restore import restore
+
+    print(restore(params, root, version, to))
+
+
+@app.command()
+def export(
+    key: Round,
+    to: Annotated[Path, typer.Option(help="folder to make")],
+    merged: Annotated[bool, typer.Option(help="write the whole pipeline, too, with the tuned weights in it")] = False,
+) -> None:
+    """Write a round for others to use: weights, pictures, model card."""
+    params, root = _load(key)
+    from srpo.export import export
+
+    print(f"{to}: {', '.join(export(params, root, key, to, merged))}")

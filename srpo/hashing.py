@@ -24,6 +24,19 @@ def digest(path: Path) -> str:
     return value_digest([(item.relative_to(path).as_posix(), file_digest(item)) for item in files])
 
 
+def dvc_digest(path: Path) -> str:
+    """What DVC calls a file or folder in dvc.lock: the md5 of its bytes, or of its listing with the suffix `.dir`.
+
+    The listing is the one in DVC's cache: JSON of every file's md5 and relative path, sorted by path.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    files = {item.relative_to(path).as_posix(): item for item in path.rglob("*") if item.is_file()}
+    listing = json.dumps([{"md5": dvc_digest(files[name]), "relpath": name} for name in sorted(files)])
+    return f"{hashlib.md5(listing.encode(), usedforsecurity=False).hexdigest()}.dir"
+
+
 def value_digest(value: Any) -> str:
     """sha256 of a JSON-able value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -17,11 +17,6 @@ WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 
-def weights_file(adapter: Path) -> Path:
-    """The file of an adapter folder that holds its weights: a LoRA's, or a whole UNet's."""
-    return adapter / (UNET_FILE if (adapter / UNET_FILE).exists() else WEIGHTS_FILE)
-
-
 def winners_of_ancestors(root: Path, parent: str) -> dict[str, str]:
     """The digests of the winners that the parent and the rounds before it had, by round, as its lineage has them."""
     if parent == BASE:
@@ -42,7 +37,7 @@ def write_lineage(adapter: Path, params: Params, root: Path, key: str, winners: 
     """
     parent = params.rounds[key].parent
     resolved = params.for_round(key)
-    parent_weights = weights_file(RoundFiles(root, parent).adapter)
+    parent_weights = adapter_weights(RoundFiles(root, parent).adapter)
     write_json(
         adapter / "lineage.json",
         {
@@ -53,7 +48,7 @@ def write_lineage(adapter: Path, params: Params, root: Path, key: str, winners: 
             "winners": winners[key],
             "ancestors": winners_of_ancestors(root, parent),
             "trained_on": list(winners),
-            "adapter": file_digest(weights_file(adapter)),
+            "adapter": file_digest(adapter_weights(adapter)),
             "params": {"seed": params.seed, "model": params.model.model_dump()}
             | {stage: getattr(resolved, stage).model_dump() for stage in STAGES_WITH_OVERRIDES},
             "code": code_digest(),
@@ -62,9 +57,25 @@ def write_lineage(adapter: Path, params: Params, root: Path, key: str, winners: 
     )
 
 
+def adapter_weights(adapter: Path) -> Path | None:
+    """The weights in an adapter's folder, a LoRA's or a whole UNet's; None where there are none, as in base's."""
+    found = (adapter / name for name in (WEIGHTS_FILE, UNET_FILE))
+    return next((path for path in found if path.exists()), None)
+
+
 def read_lineage(root: Path, key: str) -> dict[str, Any]:
     """The `lineage.json` of a round, or of `base`."""
     return json.loads((RoundFiles(root, key).adapter / "lineage.json").read_text(encoding="utf-8"))
+
+
+def read_dvc_lock(root: Path) -> dict[str, Any]:
+    """The stages of dvc.lock by name (`train@001`), each with `outs` and maybe `deps`; empty without a lock file."""
+    from ruamel.yaml import YAML
+
+    lock = root / "dvc.lock"
+    if not lock.exists():
+        return {}
+    return (YAML(typ="safe").load(lock.read_text(encoding="utf-8")) or {}).get("stages") or {}
 
 
 def read_metrics(root: Path, key: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo.hashing import file_digest, value_digest
-from srpo.lineage import read_gate, read_lineage, read_metrics, read_sweep
+from srpo.lineage import read_dvc_lock, read_gate, read_lineage, read_metrics, read_sweep
 from srpo.metrics.looks import LOOKS
 from srpo.params import STAGES_WITH_OVERRIDES, Params
 from srpo.rounds import BASE, RoundFiles, ancestors, order
@@ -57,7 +57,7 @@ def campaign_points(params: Params, root: Path) -> list[Point]:
 def round_record(params: Params, root: Path, key: str) -> RoundRecord:
     """Everything there is of one round (or base) on disk."""
     files, record = RoundFiles(root, key), RoundRecord()
-    hashes = _dvc_hashes(root, key)
+    hashes = round_hashes(root, key)
     record.tags = {f"dvc.{name}": value for name, value in hashes.items()}
     record.datasets = {name: hashes[name] for name in ("candidates", "winners") if name in hashes}
     if revision := _git_revision(root):
@@ -147,16 +147,10 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def _dvc_hashes(root: Path, key: str) -> dict[str, str]:
+def round_hashes(root: Path, key: str) -> dict[str, str]:
     """Hashes that dvc.lock records of this round's outputs, by their name under rounds/<key>/."""
-    from ruamel.yaml import YAML
-
-    lock = root / "dvc.lock"
-    if not lock.exists():
-        return {}
-    stages = (YAML(typ="safe").load(lock.read_text(encoding="utf-8")) or {}).get("stages") or {}
     folder, found = f"rounds/{key}/", {}
-    for stage in stages.values():
+    for stage in read_dvc_lock(root).values():
         for out in stage.get("outs", []):
             if out["path"].startswith(folder) and "md5" in out:
                 found[out["path"].removeprefix(folder).replace("/", ".")] = out["md5"]

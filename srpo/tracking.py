@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
     from mlflow import MlflowClient
     from mlflow.entities import Run
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 log = logging.getLogger("srpo")
 FLUSH_SECONDS = 2.0
 LOCK_SECONDS = 120
 BATCH = 1000  # MLflow's limit of metrics in one request
+SYSTEM = "system/"  # load and memory while the round trained: from no file, so they are left alone
 PICTURES_TAG, NOTE_TAG = "srpo.pictures", "mlflow.note.content"
 CAMPAIGN_NOTE = (
     "Every round of the campaign on held-out prompts. Step is the round's place in the tree: 0 is base, 1 its children."
@@ -58,6 +60,7 @@ class Curve:
 
     def __init__(self) -> None:
         self._client: MlflowClient | None = None
+        self._monitor: SystemMetricsMonitor | None = None
         self._run_id = ""
         self._points: list[Point] = []
         self._flushed = time.monotonic()
@@ -75,10 +78,16 @@ class Curve:
             self._client = None
         self._points, self._flushed = [], time.monotonic()
 
-    def _open(self, client: MlflowClient, run_id: str) -> None:
+    def _open(self, client: MlflowClient, uri: str, run_id: str) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
         self._client, self._run_id = client, run_id
+        self._monitor = SystemMetricsMonitor(run_id, tracking_uri=uri)
+        self._monitor.start()
 
     def _close(self, status: str) -> None:
+        if self._monitor:
+            self._monitor.finish()
         self.flush()
         if client := self._client:
             _attempt("end of the live curve", lambda: client.set_terminated(self._run_id, status))
@@ -99,11 +108,11 @@ def live(params: Params, root: Path, key: str) -> Iterator[Curve]:
         def open_run() -> None:
             # while this is held, MLflow knows more than the round's files, and `project` leaves the round alone
             stack.enter_context(_lock(root, f"live@{key}", timeout=0))
-            with _opened(params, root) as records:
+            with opened(params, root) as records:
                 campaign = records.campaign()
                 for run in records.children(key):
                     records.client.delete_run(run.info.run_id)
-                curve._open(records.client, records.create_child(key, campaign))
+                curve._open(records.client, records.uri, records.create_child(key, campaign))
 
         _attempt("live curve", open_run)
         try:
@@ -130,7 +139,7 @@ def _project(params: Params, root: Path, keys: list[str]) -> bool:
     done = []
 
     def work() -> None:
-        with _opened(params, root) as records:
+        with opened(params, root) as records:
             campaign = records.project_campaign()
             done.extend(_attempt(f"round {key}", lambda key=key: records.project_round(key, campaign)) for key in keys)
 
@@ -138,10 +147,11 @@ def _project(params: Params, root: Path, keys: list[str]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Records:
-    """The runs of one campaign in one experiment."""
+class Records:
+    """The runs of one campaign in one experiment, at the address `uri`."""
 
     client: MlflowClient
+    uri: str
     experiment: str
     params: Params
     root: Path
@@ -236,12 +246,13 @@ class _Records:
         return [
             (name, point.value, point.step)
             for name in run.data.metrics
+            if not name.startswith(SYSTEM)
             for point in self.client.get_metric_history(run.info.run_id, name)
         ]
 
 
 @contextlib.contextmanager
-def _opened(params: Params, root: Path) -> Iterator[_Records]:
+def opened(params: Params, root: Path) -> Iterator[Records]:
     """The campaign's records, held by this process alone."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -263,7 +274,7 @@ def _opened(params: Params, root: Path) -> Iterator[_Records]:
             # the tag opens the UI on training runs and not on chat traces
             tags = {"mlflow.experimentKind": "custom_model_development"}
             number = client.create_experiment(params.tracking.experiment, artifacts, tags)
-        yield _Records(client, number, params, root)
+        yield Records(client, uri, number, params, root)
 
 
 def _note(params: Params, key: str, wanted: projection.RoundRecord) -> str:
@@ -328,8 +339,13 @@ def _attempt(what: str, work: Callable[[], None]) -> bool:
     try:
         work()
     except Exception as error:  # whatever a tracking server can do wrong, the round goes on
-        # an address may hold a password, and a password may hold @
-        reason = re.sub(r"//\S*@", "//", " ".join(str(error).split()))
-        log.warning("MLflow: %s not recorded (%s: %.160s); run `srpo track` later", what, type(error).__name__, reason)
+        log.warning("MLflow: %s not recorded (%s); run `srpo track` later", what, reason(error))
         return False
     return True
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in one line that holds no password."""
+    # an address may hold a password, and a password may hold @
+    words = re.sub(r"//\S*@", "//", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {words:.160}"

@@ -6,15 +6,17 @@ Files go through the project's own writers (`srpo.datasets`, `select`, the gate)
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from safetensors.numpy import save_file
 
 from srpo import datasets
 from srpo.base import write_json
 from srpo.gate import appearance, best_guidance, judge_round
-from srpo.hashing import derive_seed, digest, file_digest
+from srpo.hashing import derive_seed, digest, dvc_digest, file_digest
 from srpo.lineage import WEIGHTS_FILE, read_lineage, read_sweep
 from srpo.metrics.compare import Estimate
 from srpo.metrics.looks import LOOKS
@@ -38,6 +40,10 @@ def build_campaign(root: Path, rounds: tuple[str, ...] = ("001", "002"), size: i
     """
     root.mkdir(parents=True, exist_ok=True)
     params = _write_params(root)
+    for path, name in ((params.prompts.train, "train"), (params.prompts.eval, "eval")):
+        lines = [json.dumps({"id": f"{name}-{i:04d}", "prompt": f"{name}: {text}"}) for i, text in enumerate(PROMPTS)]
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text("\n".join(lines) + "\n", encoding="utf-8")
     lineage = {"base": {"source": "data/base", "revision": None, "digest": "ba" * 32}}
     write_json(RoundFiles(root, BASE).adapter / "lineage.json", lineage)
     write_evaluation(params, root, BASE, size)
@@ -46,7 +52,7 @@ def build_campaign(root: Path, rounds: tuple[str, ...] = ("001", "002"), size: i
         select(params, root, key)
         write_training(params, root, key)
         write_evaluation(params, root, key, size)
-    _write_dvc_lock(root, rounds)
+    write_dvc_lock(params, root, rounds)
     return params
 
 
@@ -54,14 +60,15 @@ def write_training(params: Params, root: Path, key: str, steps: int = 30) -> lis
     """Write adapter/ and training.csv of a round; returns the rows of the curve, steps from 1."""
     files, parent = RoundFiles(root, key), params.rounds[key].parent
     files.adapter.mkdir(parents=True, exist_ok=True)
-    (files.adapter / WEIGHTS_FILE).write_bytes(f"weights of {key} after {steps} steps".encode())
-    weights = RoundFiles(root, parent).adapter / WEIGHTS_FILE
+    weights = {"unet.to_q.lora_A.weight": _generator(key, steps).normal(size=(1, 2)).astype(np.float32)}
+    save_file(weights, files.adapter / WEIGHTS_FILE)
+    parent_weights = RoundFiles(root, parent).adapter / WEIGHTS_FILE
     resolved = params.for_round(key)
     lineage = {
         "round": key,
         "parent": parent,
         "base": read_lineage(root, BASE)["base"],
-        "parent_adapter": None if parent == BASE else file_digest(weights),
+        "parent_adapter": None if parent == BASE else file_digest(parent_weights),
         "winners": digest(files.winners),
         "adapter": file_digest(files.adapter / WEIGHTS_FILE),
         "params": {stage: getattr(resolved, stage).model_dump() for stage in STAGES_WITH_OVERRIDES},
@@ -163,12 +170,25 @@ def _write_candidates(params: Params, root: Path, key: str, size: int) -> None:
     datasets.write_table(files.scores, scores, fields)
 
 
-def _write_dvc_lock(root: Path, rounds: tuple[str, ...]) -> None:
-    outs = {f"{stage}@{key}": f"rounds/{key}/{name}" for key in rounds
-            for stage, name in (("generate", "candidates"), ("select", "winners"), ("train", "adapter"))}  # fmt: skip
-    # DVC's hash of a folder is an md5 with a suffix; what it is of does not matter here
-    hashes = {path: f"{digest(root / path)[:32]}.dir" for path in outs.values()}
-    stages = {stage: {"outs": [{"path": path, "md5": hashes[path]}]} for stage, path in outs.items()}
+def write_dvc_lock(params: Params, root: Path, rounds: tuple[str, ...]) -> None:
+    """Write dvc.lock as `dvc repro` would have: what each stage of these rounds read and wrote, as it is on disk."""
+    stages = {}
+    for key in rounds:
+        folder, parent = f"rounds/{key}", f"rounds/{params.rounds[key].parent}/adapter"
+        candidates, scores, winners = (f"{folder}/{name}" for name in ("candidates", "scores.parquet", "winners"))
+        adapter, gate = f"{folder}/adapter", f"{folder}/evaluation/gate.json"
+        sides = {
+            "generate": ([params.prompts.train, parent], [candidates]),
+            "score": ([candidates], [scores]),
+            "select": ([candidates, scores], [winners]),
+            "train": ([winners, parent], [adapter]),
+            "evaluate": ([adapter], [gate]),
+        }
+        for stage, (deps, outs) in sides.items():
+            stages[f"{stage}@{key}"] = {
+                side: [{"path": path, "hash": "md5", "md5": dvc_digest(root / path)} for path in paths]
+                for side, paths in (("deps", deps), ("outs", outs))
+            }
     write_json(root / "dvc.lock", {"schema": "2.0", "stages": stages})
 
 

@@ -111,6 +111,20 @@ def test_a_deleted_database_is_rebuilt_the_same(project: Path) -> None:
     assert story(project) == before
 
 
+def test_the_machines_load_is_beside_the_curve_and_stays(project: Path, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    params, load = params_of(project), "system/cpu_utilization_percentage"
+    with tracking.live(params, project, "002") as curve:
+        for row in write_training(params, project, "002"):
+            curve.log({name: row[name] for name in row if name != "step"}, row["step"])
+        end = time.monotonic() + 30
+        while load not in story(project)["round 002"]["metrics"] and time.monotonic() < end:
+            time.sleep(0.2)
+    tracking.project(params, project, "002")
+    child = story(project)["round 002"]
+    assert child["metrics"][load] and [step for step, _ in child["metrics"]["loss"]] == list(range(1, 31))
+
+
 def test_a_live_curve_is_not_told_twice(project: Path) -> None:
     params = params_of(project)
     tracking.sync(params, project)
