@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from srpo.hashing import value_digest
 from srpo.params import Params, load_params
 from srpo.rounds import BASE, RoundFiles
 
@@ -33,13 +34,20 @@ ARMS: dict[str, dict[str, Any]] = {
     "guidance 3, then 1.5": {"rounds": {1: {"generate": {"guidance_scale": 3.0}}}},
     "guidance 2 in all rounds": {"generate": {"guidance_scale": 2.0}},
     "unguided": {"generate": {"guidance_scale": 1.0}},
+    "no replay": {"train": {"replay": 0.0}},
     "half of the prompts, by margin": {"select": {"top_fraction": 0.5}},
     "weights by advantage": {"select": {"weighting": "advantage"}},
-    "half a batch of replay": {"train": {"replay": 0.5}},
+    "learning rate falls": {"rounds": {n: {"train": {"learning_rate": 1e-3 * 0.6 ** (n - 1)}} for n in range(2, 6)}},
+    "learning rate falls after round 3": {"rounds": {n: {"train": {"learning_rate": 3e-4}} for n in (4, 5)}},
     "from base on all winners": {"train": {"start": "base"}},
     "weights averaged (EMA .97)": {"train": {"ema_decay": 0.97}},
     "dpo": {"train": {"objective": "dpo"}},
+    "dpo, beta 200": {"train": {"objective": "dpo", "dpo_beta": 200.0}},
+    "dpo, lr 3e-4": {"train": {"objective": "dpo", "learning_rate": 3e-4}},
+    "dpo, lr 3e-4, beta 500": {"train": {"objective": "dpo", "learning_rate": 3e-4, "dpo_beta": 500.0}},
     "nft": {"train": {"objective": "nft"}},
+    "nft, lr 3e-4": {"train": {"objective": "nft", "learning_rate": 3e-4}},
+    "nft, beta .5": {"train": {"objective": "nft", "nft_beta": 0.5}},
 }
 MEASURES = ("accuracy", "best_accuracy", "judge", "fid", "diversity_right")
 
@@ -70,9 +78,15 @@ def run(project: Path, runs: Path, arm: str, seed: int, rounds: int, steps: int 
         stages = {
             files.candidates: generate, files.scores: score, files.winners: select, files.adapter: train,
         }  # fmt: skip
+        known = runs / "candidates" / value_digest([key, seed, params.generate.model_dump()])[:16]
+        first = params.rounds[key].parent == BASE and not params.rounds[key].generate
+        if first and known.exists() and not files.candidates.exists():  # many arms begin with the same candidates
+            shutil.copytree(known, files.candidates, copy_function=os.link)
         for out, stage in stages.items():
             if not out.exists():
                 stage(params, root, key)
+        if first and not known.exists():
+            shutil.copytree(files.candidates, known, copy_function=os.link)
         if not (files.folder / "methods.json").exists():
             examined = params.evaluate.model_copy(update={"guidance_scales": [2.0, 3.0]})
             evaluate(params.model_copy(update={"seed": 0, "evaluate": examined}), root, key)
