@@ -14,15 +14,15 @@ import psutil
 import pytest
 from prefect.client.orchestration import get_client
 
-from flows import rounds as module
-from flows.rounds import BadInput, StageDied, needed, srpo_rounds
+from flows.rounds import needed, srpo_rounds
+from flows.stages import BadInput, StageDied, reproduce
 from srpo.params import load_params
 from tests.flows.conftest import REPO, ran, stages
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.reproduce, "retry_delay_seconds", [0, 0])
+    monkeypatch.setattr(reproduce, "retry_delay_seconds", [0, 0])
 
 
 def run_flow(*arguments: str) -> subprocess.Popen:
