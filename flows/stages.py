@@ -1,4 +1,4 @@
-"""A DVC stage as a Prefect task: `dvc repro --single-item` in a child process, retried when it dies, not when it refuses."""
+"""A DVC stage as a Prefect task: retried when it dies, not when it refuses its input."""
 
 from __future__ import annotations
 
