@@ -1,4 +1,4 @@
-"""A real server, work pool, worker and deployment: cancelling a run, and killing its worker, in the middle of a stage."""
+"""A real worker and deployment: a run cancelled, and a worker killed, in the middle of a stage."""
 
 from __future__ import annotations
 
