@@ -38,6 +38,9 @@ def deployed(workspace: Path, prefect_server: str, monkeypatch: pytest.MonkeyPat
     prefect("work-pool", "create", "srpo-local", "--type", "process", "--overwrite")
     prefect("deploy", "--name", "local")
     yield workspace
+    for child in psutil.Process().children(recursive=True):  # what a failed test leaves
+        if "--pool srpo-local" in " ".join(child.cmdline()):
+            child.kill()
 
 
 def prefect(*arguments: str) -> str:
