@@ -7,18 +7,19 @@ Rounds of different branches of the tree run side by side, parents before childr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from queue import SimpleQueue
 from typing import Annotated
 
 import typer
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.exceptions import TerminationSignal
-from prefect.futures import PrefectFuture, as_completed
 from prefect.states import Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -37,7 +38,6 @@ PROJECTIONS = {
 EXIT_SECONDS = 10
 
 
-# a thread for every stage: those whose parents are not done wait in one
 @flow(name="srpo-rounds", flow_run_name="srpo-rounds", task_runner=ThreadPoolTaskRunner())
 def srpo_rounds(
     rounds: list[str] | None = None, stages: list[str] | None = None, push: bool = False, force: bool = False
@@ -60,29 +60,30 @@ def srpo_rounds(
         params = _prepare(push)
         graph = plan(params, rounds, stages)
         gpu.ensure_limit()
-        progress.current.set(shown := progress.Progress(list(graph)))
-        with warm.started():
-            named = rounds or needed(params, rounds)
-            futures: dict[str, PrefectFuture] = {}
-            for stage, before in graph.items():
-                forced = force and stage.partition("@")[2] in named
-                after = [futures[name] for name in before]
-                futures[stage] = reproduce.submit(stage, force=forced, push=push, wait_for=after)
-            _follow(params, futures)
-            shown.finish()
+        progress.current.set(progress.Progress(list(graph)))
+        named = rounds or needed(params, rounds)
+        forced = {stage for stage in graph if force and stage.partition("@")[2] in named}
+        with warm.started(), _ended_together():
+            problems = _walk(params, graph, forced, push)
             _project()
         if push and exchange.upstream():
             exchange.take_over()
-        problems = [error for future in futures.values() if (error := _problem(future))]
     except UserError as error:
         problems = [error]
-    except BaseException:  # the tasks' threads know nothing of a signal
+    # returned, not raised: the user needs the line, not a traceback
+    return Failed(message=str(error := _first(problems)), data=error) if problems else None
+
+
+@contextlib.contextmanager
+def _ended_together() -> Iterator[None]:
+    """Whatever ends the block ends the stages that run: their tasks' threads know nothing of a signal."""
+    try:
+        yield
+    except BaseException:
         if __name__ == "__main__":  # a worker has a bound of its own
             _exit_in_time()
         process.end_all()
         raise
-    # returned, not raised: the user needs the line, not a traceback
-    return Failed(message=str(error := _first(problems)), data=error) if problems else None
 
 
 def plan(params: Params, rounds: list[str] | None, stages: list[str] | None = None) -> dict[str, list[str]]:
@@ -135,14 +136,30 @@ def _prepare(push: bool) -> Params:
     return load_params()
 
 
-def _follow(params: Params, futures: dict[str, PrefectFuture]) -> None:
-    """Wait for all stages; show the table after each evaluation, the addresses after each round."""
-    names = {future.task_run_id: stage for stage, future in futures.items()}
-    for future in as_completed(list(futures.values())):
-        name, _, key = names[future.task_run_id].partition("@")
-        if future.state.is_completed() and name == "evaluate":
+def _walk(params: Params, graph: dict[str, list[str]], forced: set[str], push: bool) -> list[Exception]:
+    """Start each stage when those before it are done, until no more can be started; returns what failed."""
+    waiting, futures, done, running = dict(graph), {}, set(), set()
+    over: SimpleQueue[str] = SimpleQueue()
+    problems = []
+    while True:
+        for stage in [stage for stage, before in waiting.items() if done.issuperset(before)]:
+            after = [futures[name] for name in waiting.pop(stage)]  # done, but the run's page draws the graph from them
+            futures[stage] = reproduce.submit(stage, force=stage in forced, push=push, wait_for=after)
+            running.add(stage)
+            futures[stage].add_done_callback(lambda _, stage=stage: over.put(stage))
+        if not running:
+            progress.current.get().finish()
+            return problems
+        running.remove(stage := over.get())
+        futures[stage].wait()
+        if not futures[stage].state.is_completed():
+            problems.append(futures[stage].state.result(raise_on_failure=False))
+            continue
+        done.add(stage)
+        name, _, key = stage.partition("@")
+        if name == "evaluate":
             _show_table(key)
-        if future.state.is_completed() and name == "report":
+        if name == "report":
             _show_addresses(params, key)
 
 
@@ -151,11 +168,6 @@ def _project() -> None:
     for command, behind in PROJECTIONS.items():
         if run_group([sys.executable, "-m", "srpo", command], get_run_logger().info)[0] != 0:
             get_run_logger().warning(behind)
-
-
-def _problem(future: PrefectFuture) -> Exception | None:
-    """What a stage failed of; None for one that is done, and for one that never began because of another."""
-    return future.state.result(raise_on_failure=False) if future.state.is_failed() else None
 
 
 def _first(problems: Iterable[Exception]) -> Exception:
