@@ -1,6 +1,6 @@
 """The flow `srpo-promote`: a round whose gate passed waits for a human and becomes the registry's champion.
 
-`python -m flows.promote --round 001 --auto` promotes here and now; `prefect deployment run srpo-promote/local` has a
+`python -m flows.promote --round 001 --auto` promotes here and now; `prefect deployment run srpo-promote/promote` has a
 worker wait for the human, who finds the form behind the flow run's Resume button.
 """
 

@@ -1,117 +1,114 @@
 """The flow `srpo-rounds`: every stage of the wanted rounds, one Prefect task each, one DVC stage each.
 
 DVC owns the graph, the cache and the lock file; a task is `dvc repro --single-item <stage>` in a child process.
+Rounds of different branches of the tree run side by side, parents before children.
 `python -m flows.rounds` runs it here and now; `prefect deployment run srpo-rounds/local` has a worker run it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 import signal
 import sys
 import threading
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from queue import SimpleQueue
 from typing import Annotated
 
 import typer
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import TerminationSignal
-from prefect.states import Completed, Failed, State
+from prefect.states import Failed, State
+from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import server
+from flows import gpu, process, progress, server
 from flows.process import run_group
+from flows.stages import BASE_STAGES, ROUND_STAGES, BadInput, StageDied, reproduce
+from srpo import exchange, summary, warm
 from srpo import rounds as tree
-from srpo import summary, warm
 from srpo.errors import UserError
 from srpo.params import Params, load_params
 
-ROUND_STAGES = ("generate", "score", "select", "train", "evaluate", "report")
-BASE_STAGES = ("base", "evaluate-base")
-BAD_INPUT = 2
 PROJECTIONS = {
     "track": "MLflow is behind; `srpo track` brings it up to date when it can be reached",
     "campaign": "rounds/index.html is behind; `srpo campaign` writes it",
 }
 EXIT_SECONDS = 10
-# DVC says the first of a stage that it can cache, the second of any other
-MISSING = re.compile(r"No such file or directory: '(.+)'|dependency '(.+)' does not exist")
-RETRIES = 2
-RETRY_DELAYS = [float(os.environ.get("SRPO_RETRY_DELAY", "10")) * factor for factor in (1, 4)]
 
 
-class StageDied(RuntimeError):
-    """A stage died; its last words are in the run's log. It may be tried again."""
+@flow(name="srpo-rounds", flow_run_name="srpo-rounds", task_runner=ThreadPoolTaskRunner())
+def srpo_rounds(
+    rounds: list[str] | None = None, stages: list[str] | None = None, push: bool = False, force: bool = False
+) -> State | None:
+    """Bring rounds up to date: base first, then each round's stages, parents before children, siblings side by side.
 
-
-class BadInput(RuntimeError):
-    """A stage, or DVC before it, refused its input. Trying again would give the same answer."""
-
-
-def _may_retry(_task, _run, state) -> bool:
-    return not isinstance(state.result(raise_on_failure=False), BadInput)
-
-
-@task(
-    task_run_name="{stage}",
-    cache_policy=NO_CACHE,
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS,
-    retry_condition_fn=_may_retry,
-)
-def reproduce(stage: str, force: bool = False, push: bool = False) -> State[str] | str:
-    """Reproduce one DVC stage; `dvc push` its outputs if asked.
-
-    Returns:
-        `ran`, or the state Cached when DVC found nothing to do.
-
-    Raises:
-        BadInput: the stage exited with status 2, or DVC did not even start it.
-        StageDied: anything else went wrong.
-    """
-    code, lines = _dvc("repro", "--single-item", *(["--force"] if force else []), stage)
-    if code != 0:
-        raise _failure(stage, code, lines)
-    if push:
-        code, pushed = _dvc("push", stage)
-        if code != 0:
-            raise StageDied(f"push of {stage}: {_last_words(pushed, code)}")
-    if f"Stage '{stage}' didn't change, skipping" in lines:
-        return Completed(name="Cached", message="DVC: nothing changed", data="cached")
-    return "ran"
-
-
-@flow(name="srpo-rounds", flow_run_name="srpo-rounds", validate_parameters=True)
-def srpo_rounds(rounds: list[str] | None = None, push: bool = False, force: bool = False) -> State | None:
-    """Bring rounds up to date: base first, then each round's stages, parents before children.
+    A stage that fails ends its branch; the others go on, and the flow fails at the end.
 
     Args:
         rounds: keys of `rounds` in params.yaml; None means all of them. Their ancestors come along.
-        push: `dvc push` each stage's outputs to the default remote as soon as it is done.
+        stages: names of stages (`generate`, `train`, `evaluate-base`); None means all. A runner that only trains
+            leaves the other stages to others.
+        push: work as a runner without a shared disk: start from the upstream Git branch, pull what each stage needs
+            from the default DVC remote, push its outputs there and its entry of dvc.lock to Git.
         force: run the named rounds' stages even if nothing changed.
     """
+    process.stopping.clear()
+    process.end_with_worker()
     try:
-        params = load_params()
-        keys = needed(params, rounds)
-        with warm.started():
-            for stage in BASE_STAGES:
-                reproduce(stage, push=push)
-            for key in keys:
-                forced = force and key in (rounds or keys)
-                for stage in ROUND_STAGES:
-                    reproduce(f"{stage}@{key}", force=forced, push=push)
-                    if stage == "evaluate":
-                        _show_table(key)
-                _show_addresses(params, key)
-            # projections of finished rounds: when one fails the rounds still stand
-            for command, behind in PROJECTIONS.items():
-                if run_group([sys.executable, "-m", "srpo", command], get_run_logger().info)[0] != 0:
-                    get_run_logger().warning(behind)
-    except (UserError, BadInput) as error:  # returned, not raised: the user needs the line, not a traceback
-        return Failed(message=str(error), data=error)
-    return None
+        params = _prepare(push)
+        graph = plan(params, rounds, stages)
+        gpu.ensure_limit()
+        progress.current.set(progress.Progress(list(graph)))
+        named = rounds or needed(params, rounds)
+        forced = {stage for stage in graph if force and stage.partition("@")[2] in named}
+        with warm.started(), _ended_together():
+            problems = _walk(params, graph, forced, push)
+            _project()
+        if push and exchange.upstream():
+            exchange.take_over()
+    except UserError as error:
+        problems = [error]
+    # returned, not raised: the user needs the line, not a traceback
+    return Failed(message=str(error := _first(problems)), data=error) if problems else None
+
+
+@contextlib.contextmanager
+def _ended_together() -> Iterator[None]:
+    """Whatever ends the block ends the stages that run: their tasks' threads know nothing of a signal."""
+    try:
+        yield
+    except BaseException:
+        if __name__ == "__main__":  # a worker has a bound of its own
+            _exit_in_time()
+        process.end_all()
+        raise
+
+
+def plan(params: Params, rounds: list[str] | None, stages: list[str] | None = None) -> dict[str, list[str]]:
+    """The stages to bring up to date, each after those it waits for: {stage: stages before it}.
+
+    A round's stages run one after another, and its first one when its parent is through.
+
+    Raises:
+        UserError: there is no such round or stage.
+    """
+    known = (*BASE_STAGES, *ROUND_STAGES)
+    if unknown := [name for name in stages or () if name not in known]:
+        raise UserError(f"stages: no stage {unknown[0]!r}; there are {', '.join(known)}")
+    keys = needed(params, rounds)
+    graph: dict[str, list[str]] = {}
+    last: dict[str, list[str]] = {}  # of each round, where its children begin
+    for key in (tree.BASE, *keys):
+        before = [] if key == tree.BASE else last[params.rounds[key].parent]
+        names = BASE_STAGES if key == tree.BASE else ROUND_STAGES
+        for name in (name for name in names if stages is None or name in stages):
+            stage = name if key == tree.BASE else f"{name}@{key}"
+            graph[stage] = before
+            before = [stage]
+        last[key] = before
+    return graph
 
 
 def needed(params: Params, rounds: list[str] | None) -> list[str]:
@@ -127,30 +124,55 @@ def needed(params: Params, rounds: list[str] | None) -> list[str]:
     return [key for key in tree.order(params.rounds) if key in keys]
 
 
-def _dvc(command: str, *arguments: str) -> tuple[int, list[str]]:
-    whole = [sys.executable, "-m", "srpo.warm", "dvc", "--wait-for-lock", command, *arguments]
-    return run_group(whole, get_run_logger().info)
+def _prepare(push: bool) -> Params:
+    if push and exchange.upstream():
+        exchange.take_over()
+        if files := exchange.sources():
+            code, lines = run_group(
+                [sys.executable, "-m", "dvc", "--wait-for-lock", "pull", *files], get_run_logger().info
+            )
+            if code != 0:
+                raise UserError(f"{files[0]}: `dvc pull` failed: {(lines or ['without a word'])[-1]}")
+    return load_params()
 
 
-def _failure(stage: str, code: int, lines: list[str]) -> BadInput | StageDied:
-    text = "\n".join(lines)
-    exited = re.findall(r"failed to run: .*, exited with (-?\d+)$", text, re.MULTILINE)
-    if exited and int(exited[-1]) == BAD_INPUT:
-        own = re.findall(r"srpo: error: (.*)", text)
-        return BadInput(own[-1] if own else f"{stage}: refused its input")
-    words = _last_words(lines, code)
-    # dvc's own statuses are 251 to 255; before a stage starts they mean a missing dependency or a broken file
-    if code >= 251 and not any(line.startswith("Running stage ") for line in lines):
-        if missing := MISSING.search(words):
-            path = (missing[1] or missing[2]).removeprefix(f"{Path.cwd()}/")
-            words = f"{path} does not exist; `dvc pull` brings what DVC tracks"
-        return BadInput(f"{stage}: {words}")
-    return StageDied(f"{stage}: {words}")
+def _walk(params: Params, graph: dict[str, list[str]], forced: set[str], push: bool) -> list[Exception]:
+    """Start each stage when those before it are done, until no more can be started; returns what failed."""
+    waiting, futures, done, running = dict(graph), {}, set(), set()
+    over: SimpleQueue[str] = SimpleQueue()
+    problems = []
+    while True:
+        for stage in [stage for stage, before in waiting.items() if done.issuperset(before)]:
+            after = [futures[name] for name in waiting.pop(stage)]  # done, but the run's page draws the graph from them
+            futures[stage] = reproduce.submit(stage, force=stage in forced, push=push, wait_for=after)
+            running.add(stage)
+            futures[stage].add_done_callback(lambda _, stage=stage: over.put(stage))
+        if not running:
+            progress.current.get().finish()
+            return problems
+        running.remove(stage := over.get())
+        futures[stage].wait()
+        if not futures[stage].state.is_completed():
+            problems.append(futures[stage].state.result(raise_on_failure=False))
+            continue
+        done.add(stage)
+        name, _, key = stage.partition("@")
+        if name == "evaluate":
+            _show_table(key)
+        if name == "report":
+            _show_addresses(params, key)
 
 
-def _last_words(lines: list[str], code: int) -> str:
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    return (errors or lines or [f"exit status {code}"])[-1]
+def _project() -> None:
+    """Bring up to date what is made from finished rounds: when one fails the rounds still stand."""
+    for command, behind in PROJECTIONS.items():
+        if run_group([sys.executable, "-m", "srpo", command], get_run_logger().info)[0] != 0:
+            get_run_logger().warning(behind)
+
+
+def _first(problems: Iterable[Exception]) -> Exception:
+    first, *others = problems
+    return type(first)(f"{first}; and {'; '.join(map(str, others))}") if others else first
 
 
 def _show_table(key: str) -> None:
@@ -169,16 +191,18 @@ def main(
     round_: Annotated[
         list[str] | None, typer.Option("--round", help="a round to bring up to date; default all")
     ] = None,
-    push: Annotated[bool, typer.Option(help="dvc push each stage's outputs")] = False,
+    stage: Annotated[list[str] | None, typer.Option(help="a stage to run, as generate or train; default all")] = None,
+    push: Annotated[bool, typer.Option(help="pull inputs, push outputs and the entries of dvc.lock")] = False,
     force: Annotated[bool, typer.Option(help="run stages that did not change, too")] = False,
 ) -> None:
     """Run the flow here and now, with a warm process behind it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        needed(load_params(), round_)  # before the seconds that Prefect takes to start
+        if not push:  # else the rounds may come with the upstream branch
+            plan(load_params(), round_, stage)  # before the seconds that Prefect takes to start
         # the warm server's imports overlap with Prefect's start
         with warm.started(), server.provided():
-            srpo_rounds(rounds=round_, push=push, force=force)
+            srpo_rounds(rounds=round_, stages=stage, push=push, force=force)
     except (UserError, BadInput) as error:
         print(f"srpo: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -186,12 +210,17 @@ def main(
         print(f"srpo: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except (KeyboardInterrupt, TerminationSignal):
+        _exit_in_time()
         print("srpo: interrupted", file=sys.stderr)
-        # a signal that comes in the middle of a log line can leave Prefect's threads waiting for each other at exit
-        bound = threading.Timer(EXIT_SECONDS, os._exit, [130])
-        bound.daemon = True
-        bound.start()
         raise SystemExit(130) from None
+
+
+def _exit_in_time() -> None:
+    """Exit soon, whatever the threads do: one may sleep until its retry; a signal in the middle of a log line can
+    leave Prefect's waiting for each other."""
+    bound = threading.Timer(EXIT_SECONDS, os._exit, [130])
+    bound.daemon = True
+    bound.start()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ from prefect.settings import (
 from flows.process import end_group
 from srpo.warm import end_with_parent
 
+# on disk: this server ends before a lease does that a killed flow held, and the next server must know of it
+LEASES = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
 START_SECONDS = 300  # the first start migrates an empty database: 26 s on two slow cores
 
 
@@ -63,7 +65,7 @@ def provided() -> Iterator[None]:
             stdin=subprocess.DEVNULL,
             stdout=words,
             stderr=subprocess.STDOUT,
-            env=os.environ | get_current_settings().to_environment_variables(exclude_unset=True),
+            env=LEASES | os.environ | get_current_settings().to_environment_variables(exclude_unset=True),
             start_new_session=True,
             preexec_fn=end_with_parent(signal.SIGTERM),
         )

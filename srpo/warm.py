@@ -192,7 +192,7 @@ class Server:
         gc.disable()  # nothing here becomes garbage
         try:
             while True:
-                for key, _ in self.selector.select(0 if self.to_import else None):
+                for key, _ in self.selector.select(0 if self.to_import or self.waiting else None):
                     key.data()
                 for command in [c for c in self.waiting if self._is_ready(c)]:
                     self.waiting.remove(command)

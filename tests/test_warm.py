@@ -109,3 +109,12 @@ def test_without_a_server_the_command_runs_here(monkeypatch: pytest.MonkeyPatch)
     assert warm.hand_over(["srpo", "version"]) is None
     monkeypatch.setenv(warm.SOCKET_VARIABLE, "/nonexistent/socket")
     assert warm.hand_over(["srpo", "version"]) is None
+
+
+def test_a_command_that_comes_before_the_last_import_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_import.py").write_text("import time; time.sleep(3)")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(warm.__file__).parents[1]}")
+    monkeypatch.setenv(warm.PRELOAD_VARIABLE, "slow_import json")
+    monkeypatch.delenv(warm.SOCKET_VARIABLE, raising=False)
+    with warm.started():
+        assert "Usage" in client("--help").communicate(timeout=60)[0]

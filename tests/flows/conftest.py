@@ -22,7 +22,9 @@ REPO = Path(__file__).parents[2]
 STAND_IN = """#!{python}
 import json, os, pathlib, signal, subprocess, sys, time
 stage, key = (sys.argv[1:] + ["base"])[:2]
-with open("ran.txt", "a") as log: log.write(stage + "@" + key + "\\n")
+def note(file, word=""):
+    with open(file, "a") as log: log.write(word + stage + "@" + key + "\\n")
+note("ran.txt"); note("spans.txt", "start ")
 trouble = pathlib.Path("trouble-" + stage + "-" + key)
 if trouble.exists():
     what = trouble.read_text()
@@ -32,6 +34,15 @@ if trouble.exists():
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "die once":
         trouble.unlink(); os.kill(os.getpid(), signal.SIGKILL)
+    if what == "meet":  # as many as there are troubles of this kind must run at the same time
+        pathlib.Path("met-" + key).touch()
+        others = len(list(pathlib.Path().glob("trouble-" + stage + "-*")))
+        for _ in range(600):
+            if len(list(pathlib.Path().glob("met-*"))) == others: break
+            time.sleep(0.1)
+        else: sys.exit("alone")
+    if what == "linger":
+        time.sleep(1)
     if what == "hang":
         loader = subprocess.Popen(["sleep", "120"])
         print("hanging", os.getpid(), loader.pid, flush=True); time.sleep(120)
@@ -48,6 +59,7 @@ for out in outs:
 if stage == "evaluate":
     metrics = dict.fromkeys(["reward", "judge", "accuracy", "fid", "kid", "diversity"], 1.0) | {{"verdict": "pass"}}
     (folder / "evaluation/metrics.json").write_text(json.dumps(metrics))
+note("spans.txt", "end ")
 """
 
 

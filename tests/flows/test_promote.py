@@ -115,11 +115,3 @@ def test_by_hand_bad_input_is_one_line_and_status_2(project: Path, monkeypatch, 
     done = subprocess.run([sys.executable, "-m", "flows.promote", *arguments], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(f"srpo: error: {message}") and done.stderr.count("\n") == 1
-
-
-def test_the_deployment_file_names_what_exists() -> None:
-    from ruamel.yaml import YAML
-
-    deployments = YAML(typ="safe").load((REPO / "prefect.yaml").read_text())["deployments"]
-    mine = next(item for item in deployments if item["entrypoint"] == "flows/promote.py:srpo_promote")
-    assert set(mine["parameters"]) <= set(srpo_promote.parameters.properties)

@@ -14,15 +14,15 @@ import psutil
 import pytest
 from prefect.client.orchestration import get_client
 
-from flows import rounds as module
-from flows.rounds import BadInput, StageDied, needed, srpo_rounds
+from flows.rounds import needed, srpo_rounds
+from flows.stages import BadInput, StageDied, reproduce
 from srpo.params import load_params
 from tests.flows.conftest import REPO, ran, stages
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.reproduce, "retry_delay_seconds", [0, 0])
+    monkeypatch.setattr(reproduce, "retry_delay_seconds", [0, 0])
 
 
 def run_flow(*arguments: str) -> subprocess.Popen:
@@ -144,10 +144,11 @@ def test_a_round_brings_its_ancestors() -> None:
     assert needed(params, None) == list(params.rounds)
 
 
-def test_the_deployment_file_names_what_exists() -> None:
-    from ruamel.yaml import YAML
-
-    deployment = YAML(typ="safe").load((REPO / "prefect.yaml").read_text())["deployments"][0]
-    file, function = deployment["entrypoint"].split(":")
-    assert (REPO / file).exists() and function == "srpo_rounds"
-    assert set(deployment["parameters"]) <= set(srpo_rounds.parameters.properties)
+def test_a_retry_that_sleeps_does_not_hold_up_the_exit(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SRPO_RETRY_DELAY", "600")
+    (workspace / "trouble-base-base").write_text("die")
+    flow = run_flow()
+    next(line for line in flow.stdout if "AwaitingRetry" in line or "Retry 1/2" in line)
+    flow.send_signal(signal.SIGINT)
+    flow.stdout.read()
+    assert flow.wait(60) == 130

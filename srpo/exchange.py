@@ -1,0 +1,187 @@
+"""What runners without a shared disk exchange: files through the DVC remote, entries of dvc.lock through Git.
+
+A runner starts with `take_over`, pulls a stage's `inputs`, and after each stage `publish`es its entry. A publication
+is a commit on top of the upstream branch that changes that one entry of dvc.lock, made without touching the working
+tree: other stages of this clone may be running. Nothing else commits dvc.lock.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from srpo.errors import UserError
+
+LOCK_FILE = "dvc.lock"
+SOURCES = ("params.yaml", "dvc.yaml", "data.dvc")  # what makes a stage; others must be able to see it
+ATTEMPTS = 20
+_one_at_a_time = threading.Lock()
+
+
+def inputs(stage: str) -> list[str]:
+    """Those of a stage's dependencies that other stages make: what a runner has to pull, and no more.
+
+    Args:
+        stage: as DVC names it, `train@001`.
+    """
+    from dvc.repo import Repo
+
+    with Repo(".") as repo:
+        made = {out.def_path for other in repo.index.stages if not other.is_data_source for out in other.outs}
+        return [dep.def_path for dep in repo.stage.load_one(name=stage).deps if dep.def_path in made]
+
+
+def sources() -> list[str]:
+    """The `.dvc` files: data that no stage makes."""
+    from dvc.repo import Repo
+
+    with Repo(".") as repo:
+        return [stage.addressing for stage in repo.index.stages if stage.is_data_source]
+
+
+def upstream() -> str | None:
+    """The branch that this one follows, `origin/main`, or None: no Git, or nothing to follow."""
+    found = _try("rev-parse", "--abbrev-ref", "--symbolic-full-name", "@{upstream}")
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def take_over() -> None:
+    """Fast-forward to the upstream branch; entries of dvc.lock that are only here stay.
+
+    Raises:
+        UserError: this clone has changes or commits of its own that upstream lacks, or Git can't reach it.
+    """
+    with _locked():
+        branch = _fetch()
+        if changed := _git("diff", "--name-only", "HEAD", "--", *SOURCES).split():
+            raise UserError(
+                f"{changed[0]} has changes that are in no commit; commit and `git push` before a run that pushes"
+            )
+        if _git("rev-list", f"{branch}..HEAD").strip():
+            raise UserError(f"this branch has commits that {branch} lacks; `git pull --rebase`, then `git push`")
+        recorded, here = _entries("HEAD"), _read(LOCK_FILE)
+        own = {stage: entry for stage, entry in here.items() if recorded.get(stage) != entry}
+        _git("checkout", "HEAD", "--", LOCK_FILE) if recorded else Path(LOCK_FILE).unlink(missing_ok=True)
+        try:
+            _git("merge", "--quiet", "--ff-only", branch)
+        finally:
+            there = _entries("HEAD")
+            if any(there.get(stage) != entry for stage, entry in own.items()):
+                Path(LOCK_FILE).write_bytes(_dump(there | own))
+
+
+def publish(stage: str) -> bool:
+    """Commit a stage's entry of dvc.lock to the upstream branch, whatever others have committed there meanwhile.
+
+    Its outputs must be in the DVC remote already.
+
+    Returns:
+        False if upstream had that very entry.
+
+    Raises:
+        UserError: Git can't reach upstream, or it does not let us push.
+    """
+    with _locked():
+        entry = _read(LOCK_FILE)[stage]
+        for _ in range(ATTEMPTS):
+            branch = _fetch()
+            there = _entries(branch)
+            if there.get(stage) == entry:
+                return False
+            commit = _commit(branch, _dump(there | {stage: entry}), f"dvc.lock: {stage}")
+            pushed = _try("push", "--quiet", _remote(branch), f"{commit}:refs/heads/{_name(branch)}")
+            if pushed.returncode == 0:
+                return True
+            if not any(word in pushed.stderr for word in ("fetch first", "non-fast-forward", "cannot lock ref")):
+                break  # no other runner was faster: it will not do
+        raise UserError(f"dvc.lock: {stage} could not be pushed to {branch}: {_last_line(pushed.stderr)}")
+
+
+def _commit(parent: str, lock_file: bytes, message: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:  # an index of its own
+        environ = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
+        blob = _git("hash-object", "-w", "--stdin", stdin=lock_file.decode()).strip()
+        _git("read-tree", parent, environ=environ)
+        _git("update-index", "--add", "--cacheinfo", f"100644,{blob},{_in_tree(LOCK_FILE)}", environ=environ)
+        tree = _git("write-tree", environ=environ).strip()
+        return _git("commit-tree", tree, "-p", parent, "-m", message, environ=_identity()).strip()
+
+
+def _identity() -> dict[str, str]:
+    """A name for commits of a machine on which nobody gave one."""
+    known = _try("config", "user.email").stdout.strip() or os.environ.get("GIT_AUTHOR_EMAIL")
+    fields = ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL")
+    return {} if known else dict(zip(fields, ("srpo", "srpo@localhost") * 2, strict=True))
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    """DVC's own lock: no `dvc` writes dvc.lock meanwhile."""
+    from dvc.repo import Repo
+
+    with _one_at_a_time, Repo(".", _wait_for_lock=True) as repo, repo.lock:
+        yield
+
+
+def _fetch() -> str:
+    branch = upstream()
+    if branch is None:
+        raise UserError("this branch follows no other; `git push --set-upstream origin <branch>` once")
+    _git("fetch", "--quiet", _remote(branch))
+    return branch
+
+
+def _remote(branch: str) -> str:
+    return branch.split("/", 1)[0]
+
+
+def _name(branch: str) -> str:
+    return branch.split("/", 1)[1]
+
+
+def _in_tree(path: str) -> str:
+    return _git("rev-parse", "--show-prefix").strip() + path
+
+
+def _entries(commit: str) -> dict[str, Any]:
+    return _stages(_try("show", f"{commit}:{_in_tree(LOCK_FILE)}").stdout)  # empty where there is none yet
+
+
+def _read(path: str) -> dict[str, Any]:
+    return _stages(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
+
+
+def _stages(text: str) -> dict[str, Any]:
+    from dvc.utils.serialize import parse_yaml
+
+    return (parse_yaml(text, LOCK_FILE) or {}).get("stages", {}) if text else {}
+
+
+def _dump(stages: dict[str, Any]) -> bytes:
+    from dvc.utils.serialize import dumps_yaml
+
+    return dumps_yaml({"schema": "2.0", "stages": stages}).encode()
+
+
+def _git(*arguments: str, stdin: str | None = None, environ: dict[str, str] | None = None) -> str:
+    done = _try(*arguments, stdin=stdin, environ=environ)
+    if done.returncode != 0:
+        raise UserError(f"git {arguments[0]}: {_last_line(done.stderr)}")
+    return done.stdout
+
+
+def _try(
+    *arguments: str, stdin: str | None = None, environ: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    environ = os.environ | {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"} | (environ or {})
+    return subprocess.run(["git", *arguments], input=stdin, capture_output=True, text=True, env=environ)
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["it failed without a word"])[-1]

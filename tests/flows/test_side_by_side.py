@@ -1,0 +1,102 @@
+"""Sibling rounds run side by side, within the slots of the limit `gpu`, and fail for themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+
+from flows import gpu, progress
+from flows.rounds import plan, srpo_rounds
+from flows.stages import BadInput, reproduce
+from srpo.errors import UserError
+from srpo.params import load_params
+from tests.flows.conftest import REPO, ran
+
+
+@pytest.fixture
+def siblings(workspace: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace whose rounds 001 and 001b both stand on base."""
+    monkeypatch.setattr(reproduce, "retry_delay_seconds", [0, 0])
+    params = workspace / "params.yaml"
+    text = params.read_text().replace('"002":\n    parent: "001"', '"001b":\n    parent: base', 1)
+    params.write_text(text.replace('parent: "002"', 'parent: "001b"'))
+    return workspace
+
+
+def set_slots(count: int) -> None:
+    gpu.ensure_limit()
+    with get_client(sync_client=True) as client:
+        client.update_global_concurrency_limit(gpu.LIMIT, GlobalConcurrencyLimitUpdate(limit=count))
+
+
+def test_with_two_slots_siblings_use_the_gpu_at_the_same_time(siblings: Path) -> None:
+    set_slots(2)
+    for key in ("001", "001b"):
+        (siblings / f"trouble-generate-{key}").write_text("meet")
+    srpo_rounds(rounds=["001", "001b"], stages=["base", "generate"])
+    assert ran(siblings)[0] == "base@base" and (siblings / "rounds/001b/candidates/x").exists()
+
+
+def test_with_one_slot_their_gpu_stages_never_overlap(siblings: Path) -> None:
+    set_slots(1)
+    for key in ("001", "001b"):
+        (siblings / f"trouble-generate-{key}").write_text("linger")
+    srpo_rounds(rounds=["001", "001b"], stages=["base", "generate", "score"])
+    spans = [line.split() for line in (siblings / "spans.txt").read_text().splitlines()]
+    assert len(spans) == 2 * (1 + 2 + 2)
+    assert all(a[0] == "start" and b == ["end", a[1]] for a, b in zip(spans[::2], spans[1::2], strict=True)), spans
+
+
+def test_a_failing_branch_lets_its_sibling_finish(siblings: Path) -> None:
+    set_slots(2)
+    (siblings / "trouble-generate-001").write_text("bad input")
+    with pytest.raises(BadInput, match=r"^params\.yaml: seed: too odd$"):
+        srpo_rounds(rounds=["001", "001b"], stages=["base", "generate", "score"])
+    assert sorted(ran(siblings)) == ["base@base", "generate@001", "generate@001b", "score@001b"]
+
+
+def test_a_limit_that_is_there_keeps_its_slots(prefect_server: str) -> None:
+    set_slots(3)
+    gpu.ensure_limit()
+    with get_client(sync_client=True) as client:
+        assert client.read_global_concurrency_limit_by_name(gpu.LIMIT).limit == 3
+
+
+def test_parents_come_before_children_and_siblings_wait_for_nothing_else(siblings: Path) -> None:
+    graph = plan(load_params(siblings / "params.yaml"), None)
+    assert graph["evaluate-base"] == ["base"]
+    assert graph["generate@001"] == graph["generate@001b"] == ["evaluate-base"]
+    assert graph["train@001b"] == ["select@001b"] and graph["generate@003"] == ["report@001b"]
+    assert plan(load_params(siblings / "params.yaml"), ["003"], ["train"]) == {
+        "train@001b": [],
+        "train@003": ["train@001b"],
+    }
+
+
+def test_an_unknown_stage_is_named() -> None:
+    with pytest.raises(UserError, match=r"stages: no stage 'trian'; there are base, "):
+        plan(load_params(REPO / "params.yaml"), None, ["trian"])
+
+
+def artifact(key: str) -> tuple[float, str]:
+    with get_client(sync_client=True) as client:
+        found = max((a for a in client.read_artifacts() if a.key == key), key=lambda a: a.created)
+    return float(found.data), found.description
+
+
+def test_progress_follows_the_bars_but_does_not_flood(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    update = progress.update_progress_artifact
+    monkeypatch.setattr(progress, "update_progress_artifact", lambda *args: (calls.append(args), update(*args)))
+    shown = progress.Progress(["base", "generate@001"])
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 1000.0)
+    for percent in range(100):
+        shown.see("base", f" {percent}%|### | {percent}/100")
+    assert calls == []
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
+    shown.leave("base", done=True)
+    shown.see("generate@001", "images:  40%|####      | 4/10 [00:04<00:06]")
+    assert artifact(progress.KEY) == (70.0, "1 of 2 stages; now generate@001 40 %")
