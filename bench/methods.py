@@ -20,36 +20,37 @@ from typing import Annotated, Any
 import numpy as np
 import polars as pl
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from bench.methods_shown import plot, show
 from srpo.hashing import value_digest
 from srpo.params import Params, load_params
 from srpo.rounds import BASE, RoundFiles
 
 # what an arm changes of params.yaml: sections for all rounds, or {"rounds": {number: sections}} for some
+BARE = {"replay": 0.0}
 ARMS: dict[str, dict[str, Any]] = {
-    "sft": {},
-    "guidance 3 in all rounds": {"generate": {"guidance_scale": 3.0}},
-    "guidance 3, then 1.5": {"rounds": {1: {"generate": {"guidance_scale": 3.0}}}},
-    "guidance 2 in all rounds": {"generate": {"guidance_scale": 2.0}},
-    "unguided": {"generate": {"guidance_scale": 1.0}},
-    "no replay": {"train": {"replay": 0.0}},
-    "half of the prompts, by margin": {"select": {"top_fraction": 0.5}},
+    "sft": {},  # params.yaml as it is
+    "no replay": {"train": BARE},
+    "no replay; from base on all winners": {"train": BARE | {"start": "base"}},
+    "no replay; guidance 3, then 1.5": {"train": BARE, "rounds": {1: {"generate": {"guidance_scale": 3.0}}}},
+    "no replay; half of the prompts, by margin": {"train": BARE, "select": {"top_fraction": 0.5}},
+    "no replay; 80 steps": {"train": BARE | {"steps": 80}},
+    "no replay; learning rate falls": {
+        "train": BARE,
+        "rounds": {n: {"train": {"learning_rate": 1e-3 * 0.6 ** (n - 1)}} for n in range(2, 6)},
+    },
+    "no replay; learning rate falls after round 3": {
+        "train": BARE,
+        "rounds": {n: {"train": {"learning_rate": 3e-4}} for n in (4, 5)},
+    },
     "weights by advantage": {"select": {"weighting": "advantage"}},
-    "learning rate falls": {"rounds": {n: {"train": {"learning_rate": 1e-3 * 0.6 ** (n - 1)}} for n in range(2, 6)}},
-    "learning rate falls after round 3": {"rounds": {n: {"train": {"learning_rate": 3e-4}} for n in (4, 5)}},
-    "from base on all winners": {"train": {"start": "base"}},
     "weights averaged (EMA .97)": {"train": {"ema_decay": 0.97}},
     "dpo": {"train": {"objective": "dpo"}},
-    "dpo, beta 200": {"train": {"objective": "dpo", "dpo_beta": 200.0}},
     "dpo, lr 3e-4": {"train": {"objective": "dpo", "learning_rate": 3e-4}},
-    "dpo, lr 3e-4, beta 500": {"train": {"objective": "dpo", "learning_rate": 3e-4, "dpo_beta": 500.0}},
+    "dpo, beta 200": {"train": {"objective": "dpo", "dpo_beta": 200.0}},
     "nft": {"train": {"objective": "nft"}},
     "nft, lr 3e-4": {"train": {"objective": "nft", "learning_rate": 3e-4}},
-    "nft, beta .5": {"train": {"objective": "nft", "nft_beta": 0.5}},
 }
-MEASURES = ("accuracy", "best_accuracy", "judge", "fid", "diversity_right")
 
 
 def run(project: Path, runs: Path, arm: str, seed: int, rounds: int, steps: int | None, tuning: bool) -> None:
@@ -189,63 +190,6 @@ def _data(project: Path, runs: Path, tuning: bool) -> Path:
     return folder
 
 
-def read(runs: Path) -> pl.DataFrame:
-    """One row per arm, seed and round: the measures. Base is round 0 of every arm."""
-    base = json.loads((runs / BASE / "rounds" / BASE / "methods.json").read_text())
-    rows = []
-    for root in sorted(runs.glob("*-[0-9]*")):
-        arm, seed = root.name.rsplit("-", 1)
-        known = {"arm": arm, "seed": int(seed)}
-        rows.append(known | {"round": 0} | {name: base[name] for name in MEASURES})
-        for path in sorted(root.glob("rounds/[0-9]*/methods.json")):
-            found = json.loads(path.read_text())
-            rows.append(known | {"round": int(path.parent.name)} | {name: found[name] for name in MEASURES})
-    return pl.DataFrame(rows)
-
-
-def show(runs: Path) -> None:
-    """Print mean and range over seeds of every arm's rounds."""
-    table, frame = Table(title=f"{runs}: mean (lowest to highest) over seeds"), read(runs)
-    for column in ("arm", "round", "seeds", *MEASURES):
-        table.add_column(column, justify="left" if column == "arm" else "right")
-    for (arm, number), rows in frame.group_by(["arm", "round"], maintain_order=True):
-        spread = [
-            f"{rows[name].mean():.3f}"
-            + (f" ({rows[name].min():.3f}-{rows[name].max():.3f})" if rows.height > 1 and number else "")
-            for name in MEASURES
-        ]
-        table.add_row(arm if number == 0 else "", str(number), str(rows.height), *spread)
-    Console(width=160).print(table)
-
-
-def plot(runs: Path, path: Path, arms: list[str]) -> None:
-    """Accuracy and FID over rounds, a line an arm, the range over seeds shaded."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    frame = read(runs)
-    arms = arms or frame["arm"].unique(maintain_order=True).to_list()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    for axis, measure, label in zip(
-        axes, ("accuracy", "fid"), ("accuracy on held-out prompts", "FID (lower is better)"), strict=True
-    ):
-        for arm in arms:
-            rows = frame.filter(pl.col("arm") == arm).group_by("round").agg(
-                pl.col(measure).mean().alias("mean"), pl.col(measure).min().alias("low"),
-                pl.col(measure).max().alias("high"),
-            ).sort("round")  # fmt: skip
-            (line,) = axis.plot(rows["round"], rows["mean"], marker="o", markersize=4, label=arm)
-            axis.fill_between(rows["round"], rows["low"], rows["high"], alpha=0.12, color=line.get_color(), lw=0)
-        axis.set(xlabel="round", ylabel=label, xticks=sorted(frame["round"].unique()))
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-
-
 def main(
     runs: Annotated[Path, typer.Argument(help="folder of the campaigns")],
     arm: Annotated[list[str] | None, typer.Option(help="one of ARMS; repeat for more")] = None,
@@ -263,7 +207,7 @@ def main(
         if name not in ARMS:
             raise typer.BadParameter(f"no arm {name!r}; there are {', '.join(ARMS)}")
     if plot_to:
-        plot(runs, plot_to, arm or [])
+        plot(runs, plot_to, arm or [], {name for name, changes in ARMS.items() if not changes})
     elif not table:
         for seed in range(first_seed, first_seed + seeds):
             for name in arm or ["sft"]:
