@@ -115,8 +115,11 @@ def train(key: Round) -> None:
         launch.run(lambda: ["train", key], params.runtime.processes)
         return
     from srpo import tracking
+    from srpo.datasets import shards
+    from srpo.rounds import RoundFiles
     from srpo.train import train
 
+    shards(RoundFiles(root, key).winners)  # else MLflow would hear of a training that can't be
     if launch.rank():
         train(params, root, key)
         return
