@@ -30,8 +30,9 @@ def run(argv: list[str]) -> int:
     over_bar = launch.rank() > 0 and sys.stderr.isatty()
     form = "\r\x1b[K%(message)s" if over_bar else "%(message)s"
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr, force=True)
-    for chatty in ("alembic", "mlflow", "httpx", "diffusers", "transformers", "datasets"):
+    for chatty in ("alembic", "mlflow", "httpx", "transformers", "datasets"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    logging.getLogger("diffusers").setLevel(logging.CRITICAL)  # its errors are raised, too
     try:
         code = app(args=argv, standalone_mode=False)
         return code if isinstance(code, int) else 0
