@@ -1,4 +1,4 @@
-"""The exceptions that mean: the user can mend this."""
+"""What users are told: the exceptions that mean that they can mend it, and addresses without their secrets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ import re
 LONGEST = 400
 # what would break the line, steer the terminal or turn the direction of writing
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# a password may hold @, so all up to the last one goes
+USER_PART = re.compile(r"//\S*@")
+SECRET_PART = re.compile(r"([?&][^=&\s]*(?:token|key|pass|secret|auth|cred|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
+
+
+def without_secrets(text: str) -> str:
+    """The text with user, password and parameters such as `token=` left out of the addresses in it."""
+    return SECRET_PART.sub(r"\1...", USER_PART.sub("//", text))
 
 
 class UserError(Exception):

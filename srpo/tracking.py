@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srpo import projection
+from srpo.errors import without_secrets
 from srpo.hashing import file_digest, value_digest
 from srpo.params import Params
 from srpo.projection import Point
@@ -328,8 +329,7 @@ def _attempt(what: str, work: Callable[[], None]) -> bool:
     try:
         work()
     except Exception as error:  # whatever a tracking server can do wrong, the round goes on
-        # an address may hold a password, and a password may hold @
-        reason = re.sub(r"//\S*@", "//", " ".join(str(error).split()))
+        reason = without_secrets(" ".join(str(error).split()))
         log.warning("MLflow: %s not recorded (%s: %.160s); run `srpo track` later", what, type(error).__name__, reason)
         return False
     return True
