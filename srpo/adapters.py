@@ -27,14 +27,33 @@ ONE_FILE = "1TB"  # the digest in lineage.json is one file's, so weights are nev
 
 
 def with_adapter(unet: UNet2DConditionModel, folder: Path) -> UNet2DConditionModel:
-    """The UNet as the adapter makes it, for sampling; a folder without weights (base's) changes nothing."""
+    """The UNet as the adapter makes it, for sampling; a folder without weights (base's) changes nothing.
+
+    Raises:
+        UserError: the weights can't be read or are not of such a UNet.
+    """
     if (folder / UNET_FILE).exists():
-        return UNet2DConditionModel.from_pretrained(folder, torch_dtype=unet.dtype, use_safetensors=True)
+        with _naming(folder / UNET_FILE):
+            return UNet2DConditionModel.from_pretrained(folder, torch_dtype=unet.dtype, use_safetensors=True)
     if (folder / WEIGHTS_FILE).exists():
-        unet.load_lora_adapter(folder, weight_name=WEIGHTS_FILE, prefix="unet")
-        unet.fuse_lora()
-        unet.unload_lora()
+        with _naming(folder / WEIGHTS_FILE):
+            unet.load_lora_adapter(folder, weight_name=WEIGHTS_FILE, prefix="unet")
+            if not getattr(unet, "peft_config", None):  # diffusers only warns
+                raise ValueError("no LoRA of a UNet")
+            unet.fuse_lora()
+            unet.unload_lora()
     return unet
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the libraries raise whatever a file makes them trip over
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: no adapter of this base model ({reason:.120}); `dvc checkout` restores it") from None
 
 
 class Trainee:
@@ -72,8 +91,10 @@ class LoraTrainee(Trainee):
 
         Raises:
             ValueError: it is of another rank or other modules.
+            UserError: it can't be read.
         """
-        state = {name.removeprefix("unet."): value for name, value in load_file(file).items()}
+        with _naming(file):
+            state = {name.removeprefix("unet."): value for name, value in load_file(file).items()}
         state = convert_unet_state_dict_to_peft(state)
         self._set(state, "default")
         if keep:

@@ -9,7 +9,7 @@ from typing import Any
 
 from srpo import charts, pictures
 from srpo import rounds as tree
-from srpo.errors import UserError
+from srpo.errors import MissingFile, UserError
 from srpo.lineage import read_gate, read_lineage, read_metrics, read_sweep
 from srpo.page import chart, numbers, picture, render_page
 from srpo.params import Params
@@ -64,7 +64,7 @@ def _optional(read: Callable[[Path, str], Any], root: Path, key: str) -> Any:
     """What `read` finds, or None: the page shows whatever is checked out."""
     try:
         return read(root, key)
-    except FileNotFoundError:
+    except MissingFile:
         return None
 
 

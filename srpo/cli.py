@@ -30,8 +30,9 @@ def run(argv: list[str]) -> int:
     over_bar = launch.rank() > 0 and sys.stderr.isatty()
     form = "\r\x1b[K%(message)s" if over_bar else "%(message)s"
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr, force=True)
-    for chatty in ("alembic", "mlflow", "httpx", "diffusers", "transformers", "datasets"):
+    for chatty in ("alembic", "mlflow", "httpx", "transformers", "datasets"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    logging.getLogger("diffusers").setLevel(logging.CRITICAL)  # its errors are raised, too
     try:
         code = app(args=argv, standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -115,8 +116,11 @@ def train(key: Round) -> None:
         launch.run(lambda: ["train", key], params.runtime.processes)
         return
     from srpo import tracking
+    from srpo.datasets import shards
+    from srpo.rounds import RoundFiles
     from srpo.train import train
 
+    shards(RoundFiles(root, key).winners)  # else MLflow would hear of a training that can't be
     if launch.rank():
         train(params, root, key)
         return

@@ -21,7 +21,7 @@ from srpo.embeds import prompt_embeds
 from srpo.errors import UserError
 from srpo.gate import appearance, best_guidance, judge_round
 from srpo.hashing import derive_seed
-from srpo.lineage import read_sweep
+from srpo.lineage import read_sweep, require_weights
 from srpo.metrics.compare import Estimate, win_rate
 from srpo.metrics.features import load_extractors
 from srpo.metrics.frechet import frechet_distance, gaussian
@@ -51,13 +51,14 @@ def evaluate(params: Params, root: Path, key: str) -> None:
     features.safetensors, base only: features at the reported guidance, from which rounds measure their drift.
 
     Raises:
-        UserError: bad prompt files, or a model, reward or reference that can't be read.
+        UserError: bad prompt files, no adapter, or a model, reward or reference that can't be read.
     """
     files, settings = RoundFiles(root, key), params.evaluate
     prompts = load_prompts(root / params.prompts.eval)
     check_disjoint(load_prompts(root / params.prompts.train), prompts)
     if (len(prompts) - 1) * settings.images_per_prompt < 2:
         raise UserError(f"{params.prompts.eval}: too few prompts for any interval; it needs at least 3")
+    require_weights(root, key)
     rewards = load_rewards(params, root)
     extractors = load_extractors(params, root, rewards)
     references = {

@@ -16,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from srpo import datasets, launch
 from srpo.background import Background
 from srpo.hashing import derive_seed, digest
+from srpo.lineage import require_weights
 from srpo.params import Params
 from srpo.prompts import Prompt, check_disjoint, load_prompts
 from srpo.rejection import is_audited
@@ -47,13 +48,14 @@ class Shards:
     def __init__(self, params: Params, root: Path, key: str) -> None:
         """
         Raises:
-            UserError: bad prompt files.
+            UserError: bad prompt files, or a parent without an adapter.
         """
         self.params, self.root, self.key = params, root, key
         self.settings = params.for_round(key).generate
         self.files, self.parent = RoundFiles(root, key), RoundFiles(root, params.rounds[key].parent)
         prompts = load_prompts(root / params.prompts.train)
         check_disjoint(prompts, load_prompts(root / params.prompts.eval))
+        require_weights(root, params.rounds[key].parent)
         inputs = {
             "seed": params.seed,
             "model": params.model.model_dump(),

@@ -40,6 +40,8 @@ def init_project(folder: Path, preset: str) -> list[str]:
     }
     examples = {"data/prompts": PACKAGED / "prompts", "README.md": PACKAGED / "README.md"}
     plan |= _tiny_data() if preset == TINY else examples
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; name a folder")
     for name in plan:
         if (folder / name).exists():
             raise UserError(f"{folder / name}: is there already and init overwrites nothing; name another folder")

@@ -5,16 +5,30 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from srpo.base import write_json
+from srpo.errors import MissingFile, UserError
 from srpo.hashing import code_digest, file_digest
 from srpo.params import STAGES_WITH_OVERRIDES, Params
 from srpo.rounds import BASE, RoundFiles
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 UNET_FILE = "diffusion_pytorch_model.safetensors"
+
+
+def require_weights(root: Path, key: str) -> None:
+    """Check that a round has an adapter, so that it is never taken for base, which has none.
+
+    Raises:
+        UserError: its weights are missing.
+    """
+    adapter = RoundFiles(root, key).adapter
+    if key != BASE and adapter_weights(adapter) is None:
+        raise MissingFile(f"{adapter}: holds no weights; run train of round {key}, or `dvc checkout`")
 
 
 def winners_of_ancestors(root: Path, parent: str) -> dict[str, str]:
@@ -65,7 +79,7 @@ def adapter_weights(adapter: Path) -> Path | None:
 
 def read_lineage(root: Path, key: str) -> dict[str, Any]:
     """The `lineage.json` of a round, or of `base`."""
-    return json.loads((RoundFiles(root, key).adapter / "lineage.json").read_text(encoding="utf-8"))
+    return _record(RoundFiles(root, key).adapter / "lineage.json")
 
 
 def read_dvc_lock(root: Path) -> dict[str, Any]:
@@ -80,16 +94,44 @@ def read_dvc_lock(root: Path) -> dict[str, Any]:
 
 def read_metrics(root: Path, key: str) -> dict[str, Any]:
     """The evaluation's `metrics.json` of a round, or of `base`."""
-    return json.loads((RoundFiles(root, key).evaluation / "metrics.json").read_text(encoding="utf-8"))
+    path = RoundFiles(root, key).evaluation / "metrics.json"
+    found = _record(path)
+    if "verdict" not in found:
+        raise UserError(f"{path}: damaged (no verdict); `dvc checkout` restores it")
+    return found
 
 
 def read_sweep(root: Path, key: str) -> dict[str, dict[str, float]]:
     """The evaluation's `guidance.csv` of a round, or of `base`: all measures, by guidance scale."""
-    with (RoundFiles(root, key).evaluation / "guidance.csv").open(newline="", encoding="utf-8") as file:
+    path = RoundFiles(root, key).evaluation / "guidance.csv"
+    with reading(path), path.open(newline="", encoding="utf-8") as file:
         rows = [dict(row) for row in csv.DictReader(file)]
-    return {row.pop("guidance"): {name: float(value) for name, value in row.items()} for row in rows}
+        return {row.pop("guidance"): {name: float(value) for name, value in row.items()} for row in rows}
 
 
 def read_gate(root: Path, key: str) -> dict[str, Any]:
     """The evaluation's `gate.json` of a round: rules, verdict, finding, win rates and looks."""
-    return json.loads((RoundFiles(root, key).evaluation / "gate.json").read_text(encoding="utf-8"))
+    return _record(RoundFiles(root, key).evaluation / "gate.json")
+
+
+def _record(path: Path) -> dict[str, Any]:
+    with reading(path):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+        return found
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What goes wrong in reading this file of a round is one line that names it.
+
+    Raises:
+        UserError: a `MissingFile` where it is not there.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise MissingFile(f"{path}: missing; run the stage that makes it, or `dvc checkout`") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split()):.120}); `dvc checkout` restores it") from None

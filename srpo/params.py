@@ -131,13 +131,17 @@ def load_params(path: Path | str = PARAMS_FILE) -> Params:
         raise UserError(f"{path}: no such file; run srpo from the folder that holds params.yaml") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from None
-    except YAMLError as error:
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from None
+    # the last three: a date or number that is none, what can't be a key, brackets without end
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML; {_yaml_problem(error)}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: must be a mapping of sections, found {type(raw).__name__}")
-    for key in raw.get("rounds") or {}:
+    nodes = raw.get("rounds")
+    for key in nodes if isinstance(nodes, dict) else ():
         if not isinstance(key, str):
-            raise UserError(f'{path}: rounds: the key {key!r} is not text; quote it, as in "{key:>03}"')
+            raise UserError(f'{path}: rounds: the key {key!r} is not text; quote it, as in "{key!s:>03}"')
     try:
         params = Params.model_validate(raw)
     except ValidationError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from uuid import uuid4
 
 from srpo.base import COMMIT, HUB_ID
+from srpo.errors import without_secrets
 from srpo.params import Params
 from srpo.rewards import FAMILIES
 from srpo.sections import INCEPTION
@@ -169,13 +169,13 @@ def find_remote(repo: Repo) -> Finding:
     except Exception as error:  # DVC's own, the store's client's, the operating system's
         text = f"can't be written to: {_one_line(error)}; mend `dvc remote` or its credentials"
         return Finding("dvc remote", "fail", text)
-    return Finding("dvc remote", "ok", f"{name}: {_without_secrets(url)} takes and gives up an object")
+    return Finding("dvc remote", "ok", f"{name}: {without_secrets(url)} takes and gives up an object")
 
 
 def find_mlflow(uri: str) -> Finding:
     """Whether the tracking server answers as one, to this name for it and these credentials."""
     if not uri.startswith(("http://", "https://")):
-        return Finding("mlflow", "ok", f"{_without_secrets(uri)}: no server to ask")
+        return Finding("mlflow", "ok", f"{without_secrets(uri)}: no server to ask")
     names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
     user, password = (os.environ.get(name) for name in names)
     address = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search"
@@ -216,7 +216,7 @@ def _prefect_address() -> str | None:
 def _find_server(what: str, address: str, shown: str, hints: dict[int, str], method: str = "GET", **request) -> Finding:
     import httpx
 
-    shown = _without_secrets(shown)
+    shown = without_secrets(shown)
     try:
         answer: httpx.Response = httpx.request(method, address, timeout=SECONDS, **request)
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
@@ -228,8 +228,4 @@ def _find_server(what: str, address: str, shown: str, hints: dict[int, str], met
 
 
 def _one_line(error: Exception) -> str:
-    return f"{_without_secrets(' '.join(str(error).split())):.160}" or type(error).__name__
-
-
-def _without_secrets(text: str) -> str:
-    return re.sub(r"//\S*@", "//", text)
+    return f"{without_secrets(' '.join(str(error).split())):.160}" or type(error).__name__

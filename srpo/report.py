@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from srpo import charts, datasets, pictures
-from srpo.lineage import read_gate, read_lineage, read_metrics, read_sweep
+from srpo.lineage import read_gate, read_lineage, read_metrics, read_sweep, reading
 from srpo.page import chart, numbers, picture, render_page
 from srpo.params import Params
 from srpo.rejection import PREFIX
@@ -31,7 +31,7 @@ def report(params: Params, root: Path, key: str) -> None:
     learned, tuned = pictures.winners_and_losers(params, files), pictures.before_and_after(root, key)
     sweeps = {name: read_sweep(root, name) for name in dict.fromkeys((BASE, parent, key))}
     measured = {name: numbers(name, read_metrics(root, name), found) for name, found in sweeps.items()}
-    training = pl.read_csv(files.training)
+    training = _training(files.training)
     page = render_page(
         "report.html",
         key=key,
@@ -57,6 +57,14 @@ def report(params: Params, root: Path, key: str) -> None:
     _save_sheet(tuned, f"Round {key}: held-out prompts, same noise", "the base model", f"after round {key}",
                 scratch / "tuned.png")  # fmt: skip
     datasets.publish(scratch, files.report)
+
+
+def _training(path: Path) -> pl.DataFrame:
+    with reading(path):
+        try:
+            return pl.read_csv(path).select("step", "loss")
+        except pl.exceptions.PolarsError as error:
+            raise ValueError(error) from None
 
 
 def _save_sheet(pairs: list[pictures.Pair], title: str, left: str, right: str, path: Path) -> None:

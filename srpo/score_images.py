@@ -46,6 +46,8 @@ def score_folder(
     """
     if out.is_dir():
         raise UserError(f"--out: {out} is a folder; name a parquet file")
+    if blocking := next((part for part in out.absolute().parents if part.exists() and not part.is_dir()), None):
+        raise UserError(f"--out: {out} would lie in {blocking.name}, which is a file; name another")
     files = find_images(folder)
     rows = match_prompts(files, prompts, prompt)
     specs, runtime = reward_specs(rewards)

@@ -16,7 +16,7 @@ from srpo.rewards import find_family
 
 INCEPTION = "inception"
 
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Guidance = Annotated[float, Field(ge=1, le=30)]
 Pixels = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
@@ -25,7 +25,7 @@ Pixels = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors and nothing is silently converted."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelParams(Section):
@@ -158,7 +158,7 @@ class TrainParams(Section):
     steps: PositiveInt = Field(description="optimizer steps")
     batch_size: PositiveInt = Field(description="winners per optimizer step, over all processes")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(description="peak AdamW learning rate")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="linear warm-up")
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="linear warm-up")
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="after warm-up")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay")
     snr_gamma: Annotated[float, Field(gt=0)] | None = Field(None, description="min-SNR weighting; null is off")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srpo import rounds as tree
+from srpo.errors import without_secrets
 from srpo.lineage import read_metrics
 from srpo.params import PARAMS_FILE, Params, load_params
 
@@ -49,7 +49,7 @@ def addresses(params: Params, key: str) -> dict[str, str]:
 
     User and password are left out of the address: what prints this is for everyone to read.
     """
-    uri = re.sub(r"//\S*@", "//", params.tracking.uri)
+    uri = without_secrets(params.tracking.uri)
     return {
         "report": f"rounds/{key}/report/index.html",
         "campaign": CAMPAIGN_PAGE,

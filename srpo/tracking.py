@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srpo import projection
+from srpo.errors import without_secrets
 from srpo.hashing import file_digest, value_digest
 from srpo.params import Params
 from srpo.projection import Point
@@ -346,6 +347,5 @@ def _attempt(what: str, work: Callable[[], None]) -> bool:
 
 def reason(error: Exception) -> str:
     """What went wrong, in one line that holds no password."""
-    # an address may hold a password, and a password may hold @
-    words = re.sub(r"//\S*@", "//", " ".join(str(error).split()))
+    words = without_secrets(" ".join(str(error).split()))
     return f"{type(error).__name__}: {words:.160}"

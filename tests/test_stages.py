@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from srpo import datasets
+from srpo.adapters import make_trainee
 from srpo.base import pin_base
 from srpo.evaluate import evaluate
 from srpo.generate import generate
@@ -20,6 +21,7 @@ from srpo.params import Params, load_params
 from srpo.projection import round_record
 from srpo.report import report
 from srpo.rounds import RoundFiles
+from srpo.sampler import Sampler
 from srpo.score import score
 from srpo.select import select
 from srpo.train import train
@@ -235,7 +237,9 @@ def test_evaluation_pairs_base_and_round(params: Params, world: Path) -> None:
 
 def test_a_round_that_is_base_is_even_with_it(params: Params, world: Path) -> None:
     evaluate(params, world, "base")
-    evaluate(params, world, "001")  # no adapter yet
+    untrained = make_trainee(Sampler(params).unet, params, world, "001", keep=False, dtype=torch.float32)
+    untrained.save(RoundFiles(world, "001").adapter)  # a LoRA starts as no change
+    evaluate(params, world, "001")
     base, same, gate = read_metrics(world, "base"), read_metrics(world, "001"), read_gate(world, "001")
     assert same["drift_kid"] == 0 and same["drift"] < 1e-6 and same["fid"] == base["fid"]
     for rates in gate["win_rate"].values():

@@ -58,7 +58,7 @@ def naming(name: str, what: str) -> Iterator[None]:
         raise UserError(f"rewards.{name}: {error}") from error
     except torch.OutOfMemoryError:  # may pass: drivers retry what is not a UserError
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a class of the user's own may do anything
         last = traceback.extract_tb(error.__traceback__)[-1]
         text = " ".join(str(error).split())
         raise UserError(

@@ -45,7 +45,7 @@ class HpsV2:
             clip = clip_from_open_clip(state.get("state_dict", state))
         words = beside(source, "tokenizer_config.json", TOKENIZER)
         with loading(words):
-            tokenizer = AutoTokenizer.from_pretrained(words.model, revision=words.revision)
+            tokenizer = AutoTokenizer.from_pretrained(words.model, revision=words.revision, trust_remote_code=False)
         side = (clip.config.vision_config.image_size,) * 2
         self.tower = ClipTower(clip, tokenizer, Preprocess(side, "longest", crop=None), device, dtype)
 

@@ -48,7 +48,9 @@ class ImageReward:
             self.head = load_head(state, "mlp.").to(device)
         words = beside(source, "vocab.txt", TOKENIZER)
         with loading(words):
-            self.tokenizer = AutoTokenizer.from_pretrained(words.model, revision=words.revision)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                words.model, revision=words.revision, trust_remote_code=False
+            )
         side = (self.vision.config.image_size,) * 2
         self.preprocess = Preprocess(size=side, crop=side)
         self.device, self.dtype = device, dtype

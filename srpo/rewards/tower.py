@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPProcessor, PreTrainedTokenizerBase
 
+from srpo.pipeline import load_whole
 from srpo.rewards.base import Pixels
 from srpo.rewards.hub import Source, loading
 from srpo.rewards.preprocess import Preprocess
@@ -44,7 +45,7 @@ class ClipTower:
             UserError: it can't be loaded.
         """
         with loading(source):
-            model = CLIPModel.from_pretrained(source.model, revision=source.revision, use_safetensors=True)
+            model = load_whole(CLIPModel, source.model, revision=source.revision, use_safetensors=True)
             processor = CLIPProcessor.from_pretrained(source.model, revision=source.revision)
             preprocess = Preprocess.from_config(processor.image_processor.to_dict())
         return cls(model, processor.tokenizer, preprocess, device, dtype)

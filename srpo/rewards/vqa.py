@@ -34,9 +34,9 @@ class VqaScore:
             UserError: it can't be loaded, or has no chat template.
         """
         with loading(Source(model, revision)):
-            self.processor = AutoProcessor.from_pretrained(model, revision=revision)
+            self.processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=False)
             self.model = AutoModelForImageTextToText.from_pretrained(
-                model, revision=revision, use_safetensors=True, dtype=dtype
+                model, revision=revision, use_safetensors=True, dtype=dtype, trust_remote_code=False
             )
             if not self.processor.chat_template:
                 raise ValueError("its processor has no chat template, so that nothing can be asked")

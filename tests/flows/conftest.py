@@ -48,7 +48,8 @@ if trouble.exists():
         print("hanging", os.getpid(), loader.pid, flush=True); time.sleep(120)
 folder = pathlib.Path("rounds", key)
 outs = {{
-    "base": ["adapter/lineage.json", "rewards.json", "preview.json"], "generate": ["candidates/x"], "score": ["scores.parquet"],
+    "base": ["adapter/lineage.json", "rewards.json", "preview.json"],
+    "generate": ["candidates/x"], "score": ["scores.parquet"],
     "select": ["winners/x"], "train": ["adapter/x", "training.csv"], "report": ["report/index.html"],
     "evaluate": ["evaluation/per_prompt.parquet", "evaluation/samples.parquet", "evaluation/guidance.csv",
                  "evaluation/features.safetensors" if key == "base" else "evaluation/gate.json"],
