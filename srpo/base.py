@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from srpo import datasets
 from srpo.errors import UserError
@@ -43,10 +44,12 @@ def pin_base(params: Params, root: Path) -> None:
         else {"source": spec.kind, "revision": spec.revision, "digest": None}
         for name, spec in params.rewards.items()
     }
-    datasets.publish(scratch, files.adapter)
-    write_json(files.folder / "rewards.json", rewards)
     rejection = params.generate.early_rejection
-    write_json(files.preview, {rejection.reward: rewards[rejection.reward]} if rejection else {})
+    preview = {rejection.reward: rewards[rejection.reward]} if rejection else {}
+    for path, content in {files.rewards: rewards, files.preview: preview}.items():
+        write_json(scratch / path.name, content)
+        datasets.publish(scratch / path.name, path)
+    datasets.publish(scratch, files.adapter)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -55,6 +58,22 @@ def write_json(path: Path, value: object) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file of this project's own.
+
+    Raises:
+        UserError: the file is damaged.
+        FileNotFoundError: there is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); `dvc checkout` restores it") from None
+    return found
 
 
 def _identity(root: Path, key: str, source: str, revision: str | None) -> dict[str, str | None]:

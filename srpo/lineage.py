@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
-import json
 from pathlib import Path
 from typing import Any
 
-from srpo.base import write_json
-from srpo.hashing import code_digest, file_digest
+from srpo.base import read_json, write_json
+from srpo.errors import UserError
+from srpo.hashing import code_digest, digest, file_digest
 from srpo.params import STAGES_WITH_OVERRIDES, Params
 from srpo.rounds import BASE, RoundFiles
 
@@ -20,6 +20,52 @@ UNET_FILE = "diffusion_pytorch_model.safetensors"
 def weights_file(adapter: Path) -> Path:
     """The file of an adapter folder that holds its weights: a LoRA's, or a whole UNet's."""
     return adapter / (UNET_FILE if (adapter / UNET_FILE).exists() else WEIGHTS_FILE)
+
+
+def check_weights(adapter: Path) -> None:
+    """Compare an adapter folder's weights with the sha256 in its `lineage.json`, if it has one.
+
+    Raises:
+        UserError: they are other bytes, or are missing.
+    """
+    record = adapter / "lineage.json"
+    wanted = read_json(record).get("adapter") if record.exists() else None
+    if wanted is None:
+        return
+    file = weights_file(adapter)
+    if not file.exists() or file_digest(file) != wanted:
+        problem = "damaged: not the bytes that lineage.json names" if file.exists() else "missing"
+        raise UserError(f"{file}: {problem}; `dvc checkout` restores it, or rerun train")
+
+
+def check_pinned(root: Path, record: Path, name: str, key: str) -> None:
+    """Compare a model's local folder or file with the digest that stage `base` wrote down; Hub models have none.
+
+    Args:
+        record: base's lineage.json or rewards.json; where it is not there, nothing is compared.
+        name: which of the models in it.
+        key: what names the model in params.yaml.
+
+    Raises:
+        UserError: it is not what it was.
+    """
+    pinned = (read_json(record) if record.exists() else {}).get(name) or {}
+    wanted, source = pinned.get("digest"), root / pinned.get("source", "")
+    if wanted and source.exists() and digest(source) != wanted:
+        raise UserError(
+            f"{key}: {source.relative_to(root)} is not what stage base found there: if you changed it run `srpo base`,"
+            " else it is damaged and `dvc checkout data.dvc` restores it"
+        )
+
+
+def check_base(root: Path) -> None:
+    """`check_pinned` for the base model and its VAE.
+
+    Raises:
+        UserError: one is not what it was.
+    """
+    for name in ("base", "vae"):
+        check_pinned(root, RoundFiles(root, BASE).adapter / "lineage.json", name, f"model.{name}")
 
 
 def winners_of_ancestors(root: Path, parent: str) -> dict[str, str]:
@@ -64,21 +110,25 @@ def write_lineage(adapter: Path, params: Params, root: Path, key: str, winners: 
 
 def read_lineage(root: Path, key: str) -> dict[str, Any]:
     """The `lineage.json` of a round, or of `base`."""
-    return json.loads((RoundFiles(root, key).adapter / "lineage.json").read_text(encoding="utf-8"))
+    return read_json(RoundFiles(root, key).adapter / "lineage.json")
 
 
 def read_metrics(root: Path, key: str) -> dict[str, Any]:
     """The evaluation's `metrics.json` of a round, or of `base`."""
-    return json.loads((RoundFiles(root, key).evaluation / "metrics.json").read_text(encoding="utf-8"))
+    return read_json(RoundFiles(root, key).evaluation / "metrics.json")
 
 
 def read_sweep(root: Path, key: str) -> dict[str, dict[str, float]]:
     """The evaluation's `guidance.csv` of a round, or of `base`: all measures, by guidance scale."""
-    with (RoundFiles(root, key).evaluation / "guidance.csv").open(newline="", encoding="utf-8") as file:
-        rows = [dict(row) for row in csv.DictReader(file)]
-    return {row.pop("guidance"): {name: float(value) for name, value in row.items()} for row in rows}
+    path = RoundFiles(root, key).evaluation / "guidance.csv"
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [dict(row) for row in csv.DictReader(file)]
+        return {row.pop("guidance"): {name: float(value) for name, value in row.items()} for row in rows}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: damaged ({error}); `dvc checkout` restores it") from None
 
 
 def read_gate(root: Path, key: str) -> dict[str, Any]:
     """The evaluation's `gate.json` of a round: rules, verdict, finding, win rates and looks."""
-    return json.loads((RoundFiles(root, key).evaluation / "gate.json").read_text(encoding="utf-8"))
+    return read_json(RoundFiles(root, key).evaluation / "gate.json")

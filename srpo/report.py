@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from srpo import charts, datasets, pictures
+from srpo.base import read_json
+from srpo.errors import UserError
 from srpo.lineage import read_gate, read_lineage, read_metrics, read_sweep
 from srpo.page import chart, numbers, picture, render_page
 from srpo.params import Params
@@ -31,7 +32,7 @@ def report(params: Params, root: Path, key: str) -> None:
     learned, tuned = pictures.winners_and_losers(params, files), pictures.before_and_after(root, key)
     sweeps = {name: read_sweep(root, name) for name in dict.fromkeys((BASE, parent, key))}
     measured = {name: numbers(name, read_metrics(root, name), found) for name, found in sweeps.items()}
-    training = pl.read_csv(files.training)
+    training = _training(files.training)
     page = render_page(
         "report.html",
         key=key,
@@ -59,6 +60,14 @@ def report(params: Params, root: Path, key: str) -> None:
     datasets.publish(scratch, files.report)
 
 
+def _training(path: Path) -> pl.DataFrame:
+    try:
+        return pl.read_csv(path).cast({"step": pl.Int64, "loss": pl.Float64})
+    except pl.exceptions.PolarsError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: damaged ({reason:.120}); `dvc checkout` restores it") from None
+
+
 def _save_sheet(pairs: list[pictures.Pair], title: str, left: str, right: str, path: Path) -> None:
     pictures.contact_sheet(pairs, title, left, right).save(path, optimize=True)
 
@@ -74,8 +83,7 @@ def _charts(
 ) -> dict[str, list]:
     """By section, (name, SVG data URI): a chart each, so that the page can stack them on a narrow screen."""
     rewards = {name: spec.role for name, spec in params.rewards.items()}
-    scores = pl.read_parquet(files.scores, columns=list(rewards))
-    winners = pl.read_parquet(datasets.shards(files.winners), columns=list(rewards))
+    scores, winners = (datasets.scan(path, list(rewards)).collect() for path in (files.scores, files.winners))
     sweeps = {name if name == BASE else f"round {name}": found for name, found in sweeps.items()}
     path, roles = [list(measured)], rewards | dict.fromkeys(SET_MEASURES, "measure")
     drawn = {
@@ -105,7 +113,7 @@ def _lineage_rows(root: Path, key: str) -> list[tuple[str, str]]:
 
 def _selection(files: RoundFiles) -> dict[str, Any]:
     """How many candidates became winners, from the data itself: no file but the datasets need be there."""
-    scores = pl.read_parquet(files.scores, columns=["prompt_id"])
+    scores = datasets.scan(files.scores, ["prompt_id"]).collect()
     winners = sum(1 for _ in datasets.read_rows(files.winners, ["candidate_id"]))
     return {"candidates": scores.height, "prompts": scores["prompt_id"].n_unique(), "winners": winners}
 
@@ -116,7 +124,7 @@ def _early_rejection(params: Params, files: RoundFiles) -> list[tuple[str, float
     if rules is None:
         return []
     path = files.winners / "selection.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = read_json(path) if path.exists() else {}
     labels = {
         "unet_evaluations_share": "UNet evaluations done, as a share of finishing all",
         "unet_evaluations_share_unaudited": "the same without the audit",
