@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-all lint env data clean
+.PHONY: demo test test-all chaos lint env data clean
 
 env: $(BIN)/.installed
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -26,6 +26,9 @@ test: data
 
 test-all: data
 	$(BIN)/python -m pytest
+
+chaos: env
+	$(BIN)/python -m tests.faults.chaos
 
 lint: env
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from safetensors.torch import load_file
 
 from srpo.errors import UserError
-from srpo.lineage import UNET_FILE, WEIGHTS_FILE
+from srpo.lineage import UNET_FILE, WEIGHTS_FILE, check_weights
 from srpo.params import Params
 from srpo.rounds import BASE, RoundFiles
 
@@ -30,8 +30,10 @@ def with_adapter(unet: UNet2DConditionModel, folder: Path) -> UNet2DConditionMod
     """The UNet as the adapter makes it, for sampling; a folder without weights (base's) changes nothing.
 
     Raises:
-        UserError: the weights can't be read or are not of such a UNet.
+        UserError: the weights are not those that the folder's lineage.json names, can't be read, or are not of such
+            a UNet.
     """
+    check_weights(folder)
     if (folder / UNET_FILE).exists():
         with _naming(folder / UNET_FILE):
             return UNet2DConditionModel.from_pretrained(folder, torch_dtype=unet.dtype, use_safetensors=True)
@@ -175,6 +177,8 @@ def make_trainee(
     file = folder and folder / (UNET_FILE if settings.method == "full" else WEIGHTS_FILE)
     if file and not file.exists():
         raise UserError(f"{file}: missing; run train of round {parent} or `dvc checkout`")
+    if file:
+        check_weights(folder)
     if settings.method == "full":
         device = unet.device
         return FullTrainee(with_adapter(unet, folder).to(device) if folder else unet, keep=keep, dtype=dtype)

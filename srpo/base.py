@@ -6,10 +6,13 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from srpo import datasets
-from srpo.errors import UserError
+from srpo.errors import MissingFile, UserError
 from srpo.hashing import digest
 from srpo.params import Params
 from srpo.rounds import BASE, RoundFiles
@@ -43,10 +46,12 @@ def pin_base(params: Params, root: Path) -> None:
         else {"source": spec.kind, "revision": spec.revision, "digest": None}
         for name, spec in params.rewards.items()
     }
-    datasets.publish(scratch, files.adapter)
-    write_json(files.folder / "rewards.json", rewards)
     rejection = params.generate.early_rejection
-    write_json(files.preview, {rejection.reward: rewards[rejection.reward]} if rejection else {})
+    preview = {rejection.reward: rewards[rejection.reward]} if rejection else {}
+    for path, content in {files.rewards: rewards, files.preview: preview}.items():
+        write_json(scratch / path.name, content)
+        datasets.publish(scratch / path.name, path)
+    datasets.publish(scratch, files.adapter)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -55,6 +60,34 @@ def write_json(path: Path, value: object) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file of this project's own.
+
+    Raises:
+        UserError: the file is damaged; a `MissingFile` where it is not there.
+    """
+    with reading(path):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+        return found
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What goes wrong in reading this file of a round is one line that names it.
+
+    Raises:
+        UserError: the file is damaged; a `MissingFile` where it is not there.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise MissingFile(f"{path}: missing; run the stage that makes it, or `dvc checkout`") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({' '.join(str(error).split()):.120}); `dvc checkout` restores it") from None
 
 
 def _identity(root: Path, key: str, source: str, revision: str | None) -> dict[str, str | None]:

@@ -14,6 +14,7 @@ from srpo.lineage import read_gate, read_lineage, read_metrics, read_sweep
 from srpo.page import chart, numbers, picture, render_page
 from srpo.params import Params
 from srpo.rounds import BASE, RoundFiles
+from srpo.scratch import scratch_folder
 from srpo.summary import CAMPAIGN_PAGE, SET_MEASURES
 
 PROMPTS = 8  # in the strip of pictures
@@ -54,7 +55,7 @@ def write_campaign(params: Params, root: Path) -> Path:
         lineages=lineages,
     )  # fmt: skip
     out = root / CAMPAIGN_PAGE
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")  # two flows may end at the same time
+    partial = scratch_folder(root, "campaign", "page", "redone") / f"{os.getpid()}.html"  # two flows may end at once
     partial.write_text(page, encoding="utf-8")
     partial.replace(out)
     return out

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from srpo import __version__, launch
-from srpo.errors import UserError
+from srpo.errors import UserError, hindrance
+from srpo.lock import working_on
 from srpo.params import PARAMS_FILE, Params, load_params
+from srpo.rounds import BASE
 
 app = typer.Typer(
     name="srpo",
@@ -50,14 +54,27 @@ def run(argv: list[str]) -> int:
         if hasattr(error, "format_message"):  # click's usage errors, wherever this typer keeps its click
             print(f"srpo: error: {error.format_message()}", file=sys.stderr)
             return 2
+        if told := hindrance(error):
+            if launch.is_worker():
+                launch.tell_parent(told)
+                return launch.BLOCKED
+            print(f"srpo: error: {told}", file=sys.stderr)
+            return 1
         raise
 
 
 def _load(key: str | None = None, *, base: bool = False) -> tuple[Params, Path]:
     params, root = load_params(PARAMS_FILE), Path.cwd()
-    if key is not None and not (base and key == "base"):
+    if key is not None and not (base and key == BASE):
         params.for_round(key)
     return params, root
+
+
+@contextmanager
+def _stage(name: str, key: str) -> Iterator[tuple[Params, Path]]:
+    params, root = _load(key, base=name in ("base", "evaluate"))
+    with working_on(root, key, name):
+        yield params, root
 
 
 @app.command()
@@ -65,7 +82,8 @@ def base() -> None:
     """Write down which base model and reward models these rounds stand on."""
     from srpo.base import pin_base
 
-    pin_base(*_load())
+    with _stage("base", BASE) as (params, root):
+        pin_base(params, root)
 
 
 @app.command()
@@ -74,80 +92,80 @@ def generate(
     shards: Annotated[str | None, typer.Option(hidden=True, help="only these shards, which all workers share")] = None,
 ) -> None:
     """Make N candidate pictures for every train prompt."""
-    params, root = _load(key)
     from srpo.generate import Shards
 
-    work = Shards(params, root, key)
-    if launch.is_parent(params.runtime) and work.unfinished():
-        launch.run(
-            lambda: ["generate", key, "--shards", ",".join(map(str, work.unfinished()))],
-            min(params.runtime.processes, len(work.unfinished())),
-            attempts=3,
-        )
-    else:
-        work.make(None if shards is None else [int(number) for number in shards.split(",")])
-    if not launch.is_worker():
-        work.publish()
+    with _stage("generate", key) as (params, root):
+        work = Shards(params, root, key)
+        if launch.is_parent(params.runtime) and work.unfinished():
+            launch.run(
+                lambda: ["generate", key, "--shards", ",".join(map(str, work.unfinished()))],
+                min(params.runtime.processes, len(work.unfinished())),
+                attempts=3,
+            )
+        else:
+            work.make(None if shards is None else [int(number) for number in shards.split(",")])
+        if not launch.is_worker():
+            work.publish()
 
 
 @app.command()
 def score(key: Round) -> None:
     """Score every candidate with every reward model."""
-    params, root = _load(key)
-    from srpo.score import score
+    with _stage("score", key) as (params, root):
+        from srpo.score import score
 
-    score(params, root, key)
+        score(params, root, key)
 
 
 @app.command()
 def select(key: Round) -> None:
     """Keep the best candidate of every prompt."""
-    params, root = _load(key)
-    from srpo.select import select
+    with _stage("select", key) as (params, root):
+        from srpo.select import select
 
-    select(params, root, key)
+        select(params, root, key)
 
 
 @app.command()
 def train(key: Round) -> None:
     """Fine-tune on the winners."""
-    params, root = _load(key)
-    if launch.is_parent(params.runtime):
-        launch.run(lambda: ["train", key], params.runtime.processes)
-        return
-    from srpo import tracking
-    from srpo.datasets import shards
-    from srpo.rounds import RoundFiles
-    from srpo.train import train
+    with _stage("train", key) as (params, root):
+        if launch.is_parent(params.runtime):
+            launch.run(lambda: ["train", key], params.runtime.processes)
+            return
+        from srpo import tracking
+        from srpo.datasets import shards
+        from srpo.rounds import RoundFiles
+        from srpo.train import train
 
-    shards(RoundFiles(root, key).winners)  # else MLflow would hear of a training that can't be
-    if launch.rank():
-        train(params, root, key)
-        return
-    with tracking.live(params, root, key) as curve:
-        train(params, root, key, curve.log)
+        shards(RoundFiles(root, key).winners)  # else MLflow would hear of a training that can't be
+        if launch.rank():
+            train(params, root, key)
+            return
+        with tracking.live(params, root, key) as curve:
+            train(params, root, key, curve.log)
 
 
 @app.command()
 def evaluate(key: RoundOrBase) -> None:
     """Sample the eval prompts and measure."""
-    params, root = _load(key, base=True)
-    from srpo import tracking
-    from srpo.evaluate import evaluate
+    with _stage("evaluate", key) as (params, root):
+        from srpo import tracking
+        from srpo.evaluate import evaluate
 
-    evaluate(params, root, key)
-    tracking.project(params, root, key)
+        evaluate(params, root, key)
+        tracking.project(params, root, key)
 
 
 @app.command()
 def report(key: Round) -> None:
     """Write the round's report page."""
-    params, root = _load(key)
-    from srpo import tracking
-    from srpo.report import report
+    with _stage("report", key) as (params, root):
+        from srpo import tracking
+        from srpo.report import report
 
-    report(params, root, key)
-    tracking.project(params, root, key)
+        report(params, root, key)
+        tracking.project(params, root, key)
 
 
 @app.command("score-images")

@@ -118,11 +118,19 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict
 
 
 def publish(scratch: Path, out: Path) -> None:
-    """Move a finished scratch folder (or file) to its place under rounds/ in one rename."""
+    """Move a finished scratch folder (or file) to its place under rounds/ in one rename.
+
+    What was there goes away whole, too: whoever looks finds the old, nothing, or the new.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.is_dir():
-        shutil.rmtree(out)
+    if not out.is_dir():
+        scratch.replace(out)
+        return
+    old = scratch.with_name(f"{scratch.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    out.replace(old)
     scratch.replace(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def encode_png(pixels: np.ndarray) -> dict[str, Any]:
@@ -200,7 +208,7 @@ class Places:
 
 
 def scan(path: Path, columns: Sequence[str]) -> pl.LazyFrame:
-    """These columns of a dataset as a polars query; nothing but the footers is read yet.
+    """These columns of a dataset as a polars query. All their pages are read once for their checksums, not kept.
 
     Raises:
         UserError: a file is damaged, lacks a column, or there is none.
@@ -208,8 +216,8 @@ def scan(path: Path, columns: Sequence[str]) -> pl.LazyFrame:
     import polars as pl
 
     found = shards(path)
-    for shard in found:
-        with _opened(shard, columns):
+    for shard in found:  # polars itself leaves the checksums alone, and a flipped bit may well decompress
+        for _ in _row_groups(shard, columns):
             pass
     return pl.scan_parquet(found, extra_columns="ignore").select(columns)
 

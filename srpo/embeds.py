@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -12,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from srpo.base import COMMIT
 from srpo.hashing import value_digest
 from srpo.lineage import read_lineage
 from srpo.rounds import BASE
+from srpo.sealed import load_sealed, save_sealed
 
 if TYPE_CHECKING:
     from srpo.sampler import Sampler
@@ -71,25 +69,14 @@ def _read(file: Path) -> dict[str, torch.Tensor] | None:
     if not file.exists():
         return None
     try:
-        with safe_open(file, "pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in ("tokens", "pooled")}
-            if opened.metadata() == {"sha256": _checksum(tensors)}:
-                return tensors
-    except (SafetensorError, OSError, ValueError):
-        pass
-    log.warning("%s: damaged; encoding its prompts anew", file.name)
-    return None
+        return load_sealed(file)
+    except (OSError, ValueError):
+        log.warning("%s: damaged; encoding its prompts anew", file.name)
+        return None
 
 
 def _write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}")  # processes may write the same file at once
-    save_file(tensors, partial, metadata={"sha256": _checksum(tensors)})
+    save_sealed(tensors, partial)
     partial.replace(file)
-
-
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        found.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()

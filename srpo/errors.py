@@ -1,7 +1,9 @@
-"""What users are told: the exceptions that mean that they can mend it, and addresses without their secrets."""
+"""What users are told in one line: what they can mend in their input, what stands in the way; without secrets."""
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 
 LONGEST = 400
@@ -10,6 +12,14 @@ UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2
 # a password may hold @, so all up to the last one goes
 USER_PART = re.compile(r"//\S*@")
 SECRET_PART = re.compile(r"([?&][^=&\s]*(?:token|key|pass|secret|auth|cred|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
+CURES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some") | {
+    errno.EFBIG: "raise the limit (ulimit -f)",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "give this user the right",
+    errno.EXDEV: "rounds/ and .srpo/ must be on one file system; join them",
+}
+# libraries that write files of their own tell the number in words only
+TOLD = re.compile(r"os error (\d+)|errno (\d+)", re.IGNORECASE)
 
 
 def without_secrets(text: str) -> str:
@@ -32,3 +42,30 @@ class UserError(Exception):
 
 class MissingFile(UserError, FileNotFoundError):
     """A file of a round is not there: its stage has not run, or it is not checked out."""
+
+
+class BlockedError(Exception):
+    """Something outside the input stands in the way, such as a full disk or another process. Its text is one line.
+
+    The CLI prints it without a traceback and exits with status 1; once it is gone the same command goes on.
+    """
+
+
+def hindrance(error: BaseException) -> str | None:
+    """The line for an error that is `BlockedError` or comes of a disk that takes no more; None for any other."""
+    at: BaseException | None = error
+    while at is not None:
+        if isinstance(at, BlockedError):
+            return str(at)
+        number = at.errno if isinstance(at, OSError) and at.errno in CURES else _number_told(at)
+        if number in CURES:
+            where = getattr(at, "filename", None)
+            what = os.strerror(number).lower()
+            return f"{f'{where}: ' if where else ''}{what}; {CURES[number]} and run the same command again"
+        at = at.__cause__ or at.__context__
+    return None
+
+
+def _number_told(error: BaseException) -> int | None:
+    found = TOLD.search(str(error))
+    return int(found[1] or found[2]) if found else None

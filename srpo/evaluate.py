@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import safetensors.numpy
 import torch
 from tqdm import tqdm
 
@@ -21,7 +20,7 @@ from srpo.embeds import prompt_embeds
 from srpo.errors import UserError
 from srpo.gate import appearance, best_guidance, judge_round
 from srpo.hashing import derive_seed
-from srpo.lineage import read_sweep, require_weights
+from srpo.lineage import check_base, read_sweep, require_weights
 from srpo.metrics.compare import Estimate, win_rate
 from srpo.metrics.features import load_extractors
 from srpo.metrics.frechet import frechet_distance, gaussian
@@ -32,8 +31,9 @@ from srpo.params import Params
 from srpo.prompts import Prompt, check_disjoint, load_prompts
 from srpo.rounds import BASE, RoundFiles
 from srpo.sampler import PromptEmbeds, Sampler, sample_images
-from srpo.score import BATCH, batched, load_rewards
+from srpo.score import BATCH, batched, load_pinned_rewards
 from srpo.scratch import scratch_folder
+from srpo.sealed import load_sealed, save_sealed
 
 log = logging.getLogger("srpo")
 Place = tuple[Prompt, int]
@@ -59,12 +59,13 @@ def evaluate(params: Params, root: Path, key: str) -> None:
     if (len(prompts) - 1) * settings.images_per_prompt < 2:
         raise UserError(f"{params.prompts.eval}: too few prompts for any interval; it needs at least 3")
     require_weights(root, key)
-    rewards = load_rewards(params, root)
+    rewards = load_pinned_rewards(params, root)
     extractors = load_extractors(params, root, rewards)
     references = {
         name: load_reference(root / settings.reference, extractor, root / ".srpo" / "cache")
         for name, extractor in extractors.items()
     }
+    check_base(root)
     sampler = Sampler(params, files.adapter, fast=True)
     embeds = prompt_embeds(sampler, [prompt.prompt for prompt in prompts], root)
     scratch = scratch_folder(root, "evaluate", key, "redone from the start")
@@ -126,12 +127,12 @@ def _sample(
 def _drift(root: Path, key: str, features: np.ndarray, scratch: Path) -> dict[str, float]:
     """FID and KID against base's own pictures of the same prompts and noise; base leaves its features for that."""
     if key == BASE:
-        safetensors.numpy.save_file({"features": features}, scratch / "features.safetensors")
+        save_sealed({"features": torch.from_numpy(features)}, scratch / "features.safetensors")
         return {"drift": 0.0, "drift_kid": 0.0}
     path = RoundFiles(root, BASE).evaluation / "features.safetensors"
     try:
-        base = safetensors.numpy.load_file(path)["features"]
-    except (OSError, safetensors.SafetensorError) as error:
+        base = load_sealed(path)["features"].numpy()
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable ({error}); run `srpo evaluate base`, or `dvc checkout`") from None
     if base.shape != features.shape:
         raise UserError(f"{path}: {base.shape} features where this round has {features.shape}; evaluate base anew")
@@ -144,8 +145,9 @@ def _judge(
 ) -> dict[str, Any]:
     """gate.json. Win rates are `best`: over base, each at its own best guidance; `base`, `parent`: at the reported."""
     base_sweep, reported = read_sweep(root, BASE), params.evaluate.guidance_scale
+    columns = ["prompt_id", "index", "guidance", *params.rewards]
     base, parent = (
-        pl.read_parquet(RoundFiles(root, rival).evaluation / "per_prompt.parquet")
+        datasets.scan(RoundFiles(root, rival).evaluation / "per_prompt.parquet", columns).collect()
         for rival in (BASE, params.rounds[key].parent)
     )
     best, rates = {}, {}

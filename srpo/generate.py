@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from srpo import datasets, launch
 from srpo.background import Background
 from srpo.hashing import derive_seed, digest
-from srpo.lineage import require_weights
+from srpo.lineage import check_base, require_weights
 from srpo.params import Params
 from srpo.prompts import Prompt, check_disjoint, load_prompts
 from srpo.rejection import is_audited
@@ -111,6 +111,7 @@ class Shards:
         from srpo.score import load_specs
         from srpo.trajectories import EarlyRejection
 
+        check_base(self.root)
         settings, rejection = self.settings, None
         sampler = Sampler(self.params, self.parent.adapter, fast=True)
         if rules := settings.early_rejection:

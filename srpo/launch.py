@@ -17,14 +17,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srpo.errors import UserError
+from srpo.errors import BlockedError, UserError
 
 if TYPE_CHECKING:
     from srpo.sections import RuntimeParams
 
 log = logging.getLogger("srpo")
 PARENT_VARIABLE = "SRPO_PARENT"
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, BLOCKED, INTERRUPTED = 2, 3, 130  # BLOCKED is a worker's alone
 END_SECONDS = 10
 
 
@@ -64,6 +64,7 @@ def run(command: Callable[[], Sequence[str]], processes: int, attempts: int = 1)
 
     Raises:
         UserError: what a worker found wrong with the input.
+        BlockedError: what stood in a worker's way.
         KeyboardInterrupt: interrupted.
         SystemExit: ended by a signal, or the last attempt failed.
     """
@@ -74,6 +75,8 @@ def run(command: Callable[[], Sequence[str]], processes: int, attempts: int = 1)
         code, message = failure
         if code == BAD_INPUT:
             raise UserError(message)
+        if code == BLOCKED:
+            raise BlockedError(message)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
@@ -97,7 +100,7 @@ def become_worker() -> None:
         sys.exit(INTERRUPTED)
 
 
-def tell_parent(error: UserError) -> None:
+def tell_parent(error: Exception | str) -> None:
     """In a worker: leave the message for the parent, who prints it once for all."""
     if PARENT_VARIABLE not in os.environ:
         print(f"srpo: error: {error}", file=sys.stderr)

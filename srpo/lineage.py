@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from srpo.base import write_json
+from srpo.base import read_json, reading, write_json
 from srpo.errors import MissingFile, UserError
-from srpo.hashing import code_digest, file_digest
+from srpo.hashing import code_digest, digest, file_digest
 from srpo.params import STAGES_WITH_OVERRIDES, Params
 from srpo.rounds import BASE, RoundFiles
 
@@ -29,6 +26,55 @@ def require_weights(root: Path, key: str) -> None:
     adapter = RoundFiles(root, key).adapter
     if key != BASE and adapter_weights(adapter) is None:
         raise MissingFile(f"{adapter}: holds no weights; run train of round {key}, or `dvc checkout`")
+
+
+def check_weights(adapter: Path) -> None:
+    """Compare an adapter folder's weights with the sha256 in its `lineage.json`, if it has one.
+
+    Raises:
+        UserError: they are other bytes, or are missing.
+    """
+    record = adapter / "lineage.json"
+    wanted = read_json(record).get("adapter") if record.exists() else None
+    if wanted is None:
+        return
+    file = adapter_weights(adapter)
+    if file is None:
+        raise MissingFile(f"{adapter}: holds no weights; `dvc checkout` restores them, or rerun train")
+    if file_digest(file) != wanted:
+        raise UserError(
+            f"{file}: damaged: not the bytes that lineage.json names; `dvc checkout` restores it, or rerun train"
+        )
+
+
+def check_pinned(root: Path, record: Path, name: str, key: str) -> None:
+    """Compare a model's local folder or file with the digest that stage `base` wrote down; Hub models have none.
+
+    Args:
+        record: base's lineage.json or rewards.json; where it is not there, nothing is compared.
+        name: which of the models in it.
+        key: what names the model in params.yaml.
+
+    Raises:
+        UserError: it is not what it was.
+    """
+    pinned = (read_json(record) if record.exists() else {}).get(name) or {}
+    wanted, source = pinned.get("digest"), root / pinned.get("source", "")
+    if wanted and source.exists() and digest(source) != wanted:
+        raise UserError(
+            f"{key}: {source.relative_to(root)} is not what stage base found there: if you changed it run `srpo base`,"
+            " else it is damaged and `dvc checkout data.dvc` restores it"
+        )
+
+
+def check_base(root: Path) -> None:
+    """`check_pinned` for the base model and its VAE.
+
+    Raises:
+        UserError: one is not what it was.
+    """
+    for name in ("base", "vae"):
+        check_pinned(root, RoundFiles(root, BASE).adapter / "lineage.json", name, f"model.{name}")
 
 
 def winners_of_ancestors(root: Path, parent: str) -> dict[str, str]:
@@ -79,7 +125,7 @@ def adapter_weights(adapter: Path) -> Path | None:
 
 def read_lineage(root: Path, key: str) -> dict[str, Any]:
     """The `lineage.json` of a round, or of `base`."""
-    return _record(RoundFiles(root, key).adapter / "lineage.json")
+    return read_json(RoundFiles(root, key).adapter / "lineage.json")
 
 
 def read_dvc_lock(root: Path) -> dict[str, Any]:
@@ -95,7 +141,7 @@ def read_dvc_lock(root: Path) -> dict[str, Any]:
 def read_metrics(root: Path, key: str) -> dict[str, Any]:
     """The evaluation's `metrics.json` of a round, or of `base`."""
     path = RoundFiles(root, key).evaluation / "metrics.json"
-    found = _record(path)
+    found = read_json(path)
     if "verdict" not in found:
         raise UserError(f"{path}: damaged (no verdict); `dvc checkout` restores it")
     return found
@@ -111,27 +157,4 @@ def read_sweep(root: Path, key: str) -> dict[str, dict[str, float]]:
 
 def read_gate(root: Path, key: str) -> dict[str, Any]:
     """The evaluation's `gate.json` of a round: rules, verdict, finding, win rates and looks."""
-    return _record(RoundFiles(root, key).evaluation / "gate.json")
-
-
-def _record(path: Path) -> dict[str, Any]:
-    with reading(path):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("no JSON object")
-        return found
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """What goes wrong in reading this file of a round is one line that names it.
-
-    Raises:
-        UserError: a `MissingFile` where it is not there.
-    """
-    try:
-        yield
-    except FileNotFoundError:
-        raise MissingFile(f"{path}: missing; run the stage that makes it, or `dvc checkout`") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split()):.120}); `dvc checkout` restores it") from None
+    return read_json(RoundFiles(root, key).evaluation / "gate.json")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from srpo import charts, datasets, pictures
-from srpo.lineage import read_gate, read_lineage, read_metrics, read_sweep, reading
+from srpo.base import read_json, reading
+from srpo.lineage import read_gate, read_lineage, read_metrics, read_sweep
 from srpo.page import chart, numbers, picture, render_page
 from srpo.params import Params
 from srpo.rejection import PREFIX
@@ -62,7 +62,7 @@ def report(params: Params, root: Path, key: str) -> None:
 def _training(path: Path) -> pl.DataFrame:
     with reading(path):
         try:
-            return pl.read_csv(path).select("step", "loss")
+            return pl.read_csv(path).cast({"step": pl.Int64, "loss": pl.Float64})
         except pl.exceptions.PolarsError as error:
             raise ValueError(error) from None
 
@@ -82,8 +82,7 @@ def _charts(
 ) -> dict[str, list]:
     """By section, (name, SVG data URI): a chart each, so that the page can stack them on a narrow screen."""
     rewards = {name: spec.role for name, spec in params.rewards.items()}
-    scores = pl.read_parquet(files.scores, columns=list(rewards))
-    winners = pl.read_parquet(datasets.shards(files.winners), columns=list(rewards))
+    scores, winners = (datasets.scan(path, list(rewards)).collect() for path in (files.scores, files.winners))
     sweeps = {name if name == BASE else f"round {name}": found for name, found in sweeps.items()}
     path, roles = [list(measured)], rewards | dict.fromkeys(SET_MEASURES, "measure")
     drawn = {
@@ -113,7 +112,7 @@ def _lineage_rows(root: Path, key: str) -> list[tuple[str, str]]:
 
 def _selection(files: RoundFiles) -> dict[str, Any]:
     """How many candidates became winners, from the data itself: no file but the datasets need be there."""
-    scores = pl.read_parquet(files.scores, columns=["prompt_id"])
+    scores = datasets.scan(files.scores, ["prompt_id"]).collect()
     winners = sum(1 for _ in datasets.read_rows(files.winners, ["candidate_id"]))
     return {"candidates": scores.height, "prompts": scores["prompt_id"].n_unique(), "winners": winners}
 
@@ -124,7 +123,7 @@ def _early_rejection(params: Params, files: RoundFiles) -> list[tuple[str, float
     if rules is None:
         return []
     path = files.winners / "selection.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = read_json(path) if path.exists() else {}
     labels = {
         "unet_evaluations_share": "UNet evaluations done, as a share of finishing all",
         "unet_evaluations_share_unaudited": "the same without the audit",

@@ -50,6 +50,11 @@ class RoundFiles:
         return self.folder / "training.csv"
 
     @property
+    def rewards(self) -> Path:
+        """Of base only: the identities of all rewards."""
+        return self.folder / "rewards.json"
+
+    @property
     def preview(self) -> Path:
         """Of base only: the identity of the reward that scores previews."""
         return self.folder / "preview.json"

@@ -14,10 +14,12 @@ from tqdm import tqdm
 
 from srpo import datasets
 from srpo.device import pick_device, pick_reward_dtype
+from srpo.lineage import check_pinned
 from srpo.params import Params
 from srpo.rewards import Reward, load_reward
 from srpo.rewards.checked import CheckedReward, naming
-from srpo.rounds import RoundFiles
+from srpo.rounds import BASE, RoundFiles
+from srpo.scratch import scratch_folder
 from srpo.sections import RewardParams, RuntimeParams
 
 log = logging.getLogger("srpo")
@@ -37,7 +39,7 @@ def score(params: Params, root: Path, key: str) -> None:
         UserError: candidates are missing or damaged, or a reward can't be loaded, raises or answers nonsense.
     """
     files = RoundFiles(root, key)
-    rewards = load_rewards(params, root)
+    rewards = load_pinned_rewards(params, root)
     broken = datasets.broken_latents(files.candidates)
     columns = ["candidate_id", "prompt_id", "prompt", "index", "image"]
     finished = (row for row in datasets.read_rows(files.candidates, columns) if row["image"] is not None)
@@ -58,7 +60,9 @@ def score(params: Params, root: Path, key: str) -> None:
     ]
     fields = {"candidate_id": pa.string(), "prompt_id": pa.string(), "index": pa.int32()}
     fields |= dict.fromkeys(rewards, pa.float32()) | {"rejected": pa.bool_()}
-    datasets.write_table(files.scores, rows, fields)
+    unpublished = scratch_folder(root, "score", key, "redone from the start") / files.scores.name
+    datasets.write_table(unpublished, rows, fields)
+    datasets.publish(unpublished, files.scores)
     rejected, early = sum(row["rejected"] for row in found.values()), len(rows) - len(found)
     log.info(
         "score %s: %d candidates, %d given up early, %d rejected, rewards %s",
@@ -69,6 +73,17 @@ def score(params: Params, root: Path, key: str) -> None:
 def load_rewards(params: Params, root: Path) -> dict[str, Reward]:
     """All reward models of the params, as `load_specs` loads them."""
     return load_specs(params.rewards, params.runtime, root)
+
+
+def load_pinned_rewards(params: Params, root: Path) -> dict[str, Reward]:
+    """The same for a stage, which takes only what stage `base` found.
+
+    Raises:
+        UserError: one can't be loaded, or is another than stage `base` found.
+    """
+    for name in params.rewards:
+        check_pinned(root, RoundFiles(root, BASE).rewards, name, f"rewards.{name}.model")
+    return load_rewards(params, root)
 
 
 def load_specs(specs: Mapping[str, RewardParams], runtime: RuntimeParams, root: Path) -> dict[str, Reward]:

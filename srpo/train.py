@@ -17,7 +17,7 @@ from srpo.device import pick_device, pick_dtype
 from srpo.embeds import prompt_embeds
 from srpo.errors import UserError
 from srpo.hashing import code_digest, digest
-from srpo.lineage import write_lineage
+from srpo.lineage import check_base, write_lineage
 from srpo.objectives import Objective, make_objective
 from srpo.params import Params
 from srpo.rounds import RoundFiles
@@ -92,6 +92,7 @@ def _prepare(
     settings, sampling = params.for_round(key).train, params
     if settings.method == "full":  # float32 weights, and what is computed in is chosen pass by pass
         sampling = params.model_copy(update={"runtime": params.runtime.model_copy(update={"dtype": "float32"})})
+    check_base(root)
     sampler = Sampler(sampling)
     dtype = pick_dtype(params.runtime, sampler.device)
     distinct = sorted(set(winners.prompts))

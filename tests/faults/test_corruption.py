@@ -1,0 +1,114 @@
+"""A flipped bit or a cut file is found before it is used and named in one line; the right bytes back, all is well."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.faults.helpers import command_of, contents, run
+
+
+@dataclass(frozen=True)
+class Case:
+    """A file (its only match under the project), the command that reads it, and the stage whose outputs it makes."""
+
+    pattern: str
+    command: tuple[str, ...]
+    named: str = ""
+
+    def file(self, root: Path) -> Path:
+        return sorted(root.glob(self.pattern))[0]
+
+
+TOLD = [
+    Case("rounds/001/candidates/shard-00000*", ("score", "001")),
+    Case("rounds/001/candidates/shard-00000*", ("select", "001")),
+    Case("rounds/001/scores.parquet", ("select", "001")),
+    Case("rounds/001/scores.parquet", ("report", "001")),
+    Case("rounds/001/winners/shard-00000*", ("train", "001")),
+    Case("rounds/001/winners/shard-00000*", ("report", "001")),
+    Case("rounds/001/adapter/*.safetensors", ("evaluate", "001")),
+    Case("rounds/001/adapter/*.safetensors", ("generate", "002")),
+    Case("rounds/base/evaluation/features.safetensors", ("evaluate", "001")),
+    Case("rounds/base/evaluation/per_prompt.parquet", ("evaluate", "001")),
+    Case("rounds/base/evaluation/samples.parquet", ("report", "001")),
+    Case("data/base/unet/*.safetensors", ("generate", "002"), "data/base"),
+    Case("data/base/unet/*.safetensors", ("train", "001"), "data/base"),
+    Case("data/reward/*.safetensors", ("score", "001"), "data/reward"),
+    Case("data/judge/*.safetensors", ("evaluate", "001"), "data/judge"),
+    Case("data/reference/*.parquet", ("evaluate", "001")),
+]
+HEALED = [
+    Case(".srpo/cache/reference-*", ("evaluate", "001"), "computed anew"),
+    Case(".srpo/cache/embeds/*/*.safetensors", ("generate", "001"), "encoding its prompts anew"),
+]
+CUT_ONLY = [
+    Case("rounds/001/adapter/lineage.json", ("evaluate", "001")),
+    Case("rounds/base/adapter/lineage.json", ("generate", "001")),
+    Case("rounds/base/evaluation/guidance.csv", ("evaluate", "001")),
+    Case("rounds/001/evaluation/metrics.json", ("report", "001")),
+    Case("rounds/001/evaluation/gate.json", ("report", "001")),
+    Case("data/prompts/train.jsonl", ("generate", "001")),
+]
+
+
+def flip(data: bytes) -> bytes:
+    """One bit of the content: a third into the file is neither its head nor its footer."""
+    at = len(data) // 3
+    return data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) * 2 // 3]
+
+
+DAMAGES = {"flipped": flip, "cut": cut}
+
+
+def name_of(case: Case) -> str:
+    return f"{case.pattern.split('/', 1)[1]}-{case.command[0]}"
+
+
+def spoil(case: Case, root: Path, damage: str) -> tuple[Path, bytes]:
+    file = case.file(root)
+    sound = file.read_bytes()
+    file.write_bytes(DAMAGES[damage](sound))
+    return file, sound
+
+
+def check_told(case: Case, root: Path, damage: str) -> None:
+    undisturbed = contents(root, case.command[0])
+    file, sound = spoil(case, root, damage)
+    code, told = run(root, *case.command)
+    file.write_bytes(sound)
+    assert code == 2, told
+    assert "Traceback" not in told
+    (line,) = [line for line in told.splitlines() if line.startswith("srpo: error: ")]
+    assert (case.named or str(file.relative_to(root))) in line, line
+    assert contents(root, case.command[0]) == undisturbed, "damage spread to what was published"
+    assert not (root / "rounds" / "002" / "candidates").exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("case", TOLD, ids=name_of)
+def test_damage_is_told(project: Path, case: Case, damage: str) -> None:
+    check_told(case, project, damage)
+
+
+@pytest.mark.parametrize("case", CUT_ONLY, ids=name_of)
+def test_a_cut_text_file_is_told(project: Path, case: Case) -> None:
+    check_told(case, project, "cut")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("case", HEALED, ids=name_of)
+def test_a_damaged_cache_is_made_anew(project: Path, case: Case, damage: str) -> None:
+    undisturbed = contents(project, case.command[0])
+    file, sound = spoil(case, project, damage)
+    code, told = run(project, *command_of(case.command[0]))
+    assert code == 0, told
+    assert case.named in told
+    assert contents(project, case.command[0]) == undisturbed
+    assert file.read_bytes() == sound

@@ -1,0 +1,65 @@
+"""Two at once on one round: the second is told who is at work. Another round is free; a dead holder holds nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from srpo import launch
+from srpo.errors import BlockedError
+from srpo.lock import working_on
+from tests.faults.helpers import SERVER, contents, ended, run, start, take_away, wait_for
+
+
+def hold(root: Path, key: str) -> None:
+    with working_on(root, key, "train"):
+        (root / f"held-{key}").touch()
+        signal.pause()
+
+
+def test_the_second_is_told_who_holds_the_round_and_changes_nothing(project: Path) -> None:
+    before = contents(project, "select")
+    holder = SERVER.Process(target=hold, args=(project, "001"))
+    holder.start()
+    with ended(holder):
+        assert wait_for((project / "held-001").exists, holder)
+        code, told = run(project, "select", "001")
+        assert code == 1 and "Traceback" not in told
+        who = f"process {holder.pid} on host {socket.gethostname()} (srpo train 001, since "
+        assert f"srpo: error: rounds/001 is being worked on by {who}" in told and "wait or end it" in told
+        assert contents(project, "select") == before
+        with working_on(project, "002", "generate"):  # another round is free
+            pass
+    code, told = run(project, "select", "001")  # it was killed, and the kernel freed the lock
+    assert code == 0, told
+    assert contents(project, "select") == before
+
+
+def test_one_of_two_commands_started_together_waits_or_says(project: Path) -> None:
+    before = contents(project, "generate")
+    take_away(project, "generate")
+    logs = [project / "one.log", project / "two.log"]
+    both = [start(project, "generate", "001", log=log) for log in logs]
+    for process in both:
+        process.join()
+    codes, told = [process.exitcode for process in both], [log.read_text() for log in logs]
+    assert 0 in codes and set(codes) <= {0, 1}, told
+    assert all("is being worked on" in text for code, text in zip(codes, told, strict=True) if code == 1)
+    assert contents(project, "generate") == before
+
+
+def test_workers_of_a_command_leave_the_lock_to_who_started_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("srpo.lock.GRACE_SECONDS", 0)
+    with working_on(tmp_path, "001", "train"):
+        with pytest.raises(BlockedError, match=f"process {os.getpid()} on host"), working_on(tmp_path, "001", "train"):
+            pass
+        monkeypatch.setenv(launch.PARENT_VARIABLE, str(os.getpid()))
+        with working_on(tmp_path, "001", "train"):
+            pass
+    assert not list((tmp_path / ".srpo").glob("*.json"))
