@@ -208,7 +208,9 @@ class Places:
 
 
 def scan(path: Path, columns: Sequence[str]) -> pl.LazyFrame:
-    """These columns of a dataset as a polars query. All their pages are read once for their checksums, not kept.
+    """These columns of a dataset as a polars query, to be collected inside `readable`.
+
+    All their pages are read once for their checksums, and not kept.
 
     Raises:
         UserError: a file is damaged, lacks a column, or there is none.
@@ -220,6 +222,28 @@ def scan(path: Path, columns: Sequence[str]) -> pl.LazyFrame:
         for _ in _row_groups(shard, columns):
             pass
     return pl.scan_parquet(found, extra_columns="ignore").select(columns)
+
+
+def table(path: Path, columns: Sequence[str]) -> pl.DataFrame:
+    """These columns of a dataset that fits in memory.
+
+    Raises:
+        UserError: a file is damaged, lacks a column, or there is none.
+    """
+    with readable(path):
+        return scan(path, columns).collect()
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Tell what polars finds wrong with a file's footer, which has no checksum, as damage of `path`."""
+    import polars as pl
+
+    try:
+        yield
+    except pl.exceptions.PolarsError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not readable ({reason:.120}); `dvc checkout` restores it") from None
 
 
 def _row_groups(shard: Path, columns: Sequence[str] | None) -> Iterator[pa.Table]:

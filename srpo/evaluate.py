@@ -147,7 +147,7 @@ def _judge(
     base_sweep, reported = read_sweep(root, BASE), params.evaluate.guidance_scale
     columns = ["prompt_id", "index", "guidance", *params.rewards]
     base, parent = (
-        datasets.scan(RoundFiles(root, rival).evaluation / "per_prompt.parquet", columns).collect()
+        datasets.table(RoundFiles(root, rival).evaluation / "per_prompt.parquet", columns)
         for rival in (BASE, params.rounds[key].parent)
     )
     best, rates = {}, {}

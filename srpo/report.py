@@ -82,7 +82,7 @@ def _charts(
 ) -> dict[str, list]:
     """By section, (name, SVG data URI): a chart each, so that the page can stack them on a narrow screen."""
     rewards = {name: spec.role for name, spec in params.rewards.items()}
-    scores, winners = (datasets.scan(path, list(rewards)).collect() for path in (files.scores, files.winners))
+    scores, winners = (datasets.table(path, list(rewards)) for path in (files.scores, files.winners))
     sweeps = {name if name == BASE else f"round {name}": found for name, found in sweeps.items()}
     path, roles = [list(measured)], rewards | dict.fromkeys(SET_MEASURES, "measure")
     drawn = {
@@ -112,7 +112,7 @@ def _lineage_rows(root: Path, key: str) -> list[tuple[str, str]]:
 
 def _selection(files: RoundFiles) -> dict[str, Any]:
     """How many candidates became winners, from the data itself: no file but the datasets need be there."""
-    scores = datasets.scan(files.scores, ["prompt_id"]).collect()
+    scores = datasets.table(files.scores, ["prompt_id"])
     winners = sum(1 for _ in datasets.read_rows(files.winners, ["candidate_id"]))
     return {"candidates": scores.height, "prompts": scores["prompt_id"].n_unique(), "winners": winners}
 

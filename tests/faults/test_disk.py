@@ -90,7 +90,7 @@ def test_read_only_rounds(project: Path) -> None:
         (OSError(errno.EFBIG, "x"), "file too large; raise the limit"),
         (OSError("[Errno 28] Error writing bytes to file"), "no space left on device"),
         (ValueError("I/O error: No space left on device (os error 28)"), "no space left on device"),
-        (OSError(errno.EXDEV, "x"), "rounds/ and .srpo/ must be on one file system"),
+        (OSError(errno.EXDEV, "x"), "invalid cross-device link; rounds/ and .srpo/ must be on one file system"),
         (BlockedError("by that"), "by that"),
     ],
 )
