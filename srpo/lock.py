@@ -59,6 +59,6 @@ def _told(holder: Path) -> str:
 
 def _check_writable(folder: Path) -> None:
     """Now rather than after hours: files are renamed to there when the stage is done."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise BlockedError(f"{folder}: not writable (read-only, or not this user's); make it so and run this again")
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise BlockedError(f"{there}: not writable (read-only, or not this user's); make it so and run this again")
