@@ -29,12 +29,13 @@ OUTPUTS = {
 
 def start(root: Path, *argv: str, log: Path | None = None, tool: str = "srpo") -> BaseProcess:
     """`srpo <argv>` (or `dvc <argv>`) in a forked process in `root`; what it prints goes to `log`."""
-    process = SERVER.Process(target=_command, args=(root, tool, argv, log))
+    process = SERVER.Process(target=run_command, args=(root, tool, argv, log))
     process.start()
     return process
 
 
-def _command(root: Path, tool: str, argv: tuple[str, ...], log: Path | None) -> None:
+def run_command(root: Path, tool: str, argv: tuple[str, ...], log: Path | None) -> None:
+    """Be that command, in a process of its own. Does not return."""
     import torch
 
     from srpo import warm

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import time
 from pathlib import Path
+
+import pytest
+
+from tests.faults.helpers import SERVER, command_of, contents, run_command, take_away
 
 SOURCES = Path(__file__).parents[2] / "srpo"
 WALL_CLOCK = re.compile(r"time\.(time|strftime|localtime|gmtime|ctime)\b|datetime|from time import|\btoday\(|\bnow\(\)")
@@ -14,3 +20,21 @@ ALLOWED = {"launch.py", "lock.py", "tracking.py"}
 def test_the_wall_clock_is_read_nowhere_that_makes_results() -> None:
     found = {path.name for path in SOURCES.rglob("*.py") if WALL_CLOCK.search(path.read_text(encoding="utf-8"))}
     assert found <= ALLOWED
+
+
+def with_a_wild_clock(root: Path, stage: str, log: Path) -> None:
+    hours = itertools.count(start=4_000_000_000, step=-3600)
+    time.time = lambda: float(next(hours))
+    time.time_ns = lambda: next(hours) * 10**9
+    run_command(root, "srpo", tuple(command_of(stage)), log)
+
+
+@pytest.mark.parametrize("stage", ["generate", "select", "train"])
+def test_a_clock_that_runs_backwards_changes_nothing(project: Path, stage: str) -> None:
+    undisturbed = contents(project, stage)
+    take_away(project, stage)
+    process = SERVER.Process(target=with_a_wild_clock, args=(project, stage, project / ".log"))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, (project / ".log").read_text()
+    assert contents(project, stage) == undisturbed
