@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -71,6 +70,7 @@ def test_a_password_in_the_address_is_told_to_nobody(
     assert leaks(project) == []
 
 
+@pytest.mark.slow  # makes an MLflow database
 def test_tokens_of_the_environment_are_written_nowhere(
     project: Path, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -79,7 +79,6 @@ def test_tokens_of_the_environment_are_written_nowhere(
     from srpo.params import load_params
     from srpo.rounds import RoundFiles
 
-    caplog.set_level(logging.DEBUG)
     params = load_params()
     for name in ("base", "reward", "judge", "templates.parquet"):
         content(f"data/{name}", "a model")(project)
