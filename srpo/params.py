@@ -146,6 +146,8 @@ def load_params(path: Path | str = PARAMS_FILE) -> Params:
         params = Params.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{path}: {_first_problem(error)}") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: holds half a character (a lone surrogate); remove it") from None
     for key, node in params.rounds.items():
         if problem := _misfit(params.for_round(key), params, node.parent):
             raise UserError(f"{path}: rounds.{key}.{problem}")
