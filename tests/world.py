@@ -72,6 +72,7 @@ def write_params(root: Path) -> None:
         "width: 64": f"width: {SIZE}",
         "images_per_prompt: 3": "images_per_prompt: 2",
         "guidance_scales: [1.0, 1.5, 2.0, 3.0]": "guidance_scales: [1.0, 2.0]",
+        "replay: 0.5": "replay: 0.0",
         "steps: 150": "steps: 3",
         "batch_size: 32": "batch_size: 4",
         "rank: 16": "rank: 2",

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from srpo.errors import UserError
@@ -88,37 +84,14 @@ def launched(root: Path) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def forked(root: Path) -> None:
-    """The cases in two forks of this process, which need not import everything again."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
-
-    def run(rank: int) -> None:
-        os.environ.update(place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        torch.set_num_threads(1)  # the pool of threads did not come along
-        AcceleratorState._reset_state(reset_partial_state=True)  # it remembers a process alone
-        two_processes.main()
-
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=200)
-        process.kill()  # those that hang
-    assert [process.exitcode for process in processes] == [0, 0]
-
-
-@pytest.mark.parametrize("way", [forked, pytest.param(launched, marks=pytest.mark.slow)])
-def test_two_processes_train_as_one_does(params: Params, root: Path, way: Callable[[Path], None]) -> None:
+def test_two_processes_train_as_one_does(params: Params, root: Path) -> None:
     expected = {}
     for name in two_processes.CASES:
         key, wanted = two_processes.case(params, name)
         train(with_runtime(wanted, train_batch_size=None), root, key)
         files = RoundFiles(root, key)
         expected[name] = losses(files), load_file(files.adapter / WEIGHTS_FILE)
-    way(root)
+    launched(root)
     for name, (one, weights) in expected.items():
         folder = root / "two" / name
         assert pl.read_csv(folder / "training.csv")["loss"].to_list() == pytest.approx(one, rel=1e-4), name

@@ -61,7 +61,7 @@ def root(tmp_path: Path) -> Path:
 
 def params(**train) -> Params:
     loaded = load_params(REPO / "params.yaml")
-    return loaded.model_copy(update={"train": loaded.train.model_copy(update=train)})
+    return loaded.model_copy(update={"train": loaded.train.model_copy(update={"replay": 0.0} | train)})
 
 
 def codes(winners, rows: torch.Tensor) -> list[int]:
