@@ -144,6 +144,7 @@ def test_a_round_brings_its_ancestors() -> None:
     assert needed(params, None) == list(params.rounds)
 
 
+@pytest.mark.slow
 def test_a_retry_that_sleeps_does_not_hold_up_the_exit(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SRPO_RETRY_DELAY", "600")
     (workspace / "trouble-base-base").write_text("die")

@@ -40,6 +40,7 @@ def test_with_two_slots_siblings_use_the_gpu_at_the_same_time(siblings: Path) ->
     assert ran(siblings)[0] == "base@base" and (siblings / "rounds/001b/candidates/x").exists()
 
 
+@pytest.mark.slow
 def test_with_one_slot_their_gpu_stages_never_overlap(siblings: Path) -> None:
     set_slots(1)
     for key in ("001", "001b"):
@@ -50,6 +51,7 @@ def test_with_one_slot_their_gpu_stages_never_overlap(siblings: Path) -> None:
     assert all(a[0] == "start" and b == ["end", a[1]] for a, b in zip(spans[::2], spans[1::2], strict=True)), spans
 
 
+@pytest.mark.slow
 def test_a_failing_branch_lets_its_sibling_finish(siblings: Path) -> None:
     set_slots(2)
     (siblings / "trouble-generate-001").write_text("bad input")
