@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from bench.random_sdxl import SDXL, build_networks, unet_flops
 from bench.sdxl import main
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """The bench silences the stages' log; the tests after it listen to that."""
+    yield
+    logging.getLogger("srpo").setLevel(logging.NOTSET)
 
 
 def test_the_networks_are_sdxls_own_by_their_number_of_parameters() -> None:

@@ -15,12 +15,12 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from srpo import cli
-from srpo.base import pin_base
+from srpo.base import pin_base, write_json
 from srpo.evaluate import evaluate
 from srpo.export import export
 from srpo.generate import generate
 from srpo.hashing import file_digest
-from srpo.lineage import UNET_FILE, WEIGHTS_FILE
+from srpo.lineage import UNET_FILE, WEIGHTS_FILE, read_lineage
 from srpo.params import Params, load_params
 from srpo.registry import Decision, promote
 from srpo.rounds import RoundFiles
@@ -179,6 +179,8 @@ def test_a_round_that_trained_the_whole_unet_is_a_merged_pipeline(
     (adapter / WEIGHTS_FILE).unlink()
     for name in (UNET_FILE, "config.json"):
         shutil.copy(exported / "merged" / "unet" / name, adapter)
+    lineage = read_lineage(root, "001") | {"adapter": file_digest(adapter / UNET_FILE)}
+    write_json(adapter / "lineage.json", lineage)
     with pytest.raises(cli.UserError, match=r"round 001: train\.method is full, so there is no LoRA.*--merged"):
         export(params, root, "001", root / "out")
     assert "merged" in export(params, root, "001", root / "out", merged=True)

@@ -140,7 +140,8 @@ def test_a_model_that_learned_to_saturate_is_refused(world: Path, monkeypatch: p
     pin_base(params, world)
     module = sys.modules["srpo.evaluate"]
     stand_ins = {"reward": Saturation(), "judge": Indifferent(), "accuracy": Indifferent()}
-    monkeypatch.setattr(module, "load_rewards", lambda params, root: stand_ins)
+    monkeypatch.setattr(module, "load_pinned_rewards", lambda params, root: stand_ins)
+    monkeypatch.setattr(module, "require_weights", lambda root, key: None)  # base's own pictures, saturated below
     evaluate(params, world, "base")
     real = module.sample_images
 

@@ -131,6 +131,7 @@ def test_a_scheduler_with_history_is_refused(params: Params, world: Path) -> Non
     path.write_text(json.dumps({"_class_name": "UniPCMultistepScheduler", "beta_schedule": "scaled_linear"}))
     index = world / "data" / "base" / "model_index.json"
     index.write_text(index.read_text().replace("EulerDiscreteScheduler", "UniPCMultistepScheduler"))
+    pin_base(with_rules(params), world)
     with pytest.raises(UserError, match=r"generate\.early_rejection: .*UniPCMultistepScheduler keeps history"):
         generate(with_rules(params), world, "001")
     generate(params, world, "001")
