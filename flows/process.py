@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-from srpo.warm import end_with_parent
+from srpo.warm import end_with_parent, signal_at_parents_end
 
 TERM_GRACE_SECONDS = 15
 PROGRESS_SECONDS = 30
@@ -87,9 +85,8 @@ def end_all() -> None:
 
 def end_with_worker() -> None:
     """Have the kernel send SIGTERM when the worker that runs this flow is gone: it could not be cancelled any more."""
-    if sys.platform == "linux" and "PREFECT__FLOW_RUN_ID" in os.environ:
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if "PREFECT__FLOW_RUN_ID" in os.environ:
+        signal_at_parents_end(signal.SIGTERM)()
 
 
 def _lines(fd: int, on_state: Callable[[str], None]) -> Iterator[str]:

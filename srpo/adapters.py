@@ -18,7 +18,7 @@ from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from srpo.errors import UserError
+from srpo.errors import UserError, one_line
 from srpo.lineage import UNET_FILE, WEIGHTS_FILE, check_weights
 from srpo.params import Params
 from srpo.rounds import BASE, RoundFiles
@@ -54,7 +54,7 @@ def _naming(file: Path) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the libraries raise whatever a file makes them trip over
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{file}: no adapter of this base model ({reason:.120}); `dvc checkout` restores it") from None
 
 
@@ -177,13 +177,12 @@ def make_trainee(
     file = folder and folder / (UNET_FILE if settings.method == "full" else WEIGHTS_FILE)
     if file and not file.exists():
         raise UserError(f"{file}: missing; run train of round {parent} or `dvc checkout`")
-    if file:
-        check_weights(folder)
     if settings.method == "full":
         device = unet.device
         return FullTrainee(with_adapter(unet, folder).to(device) if folder else unet, keep=keep, dtype=dtype)
     trainee = LoraTrainee(unet, settings.rank, list(settings.target_modules), params.seed)
     if file:
+        check_weights(folder)
         try:
             trainee.load(file, keep=keep)
         except ValueError:

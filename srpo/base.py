@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo import datasets
-from srpo.errors import MissingFile, UserError
+from srpo.errors import MissingFile, UserError, one_line
 from srpo.hashing import digest
 from srpo.params import Params
 from srpo.rounds import BASE, RoundFiles
@@ -87,7 +87,7 @@ def reading(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise MissingFile(f"{path}: missing; run the stage that makes it, or `dvc checkout`") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split()):.120}); `dvc checkout` restores it") from None
+        raise UserError(f"{path}: damaged ({one_line(error):.120}); `dvc checkout` restores it") from None
 
 
 def _identity(root: Path, key: str, source: str, revision: str | None) -> dict[str, str | None]:

@@ -14,7 +14,7 @@ from srpo.metrics.looks import LOOKS
 from srpo.params import Params
 from srpo.prompts import load_prompts
 from srpo.rounds import BASE, ancestors
-from srpo.summary import show, verdict
+from srpo.summary import SET_MEASURES, show, verdict
 
 LOWER_IS_BETTER = ("fid", "kid", "cmmd")
 
@@ -125,7 +125,7 @@ def _measures(params: Params, root: Path, key: str) -> list[dict[str, str]]:
     ours, theirs = read_sweep(root, key), read_sweep(root, BASE)
     guidance = str(read_metrics(root, key)["guidance"])
     rows = []
-    for name in (*params.rewards, "fid", "kid", "cmmd", "diversity", *LOOKS):
+    for name in (*params.rewards, *SET_MEASURES, *LOOKS):
         if name not in ours[guidance]:
             continue
         role = (

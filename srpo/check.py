@@ -9,7 +9,6 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from srpo import estimate
 from srpo.errors import UserError
@@ -18,9 +17,6 @@ from srpo.prompts import Prompt, check_disjoint, load_prompts
 from srpo.reach import Finding, find_mlflow, find_models, find_prefect, find_remote
 from srpo.rounds import BASE, RoundFiles
 from srpo.sections import INCEPTION
-
-if TYPE_CHECKING:
-    pass
 
 CLIP_TOKENS = 77
 FEW_PROMPTS = 100

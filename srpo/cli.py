@@ -139,9 +139,6 @@ def train(key: Round) -> None:
         from srpo.train import train
 
         shards(RoundFiles(root, key).winners)  # else MLflow would hear of a training that can't be
-        if launch.rank():
-            train(params, root, key)
-            return
         with tracking.live(params, root, key) as curve:
             train(params, root, key, curve.log)
 

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from srpo.errors import UserError
+from srpo.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import polars as pl
@@ -242,7 +242,7 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except pl.exceptions.PolarsError as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{path}: not readable ({reason:.120}); `dvc checkout` restores it") from None
 
 
@@ -260,5 +260,5 @@ def _opened(shard: Path, columns: Sequence[str] | None) -> Iterator[pq.ParquetFi
                 raise UserError(f"{shard}: has no column {sorted(missing)[0]!r}; rerun what makes this file")
             yield file
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{shard}: not a readable parquet file ({reason:.120}); `dvc checkout` restores it") from None

@@ -22,6 +22,11 @@ CURES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some") | {
 TOLD = re.compile(r"os error (\d+)|errno (\d+)", re.IGNORECASE)
 
 
+def one_line(error: BaseException) -> str:
+    """An error's text without its line breaks, which libraries are free with."""
+    return " ".join(str(error).split())
+
+
 def without_secrets(text: str) -> str:
     """The text with user, password and parameters such as `token=` left out of the addresses in it."""
     return SECRET_PART.sub(r"\1...", USER_PART.sub("//", text))

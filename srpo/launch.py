@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srpo.errors import BlockedError, UserError
+from srpo.warm import signal_at_parents_end
 
 if TYPE_CHECKING:
     from srpo.sections import RuntimeParams
@@ -92,10 +93,7 @@ def become_worker() -> None:
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is None or sys.platform != "linux":
         return
-    import ctypes
-
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    signal_at_parents_end(signal.SIGKILL)()
     if os.getppid() != int(parent):  # it ended before we asked
         sys.exit(INTERRUPTED)
 

@@ -12,7 +12,7 @@ import polars as pl
 from PIL import Image, ImageDraw, ImageFont
 
 from srpo import datasets
-from srpo.errors import UserError
+from srpo.errors import UserError, one_line
 from srpo.params import Params
 from srpo.rounds import BASE, RoundFiles
 
@@ -150,7 +150,7 @@ def _pictures(path: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
     try:
         pictures = {key: datasets.decode_image(cell) for key, cell in found.collect().iter_rows()}
     except (pl.exceptions.PolarsError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{path}: not readable ({reason:.120}); `dvc checkout` restores it") from None
     if missing := set(ids) - pictures.keys():
         raise UserError(f"{path}: lacks {sorted(missing)[0]!r}; candidates, scores and winners are not of one run")

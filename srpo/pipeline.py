@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from srpo.device import load_quietly
-from srpo.errors import UserError
+from srpo.errors import UserError, one_line
 from srpo.sections import ModelParams
 
 if TYPE_CHECKING:
@@ -87,5 +87,5 @@ def _naming(key: str, source: str, kind: str) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the libraries raise whatever a file makes them trip over
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{key}: can't load {source!r} as {kind}: {reason:.200}") from None

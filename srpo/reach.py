@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from uuid import uuid4
 
 from srpo.base import COMMIT, HUB_ID
-from srpo.errors import without_secrets
+from srpo.errors import one_line, without_secrets
 from srpo.params import Params
 from srpo.rewards import FAMILIES
 from srpo.sections import INCEPTION
@@ -228,4 +228,4 @@ def _find_server(what: str, address: str, shown: str, hints: dict[int, str], met
 
 
 def _one_line(error: Exception) -> str:
-    return f"{without_secrets(' '.join(str(error).split())):.160}" or type(error).__name__
+    return f"{without_secrets(one_line(error)):.160}" or type(error).__name__

@@ -60,7 +60,7 @@ def audit(candidates: pl.LazyFrame, scores: pl.DataFrame, settings: GeneratePara
     )
     # what rejection left of a prompt may hold no sound picture at all; then a winner is lost, not only a better one
     prompts = prompts.with_columns(pl.col("left").fill_null(pl.col("mean")))
-    regret, gain = _mean(prompts["best"] - prompts["left"]), _mean(prompts["best"] - prompts["mean"])
+    regret, gain = (prompts["best"] - prompts["left"]).mean(), (prompts["best"] - prompts["mean"]).mean()
     full = table.height * settings.num_inference_steps
     unaudited = audited if audited.height == table.height else table.filter(~pl.col("audited"))
     found: dict[str, float | int | None] = {
@@ -68,7 +68,7 @@ def audit(candidates: pl.LazyFrame, scores: pl.DataFrame, settings: GeneratePara
         "regret": regret,
         "gain": gain,
         "regret_share": regret / gain if regret is not None and gain else None,
-        "same_best": _mean((prompts["best"] == prompts["left"]).cast(pl.Float64)),
+        "same_best": (prompts["best"] == prompts["left"]).cast(pl.Float64).mean(),
     }
     for number, point in enumerate(rejection.checkpoints):
         found[f"rank_correlation_{point.step}"] = _rank_correlation(sound, number)
@@ -83,12 +83,8 @@ def _rank_correlation(sound: pl.DataFrame, checkpoint: int) -> float | None:
     preview = pl.col("preview_scores").list.get(checkpoint, null_on_oob=True).cast(pl.Float64)
     pairs = sound.with_columns(preview.alias("preview")).filter(pl.col("preview").is_finite())
     by_prompt = pairs.group_by("prompt_id").agg(pl.corr("preview", "final", method="spearman").alias("r"))
-    return _mean(by_prompt["r"].filter(by_prompt["r"].is_finite()))
+    return by_prompt["r"].filter(by_prompt["r"].is_finite()).mean()
 
 
 def _finite(score: float) -> float:
     return score if math.isfinite(score) else 0.0
-
-
-def _mean(values: pl.Series) -> float | None:
-    return values.mean()

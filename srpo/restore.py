@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srpo import registry
-from srpo.errors import UserError
+from srpo.errors import UserError, one_line
 from srpo.hashing import dvc_digest, file_digest
 from srpo.lineage import adapter_weights
 from srpo.params import Params
@@ -71,7 +71,7 @@ def fetch(root: Path, dvc_hash: str, folder: Path, name: str) -> None:
                 repo.cloud.pull([wanted])  # the listing, and then what it lists
                 repo.cloud.pull([item for _, _, item in load(repo.cache.local, wanted)])
             except Exception as error:  # whatever a remote can do wrong
-                why = f" ({' '.join(str(error).split()):.160})"
+                why = f" ({one_line(error):.160})"
             files = _cached(repo, wanted)
     if files is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Safetensors files that know their own content: a flipped bit does not pass for a number."""
+"""Safetensors files that know their own content: a flipped bit does not pass for a number, a name or a shape."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 
 def save_sealed(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write contiguous CPU tensors with the sha256 of their values in the file's metadata."""
+    """Write contiguous CPU tensors with the sha256 of their names, types, shapes and values in the file's metadata."""
     save_file(tensors, path, metadata={"sha256": _checksum(tensors)})
 
 
@@ -36,5 +36,7 @@ def load_sealed(path: Path) -> dict[str, torch.Tensor]:
 def _checksum(tensors: dict[str, torch.Tensor]) -> str:
     found = hashlib.sha256()
     for name in sorted(tensors):
-        found.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+        tensor = tensors[name].contiguous()
+        found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        found.update(tensor.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

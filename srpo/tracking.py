@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srpo import projection
-from srpo.errors import without_secrets
+from srpo import launch, projection
+from srpo.errors import one_line, without_secrets
 from srpo.hashing import file_digest, value_digest
 from srpo.params import Params
 from srpo.projection import Point
@@ -101,7 +101,7 @@ def live(params: Params, root: Path, key: str) -> Iterator[Curve]:
     Among several processes only the first has one; what the others log goes nowhere.
     """
     curve, status = Curve(), "FINISHED"
-    if os.environ.get("RANK", "0") != "0":
+    if launch.rank():
         yield curve
         return
     with contextlib.ExitStack() as stack:
@@ -347,5 +347,5 @@ def _attempt(what: str, work: Callable[[], None]) -> bool:
 
 def reason(error: Exception) -> str:
     """What went wrong, in one line that holds no password."""
-    words = without_secrets(" ".join(str(error).split()))
+    words = without_secrets(one_line(error))
     return f"{type(error).__name__}: {words:.160}"

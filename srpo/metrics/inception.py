@@ -12,7 +12,7 @@ from cleanfid.downloads_helper import check_download_inception
 from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer
 
-from srpo.errors import UserError
+from srpo.errors import UserError, one_line
 from srpo.rewards.base import Pixels
 
 WEIGHTS_FILE = "inception-2015-12-05.pt"
@@ -38,7 +38,7 @@ class InceptionFeatures:
                 _download(folder)
             self.model = InceptionV3W(str(folder), download=False).to(device).eval()
         except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise UserError(
                 f"evaluate.features: InceptionV3's weights can't be had ({reason:.120}); "
                 f"bring {WEIGHTS_FILE} into {folder}, or name a judge with image features"

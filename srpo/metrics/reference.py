@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 import torch
 
 from srpo import datasets
@@ -18,12 +16,12 @@ from srpo.hashing import digest, value_digest
 from srpo.metrics.features import Extractor
 from srpo.metrics.frechet import Gaussian, Moments
 from srpo.score import BATCH, batched, to_tensor
+from srpo.sealed import load_sealed, save_sealed
 
 log = logging.getLogger("srpo")
 
 FEWEST = 3
 KEPT = 8
-SEAL = 32  # bytes of sha256 in front of a cache file's content
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Reference:
 def load_reference(path: Path, extractor: Extractor, cache: Path) -> Reference:
     """The reference of a parquet file or folder with a column `image`.
 
-    A file in `cache` is named by the hash of the pictures' data and of the extractor's identity, and opens with
+    A file in `cache` is named by the hash of the pictures' data and of the extractor's identity, and is sealed with
     the hash of its own content: neither another set nor a damaged file is ever taken for it.
 
     Raises:
@@ -47,15 +45,14 @@ def load_reference(path: Path, extractor: Extractor, cache: Path) -> Reference:
         return _compute(path, extractor)
     file = cache / f"reference-{value_digest([digest(path), extractor.identity])[:32]}"
     if file.exists():
-        sealed = file.read_bytes()
-        if hashlib.sha256(sealed[SEAL:]).digest() == sealed[:SEAL]:
-            return _unpack(sealed[SEAL:])
-        log.warning("%s: damaged; computed anew", file)
+        try:
+            return _unpack(load_sealed(file))
+        except (OSError, ValueError):
+            log.warning("%s: damaged; computed anew", file)
     reference = _compute(path, extractor)
-    content = _pack(reference)
     cache.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}")  # branches may be evaluated side by side
-    partial.write_bytes(hashlib.sha256(content).digest() + content)
+    save_sealed(_pack(reference), partial)
     partial.replace(file)
     for old in sorted(cache.glob("reference-*"), key=lambda item: item.stat().st_mtime)[:-KEPT]:
         old.unlink(missing_ok=True)
@@ -77,13 +74,12 @@ def _compute(path: Path, extractor: Extractor) -> Reference:
     return Reference(np.concatenate(parts), moments.gaussian())
 
 
-def _pack(reference: Reference) -> bytes:
+def _pack(reference: Reference) -> dict[str, torch.Tensor]:
     fitted = reference.gaussian
-    return safetensors.numpy.save(
-        {"features": reference.features, "mean": fitted.mean, "covariance": fitted.covariance}
-    )
+    arrays = {"features": reference.features, "mean": fitted.mean, "covariance": fitted.covariance}
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 
-def _unpack(content: bytes) -> Reference:
-    arrays = safetensors.numpy.load(content)
+def _unpack(tensors: dict[str, torch.Tensor]) -> Reference:
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     return Reference(arrays["features"], Gaussian(arrays["mean"], arrays["covariance"]))

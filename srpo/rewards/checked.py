@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from srpo.errors import UserError
+from srpo.errors import UserError, one_line
 from srpo.rewards.base import Pixels, Reward
 
 
@@ -60,7 +60,7 @@ def naming(name: str, what: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:  # a class of the user's own may do anything
         last = traceback.extract_tb(error.__traceback__)[-1]
-        text = " ".join(str(error).split())
+        text = one_line(error)
         raise UserError(
             f"rewards.{name}: {what} raised {type(error).__name__}: {text:.200}"
             f" ({Path(last.filename).name}:{last.lineno})"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import errors, hf_hub_download
 
-from srpo.errors import UserError
+from srpo.errors import UserError, one_line
 
 UNREACHABLE = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError)
 
@@ -92,5 +92,5 @@ def _reason(error: Exception, source: Source) -> str:
             "it is no folder or file here, the Hub's cache lacks it and the Hub can't be reached;"
             " run once online, or give a local path"
         )
-    text = re.sub(r"\S+://\S+", "", " ".join(str(error).split()))
+    text = re.sub(r"\S+://\S+", "", one_line(error))
     return f"{text:.200}" or type(error).__name__

@@ -6,9 +6,7 @@ import re
 from pathlib import Path
 
 import polars as pl
-import pyarrow as pa
 
-from srpo import datasets
 from srpo.base import pin_base
 from srpo.generate import generate
 from srpo.params import Params, load_params
@@ -21,9 +19,7 @@ def ready(params: Params, root: Path, key: str) -> RoundFiles:
     """Make the winners of a round, with losers."""
     for stage in (generate, score, select):
         stage(params, root, key)
-    files = RoundFiles(root, key)
-    add_losers(files)
-    return files
+    return RoundFiles(root, key)
 
 
 def started(root: Path) -> Params:
@@ -32,19 +28,6 @@ def started(root: Path) -> Params:
     params = load_params(root / "params.yaml")
     ready(params, root, "001")
     return params
-
-
-def add_losers(files: RoundFiles) -> None:
-    """Give winners the column `loser_latents`, where select has not."""
-    latents = {row["candidate_id"]: row["latents"] for row in datasets.read_rows(files.candidates)}
-    for shard in datasets.shards(files.winners):
-        rows = list(datasets.read_rows(shard))
-        if "loser_latents" in rows[0]:
-            continue
-        rows = [row | {"loser_latents": latents[row["loser_id"]]} for row in rows]
-        known = datasets.CANDIDATE_FIELDS | {"loser_latents": datasets.LATENTS, "loser_id": pa.string()}
-        fields = {name: known.get(name, pa.float32()) for name in rows[0]}
-        datasets.write_table(shard, rows, fields)
 
 
 def with_train(params: Params, **values) -> Params:
