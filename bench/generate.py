@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.prompts import cut_prompts
 from srpo.device import pick_device, pick_dtype
 from srpo.generate import generate
 from srpo.params import Params, load_params
@@ -64,9 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for path in (params.prompts.train, params.prompts.eval):
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            lines = (project / path).read_text(encoding="utf-8").splitlines(keepends=True)
-            (root / path).write_text("".join(lines[: arguments.prompts]), encoding="utf-8")
+            cut_prompts(project / path, root / path, arguments.prompts)
         adapter = RoundFiles(root, BASE).adapter  # of base: no weights
         adapter.mkdir(parents=True)
         (adapter / "lineage.json").write_text("{}")

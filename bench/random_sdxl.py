@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from demo.base import make_scheduler
 from demo.text import make_tokenizer
 
 TOKENS = 77
@@ -119,15 +120,8 @@ def save_pipeline(configuration: Configuration, device: torch.device, folder: Pa
     networks = {name: network.half() for name, network in build_networks(configuration, device).items()}
     make_tokenizer(["a red circle"], folder / "words")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "words", model_max_length=TOKENS)
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        timestep_spacing="leading",
-        steps_offset=1,
-    )
     pipeline = StableDiffusionXLPipeline(
-        **networks, tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=scheduler, add_watermarker=False
+        **networks, tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=make_scheduler(), add_watermarker=False
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
 

@@ -26,6 +26,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bench.prompts import cut_prompts
+
 KEY = "001"
 LEFT_OUT = shutil.ignore_patterns(
     ".git",
@@ -49,7 +51,7 @@ def fresh_copy(project: Path, root: Path, prompts: int | None) -> None:
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)
     if prompts:
         for path in (root / "data" / "prompts").glob("*.jsonl"):
-            path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:prompts]))
+            cut_prompts(path, path, prompts)
 
 
 def run(command: list[str], root: Path, on_line: Callable[[str], None]) -> float:

@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
+from bench.prompts import cut_prompts
 from srpo import datasets
 from srpo.base import pin_base
 from srpo.device import pick_device, pick_dtype
@@ -141,9 +142,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for path in (params.prompts.train, params.prompts.eval):
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            lines = (project / path).read_text(encoding="utf-8").splitlines(keepends=True)
-            (root / path).write_text("".join(lines[: arguments.prompts]), encoding="utf-8")
+            cut_prompts(project / path, root / path, arguments.prompts)
         if (project / params.model.base).is_dir():
             (root / params.model.base).symlink_to(project / params.model.base)
         pin_base(params.model_copy(update={"rewards": {}}), root)

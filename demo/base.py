@@ -93,6 +93,17 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
+def make_scheduler() -> EulerDiscreteScheduler:
+    """SDXL's own scheduler."""
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+
+
 def make_pipeline(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionXLPipeline:
     """All parts in diffusers' own pipeline, UNet and text encoders untrained."""
     config = text_config(tokenizer, TEXT_WIDTH, 3, TEXT_WIDTH)
@@ -103,12 +114,9 @@ def make_pipeline(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusi
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=make_unet(),
-        scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
-            steps_offset=1,
-        ),
+        scheduler=make_scheduler(),
         add_watermarker=False,
-    )  # fmt: skip
+    )
 
 
 def train_base(

@@ -25,7 +25,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import gpu, process, progress, server
 from flows.process import run_group
-from flows.stages import BASE_STAGES, ROUND_STAGES, BadInput, StageDied, reproduce
+from flows.stages import BASE_STAGES, ROUND_STAGES, BadInput, StageDied, dvc, last_words, reproduce
 from srpo import exchange, summary, warm
 from srpo import rounds as tree
 from srpo.errors import UserError
@@ -128,11 +128,9 @@ def _prepare(push: bool) -> Params:
     if push and exchange.upstream():
         exchange.take_over()
         if files := exchange.sources():
-            code, lines = run_group(
-                [sys.executable, "-m", "dvc", "--wait-for-lock", "pull", *files], get_run_logger().info
-            )
+            code, lines = dvc("pull", *files)
             if code != 0:
-                raise UserError(f"{files[0]}: `dvc pull` failed: {(lines or ['without a word'])[-1]}")
+                raise UserError(f"{files[0]}: `dvc pull` failed: {last_words(lines, code)}")
     return load_params()
 
 

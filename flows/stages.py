@@ -78,12 +78,12 @@ def _bring_up_to_date(stage: str, force: bool, push: bool, shown: progress.Progr
     if push and not force and _is_recorded(stage):
         return False
     if push and (paths := exchange.inputs(stage)):
-        code, lines = _dvc("pull", *paths)
+        code, lines = dvc("pull", *paths)
         if code != 0:
             raise _pull_failure(stage, code, lines)
     with gpu.slot(get_run_logger()) if stage.partition("@")[0] in GPU_STAGES else contextlib.nullcontext():
         options = ["--force"] if force else []
-        code, lines = _dvc("repro", "--single-item", *options, stage, on_state=lambda state: shown.see(stage, state))
+        code, lines = dvc("repro", "--single-item", *options, stage, on_state=lambda state: shown.see(stage, state))
     if code != 0:
         raise _failure(stage, code, lines)
     return _unchanged(stage) not in lines
@@ -91,7 +91,7 @@ def _bring_up_to_date(stage: str, force: bool, push: bool, shown: progress.Progr
 
 def _is_recorded(stage: str) -> bool:
     """Whether dvc.lock holds this stage with today's params and inputs, wherever its files may be."""
-    code, lines = _dvc("repro", "--single-item", "--allow-missing", "--dry", stage, quiet=True)
+    code, lines = dvc("repro", "--single-item", "--allow-missing", "--dry", stage, quiet=True)
     return code == 0 and _unchanged(stage) in lines
 
 
@@ -100,9 +100,9 @@ def _unchanged(stage: str) -> str:
 
 
 def _hand_out(stage: str) -> None:
-    code, lines = _dvc("push", stage)
+    code, lines = dvc("push", stage)
     if code != 0:
-        raise StageDied(f"push of {stage}: {_last_words(lines, code)}")
+        raise StageDied(f"push of {stage}: {last_words(lines, code)}")
     if exchange.upstream() is None:
         get_run_logger().info("dvc.lock stays here: this folder follows no Git branch")
         return
@@ -113,7 +113,8 @@ def _hand_out(stage: str) -> None:
         raise StageDied(str(error)) from None
 
 
-def _dvc(command: str, *arguments: str, on_state=lambda state: None, quiet: bool = False) -> tuple[int, list[str]]:
+def dvc(command: str, *arguments: str, on_state=lambda state: None, quiet: bool = False) -> tuple[int, list[str]]:
+    """Run a `dvc` command that waits for its locks; its exit code and last lines. `quiet` logs them as debug."""
     whole = [sys.executable, "-m", "srpo.warm", "dvc", "--wait-for-lock", command, *arguments]
     log = get_run_logger()
     return run_group(whole, log.debug if quiet else log.info, on_state)
@@ -124,7 +125,7 @@ def _pull_failure(stage: str, code: int, lines: list[str]) -> BadInput | StageDi
     if "Checkout failed for following targets" in text or "No such file or directory" in text:
         missing = exchange.inputs(stage)
         return BadInput(f"{stage}: its inputs ({', '.join(missing)}) are not all in the remote; run their stages first")
-    return StageDied(f"pull for {stage}: {_last_words(lines, code)}")
+    return StageDied(f"pull for {stage}: {last_words(lines, code)}")
 
 
 def _failure(stage: str, code: int, lines: list[str]) -> BadInput | StageDied:
@@ -133,7 +134,7 @@ def _failure(stage: str, code: int, lines: list[str]) -> BadInput | StageDied:
     if exited and int(exited[-1]) == BAD_INPUT:
         own = re.findall(r"srpo: error: (.*)", text)
         return BadInput(own[-1] if own else f"{stage}: refused its input")
-    words = _last_words(lines, code)
+    words = last_words(lines, code)
     # dvc's own statuses are 251 to 255; before a stage starts they mean a missing dependency or a broken file
     if code >= 251 and not any(line.startswith("Running stage ") for line in lines):
         if missing := MISSING.search(words):
@@ -143,6 +144,7 @@ def _failure(stage: str, code: int, lines: list[str]) -> BadInput | StageDied:
     return StageDied(f"{stage}: {words}")
 
 
-def _last_words(lines: list[str], code: int) -> str:
+def last_words(lines: list[str], code: int) -> str:
+    """The line in which a `dvc` command that failed says why."""
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     return (errors or lines or [f"exit status {code}"])[-1]

@@ -8,13 +8,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 
 from srpo.params import Params
 from srpo.reach import COMPANIONS
 from tests.metrics.test_inception import StandIn
 from tests.rewards.checkpoints import clip_folder, hps_folder
-from tests.world import SIZE, _pipeline, _tokenizer
+from tests.world import _pipeline, _tokenizer, random_vae
 
 
 def build_home(home: Path, params: Params) -> dict[str, str]:
@@ -75,14 +74,5 @@ def tokenizer_folder(folder: Path) -> Path:
 def vae_folder(folder: Path) -> Path:
     """As madebyollin/sdxl-vae-fp16-fix: no variant, no upcasting, and other weights than the base's."""
     torch.manual_seed(1)
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=SIZE,
-        force_upcast=False,
-        scaling_factor=0.13025,
-    ).save_pretrained(folder, safe_serialization=True)
+    random_vae(scaling_factor=0.13025).save_pretrained(folder, safe_serialization=True)
     return folder

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -22,6 +22,7 @@ from transformers import (
     CLIPVisionConfig,
 )
 
+from demo.base import make_scheduler
 from srpo import datasets
 
 REPO = Path(__file__).parent.parent
@@ -110,6 +111,20 @@ def _text_config(width: int, projection: int) -> CLIPTextConfig:
     )
 
 
+def random_vae(**options) -> AutoencoderKL:
+    """SDXL's kind of VAE with its factor 8, small, with random weights."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=SIZE,
+        force_upcast=False,
+        **options,
+    )
+
+
 def _pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionXLPipeline:
     unet = UNet2DConditionModel(
         sample_size=SIZE // 8,
@@ -125,30 +140,14 @@ def _pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionXLPipeline:
         projection_class_embeddings_input_dim=6 * 8 + 16,
         norm_num_groups=8,
     )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=SIZE,
-        force_upcast=False,
-    )
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        timestep_spacing="leading",
-        steps_offset=1,
-    )
     return StableDiffusionXLPipeline(
-        vae=vae,
+        vae=random_vae(),
         text_encoder=CLIPTextModel(_text_config(16, 16)),
         text_encoder_2=CLIPTextModelWithProjection(_text_config(16, 16)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
-        scheduler=scheduler,
+        scheduler=make_scheduler(),
         add_watermarker=False,
     )
 
