@@ -1,7 +1,7 @@
 """Sampling from SDXL: encode prompts, denoise, decode.
 
 Results do not depend on the batch size. Noise comes from one CPU generator per image, and on a CPU the
-networks always see tiles of one fixed shape, because CPU kernels choose their order of summation by shape.
+networks always see tiles of one fixed shape.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from srpo.device import pick_device, pick_dtype, speed_up
 from srpo.embeds import PromptEmbeds
 from srpo.params import Params
 from srpo.pipeline import TEXT_PARTS, load_pipeline
+from srpo.tiles import Tiles
 
 log = logging.getLogger("srpo")
-CPU_TILE = 32
+# rows of a tile on a CPU
+UNET_TILE = 64
+DECODER_TILE = 32
 TEXT_TILE = 32
 DECODED_AT_ONCE = 8  # on CUDA: a decoder takes far more memory for a picture than the UNet
 T, R = TypeVar("T"), TypeVar("R")
@@ -53,7 +56,7 @@ class Sampler:
         if fast and self.device.type == "cuda":
             speed_up(pipeline, compiled=params.runtime.compile)
         self.pipeline, self.unet, self.vae = pipeline, pipeline.unet.eval(), pipeline.vae.eval()
-        self.tile = CPU_TILE if self.device.type == "cpu" else None
+        self.tiles = Tiles() if self.device.type == "cpu" else None
         self.batch_size = params.runtime.batch_size
 
     @torch.inference_mode()
@@ -62,7 +65,7 @@ class Sampler:
         tokens, pooled = [], []
         for start in range(0, len(prompts), TEXT_TILE):
             part = list(prompts[start : start + TEXT_TILE])
-            padding = [""] * (TEXT_TILE - len(part)) if self.tile else []
+            padding = [""] * (TEXT_TILE - len(part)) if self.tiles else []
             found, no_tokens, found_pooled, no_pooled = self._text_pipeline.encode_prompt(
                 prompt=part + padding, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=True
             )
@@ -149,11 +152,13 @@ class Sampler:
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """uint8 pixels [n, height, width, 3] on the CPU, of clean latents [n, channels, h, w]."""
-        return torch.cat([self._decode(part) for part in latents.split(self.tile or DECODED_AT_ONCE)])
+        return torch.cat(
+            [self._decode(part) for part in latents.split(DECODER_TILE if self.tiles else DECODED_AT_ONCE)]
+        )
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         scaled = latents.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
-        images = self._tiled(lambda x: self.vae.decode(x, return_dict=False)[0], scaled)
+        images = self._run(DECODER_TILE, lambda x: self.vae.decode(x, return_dict=False)[0], scaled)
         images = (images.float() / 2 + 0.5).clamp(0, 1) * 255
         return images.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
 
@@ -190,18 +195,10 @@ class Sampler:
             conditions = {"text_embeds": pool, "time_ids": ids}
             return self.unet(x, timestep, tok, added_cond_kwargs=conditions, return_dict=False)[0]
 
-        return self._tiled(run, rows, tokens, pooled, time_ids)
+        return self._run(UNET_TILE, run, rows, tokens, pooled, time_ids)
 
-    def _tiled(self, function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-        if self.tile is None:
-            return function(*tensors)
-        parts = []
-        for start in range(0, len(tensors[0]), self.tile):
-            chunk = [tensor[start : start + self.tile] for tensor in tensors]
-            missing = self.tile - len(chunk[0])
-            padded = [torch.cat([t, t[-1:].expand(missing, *t.shape[1:])]) if missing else t for t in chunk]
-            parts.append(function(*padded)[: self.tile - missing])
-        return torch.cat(parts)
+    def _run(self, tile: int, function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        return self.tiles.run(tile, function, *tensors) if self.tiles else function(*tensors)
 
 
 def sample_images(

@@ -21,6 +21,7 @@ from srpo.params import Params, load_params
 from srpo.pipeline import TEXT_PARTS, load_pipeline
 from srpo.rounds import RoundFiles
 from srpo.sampler import Sampler
+from srpo.tiles import Tiles
 
 PROMPTS = ["a red circle", "a blue square"]
 
@@ -186,3 +187,26 @@ def test_a_vae_that_is_safe_in_half_precision_stays_there(
     half = with_model(params, vae="data/vae")
     half = half.model_copy(update={"runtime": half.runtime.model_copy(update={"dtype": "bfloat16"})})
     assert Sampler(half).vae.dtype == dtype
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 16, 21])
+def test_a_row_comes_out_the_same_whatever_stands_beside_it_and_however_many_threads_work(count: int) -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(4, 16, 3), torch.nn.Flatten(), torch.nn.Linear(16 * 36, 5))
+    rows = torch.randn(21, 4, 8, 8)
+    seen, threads = [], torch.get_num_threads()
+
+    def function(tile: torch.Tensor) -> torch.Tensor:
+        seen.append((len(tile), torch.is_inference_mode_enabled()))
+        return network(tile)
+
+    whole = Tiles().run(8, function, rows)
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            assert torch.equal(Tiles().run(8, function, rows[:count]), whole[:count])
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    assert set(seen) == {(8, True)}
+    torch.testing.assert_close(whole.clone(), network(rows))
