@@ -43,6 +43,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "train": BARE,
         "rounds": {n: {"train": {"learning_rate": 3e-4}} for n in (4, 5)},
     },
+    **{f"winners drawn at temperature {value:g}": {"select": {"temperature": value}} for value in (1.0, 2.0, 4.0, 8.0)},
     "weights by advantage": {"select": {"weighting": "advantage"}},
     "weights averaged (EMA .97)": {"train": {"ema_decay": 0.97}},
     "dpo": {"train": {"objective": "dpo"}},

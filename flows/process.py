@@ -7,10 +7,12 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from srpo.warm import end_with_parent, signal_at_parents_end
 
@@ -52,7 +54,7 @@ def run_group(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},  # else lines wait in the child until it has 8 kB of them
+            env=_environment(),
             start_new_session=True,
             preexec_fn=end_with_parent(signal.SIGTERM),
         )
@@ -70,6 +72,13 @@ def run_group(
     if stopping.is_set():
         raise Stopped
     return code, list(tail)
+
+
+def _environment() -> dict[str, str]:
+    # dvc.yaml says `srpo`: the one of this Python, whether or not its environment is activated
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    # unbuffered: else lines wait in the child until it has 8 kB of them
+    return os.environ | {"PYTHONUNBUFFERED": "1", "PATH": path}
 
 
 def end_all() -> None:

@@ -126,6 +126,11 @@ class SelectParams(Section):
     min_margin: Annotated[float, Field(ge=0)] = Field(
         0.0, description="drop prompts whose winner beats its prompt's mean by less (selection score units)"
     )
+    temperature: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="draw each winner with probability proportional to exp(selection score / temperature), which keeps"
+        " variety; 0 takes the best",
+    )
     combine: Literal["zscore", "rank", "beats_mean"] = Field(
         "zscore",
         description="how several selecting rewards decide: weighted sum of z-scores within the prompt, weighted mean"

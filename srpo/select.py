@@ -1,8 +1,9 @@
-"""Stage `select`: keep each prompt's best candidate. No torch in here."""
+"""Stage `select`: keep each prompt's best candidate, or one drawn by its score. No torch in here."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import polars as pl
 from srpo import datasets
 from srpo.base import write_json
 from srpo.errors import UserError
+from srpo.hashing import derive_seed
 from srpo.params import Params
 from srpo.rejection import AUDITED_COLUMNS, audit
 from srpo.rounds import RoundFiles
@@ -19,7 +21,7 @@ from srpo.sections import SelectParams
 from srpo.winners import write_winners
 
 log = logging.getLogger("srpo")
-ROW, PROMPT = "_row", "_prompt"  # numbers in place of ids: millions of those would fill the memory
+ROW, PROMPT, NOISE = "_row", "_prompt", "_noise"  # numbers in place of ids: millions of those would fill the memory
 
 
 def select(params: Params, root: Path, key: str) -> None:
@@ -42,7 +44,7 @@ def select(params: Params, root: Path, key: str) -> None:
         summary = _counts(scores, weights)
     oddities = odd_scores(sound, weights)
     _report_oddities(key, summary["rejected"], oddities, weights)
-    winners = choose_winners(sound, weights, settings)
+    winners = choose_winners(sound, weights, settings, params.seed)
     if winners.is_empty():
         raise UserError(
             f"rounds.{key}.select: no winner is left of {summary['candidates']} candidates ({summary['rejected']}"
@@ -72,9 +74,13 @@ def select(params: Params, root: Path, key: str) -> None:
 
 
 def choose_winners(
-    scores: pl.DataFrame | pl.LazyFrame, weights: Mapping[str, float], settings: SelectParams
+    scores: pl.DataFrame | pl.LazyFrame, weights: Mapping[str, float], settings: SelectParams, seed: int = 0
 ) -> pl.DataFrame:
-    """One row per kept prompt: the scores of its best candidate, in prompt order.
+    """One row per kept prompt: the scores of its winner, in prompt order.
+
+    The winner is the best candidate, or with a `temperature` T one drawn with probability proportional to
+    exp(score / T) (the optimum of reward under a KL penalty: Liu et al., Statistical Rejection Sampling Improves
+    Preference Optimization, 2023). A draw depends on the seed and the candidate's id alone (Gumbel-max).
 
     The selection score is the reward itself when one reward selects; when several do, `settings.combine` makes it
     of theirs. Ties go to the lowest index. A candidate with a null, NaN or infinite selecting reward can't win, nor
@@ -83,6 +89,7 @@ def choose_winners(
     Args:
         scores: columns prompt_id, candidate_id, index and the rewards, in any order of rows.
         weights: by name of the selecting rewards.
+        seed: of the draws.
         settings: `min_margin` drops prompts whose winner is hardly better than its prompt's mean; then
             `top_fraction` keeps the largest margins (at least one prompt).
 
@@ -91,9 +98,10 @@ def choose_winners(
         candidate) and weight: 1, or with `weighting: advantage` the margin over the mean of the kept margins.
     """
     rows = scores.lazy().with_row_index(ROW)
+    noise = [_gumbel(seed).alias(NOISE)] if settings.temperature else []
     usable = (
         rows.filter(pl.all_horizontal(pl.col(list(weights)).is_finite()))
-        .select(ROW, pl.col("prompt_id").cast(pl.Categorical).to_physical().alias(PROMPT), "index", *weights)
+        .select(ROW, pl.col("prompt_id").cast(pl.Categorical).to_physical().alias(PROMPT), "index", *weights, *noise)
         .collect(engine="streaming")
         # in this order means are summed, so the order of the file changes nothing, and the first best is the winner
         .sort(PROMPT, "index", maintain_order=True)
@@ -102,15 +110,16 @@ def choose_winners(
     ranked = usable.with_columns(
         _selection_score(weights, settings.combine).alias("selection_score"),
         _eligible(weights, settings.combine).alias("eligible"),
-    ).select(ROW, PROMPT, "selection_score", "eligible")
+    ).select(ROW, PROMPT, "selection_score", "eligible", *([NOISE] if noise else []))
     del usable
+    drawn = score / settings.temperature + pl.col(NOISE) if noise else score
     prompts = ranked.group_by(PROMPT, maintain_order=True).agg(
         score.mean().alias("mean"), pl.col(ROW).filter(score == score.min()).last().alias("_loser")
     )
     best = (
         ranked.filter("eligible")
         .group_by(PROMPT, maintain_order=True)
-        .agg(pl.col(ROW).get(score.arg_max()), score.max())
+        .agg(pl.col(ROW).get(drawn.arg_max()), score.get(drawn.arg_max()))
         .join(prompts, on=PROMPT)
         .select(ROW, "selection_score", (score - pl.col("mean")).alias("margin"), "_loser")
         .filter(pl.col("margin") >= settings.min_margin)
@@ -121,6 +130,16 @@ def choose_winners(
     keep = max(1, round(settings.top_fraction * winners.height))
     kept = winners.sort(["margin", "prompt_id"], descending=[True, False]).head(keep).sort("prompt_id")
     return kept.with_columns(_weight(kept, settings.weighting).alias("weight"))
+
+
+def _gumbel(seed: int) -> pl.Expr:
+    """A number for every candidate, of the standard Gumbel distribution."""
+
+    def number(candidate_id: str) -> float:
+        uniform = ((derive_seed(seed, "select", candidate_id) >> 11) + 0.5) / 2.0**52  # never 0 or 1
+        return -math.log(-math.log(uniform))
+
+    return pl.col("candidate_id").map_elements(number, return_dtype=pl.Float64)
 
 
 def odd_scores(scores: pl.DataFrame | pl.LazyFrame, weights: Mapping[str, float]) -> dict[str, int]:

@@ -45,6 +45,37 @@ def test_the_winner_is_the_first_argmax_whatever_the_row_order(table, rng) -> No
         assert values[int(loser[1])] == min(usable)
 
 
+@settings(max_examples=50, deadline=None)
+@given(tables, st.integers(0, 9))
+def test_at_a_low_temperature_the_draw_is_the_best(table, seed) -> None:
+    best = choose_winners(frame(table), {"reward": 1.0}, SelectParams())
+    drawn = choose_winners(frame(table), {"reward": 1.0}, SelectParams(temperature=0.01), seed)
+    assert drawn["selection_score"].equals(best["selection_score"])
+    assert drawn["margin"].equals(best["margin"])
+
+
+@settings(max_examples=50, deadline=None)
+@given(tables, st.integers(0, 9), st.randoms(use_true_random=False))
+def test_a_draw_does_not_depend_on_the_row_order_or_other_prompts(table, seed, rng) -> None:
+    warm = SelectParams(temperature=3.0)
+    order = rng.sample(range(sum(map(len, table.values()))), sum(map(len, table.values())))
+    whole = choose_winners(frame(table, order), {"reward": 1.0}, warm, seed)
+    for prompt, values in table.items():
+        alone = choose_winners(frame({prompt: values}), {"reward": 1.0}, warm, seed)
+        assert alone.equals(whole.filter(pl.col("prompt_id") == prompt))
+
+
+def test_draws_follow_the_softmax_of_the_score() -> None:
+    """Prompts whose drawn winner is below their mean are dropped, so the two candidates above it are counted."""
+    table = {f"p{number:04d}": [0.0, 2.0, 3.0] for number in range(3000)}
+    drawn = choose_winners(frame(table), {"reward": 1.0}, SelectParams(temperature=2.0), seed=1)
+    share = drawn.filter(pl.col("selection_score") == 3.0).height / drawn.height
+    assert abs(share - 1 / (1 + math.exp(-0.5))) < 0.03
+    assert drawn.height / len(table) == pytest.approx(1 - 1 / (1 + math.exp(1.0) + math.exp(1.5)), abs=0.03)
+    other = choose_winners(frame(table), {"reward": 1.0}, SelectParams(temperature=2.0), seed=2)
+    assert not other.equals(drawn)
+
+
 @settings(max_examples=100, deadline=None)
 @given(tables, st.floats(0.05, 1.0))
 def test_top_fraction_keeps_the_largest_margins(table, fraction) -> None:

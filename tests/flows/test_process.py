@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -60,3 +61,9 @@ def _group(process: psutil.Process) -> int:
         return os.getpgid(process.pid)
     except ProcessLookupError:
         return 0
+
+
+def test_commands_find_this_pythons_programs_without_an_activated_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    code, lines = run_group(["sh", "-c", "command -v srpo"], lambda line: None)
+    assert (code, lines) == (0, [str(Path(sys.executable).parent / "srpo")])
