@@ -75,8 +75,8 @@ def run_group(
 
 
 def _environment() -> dict[str, str]:
-    # dvc.yaml says `srpo`: the one of this Python, whether or not its environment is activated
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    # dvc.yaml says `srpo`: this Python's, where no environment is activated
+    path = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{Path(sys.executable).parent}"
     # unbuffered: else lines wait in the child until it has 8 kB of them
     return os.environ | {"PYTHONUNBUFFERED": "1", "PATH": path}
 

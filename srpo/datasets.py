@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from srpo import footers
 from srpo.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def schema(fields: Mapping[str, pa.DataType]) -> pa.Schema:
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], fields: Mapping[str, pa.DataType]) -> None:
-    """Write one parquet file, visible under its name only when it is whole.
+    """Write one parquet file, visible under its name only when it is whole, with checksums for all that is read.
 
     The same rows give the same bytes.
     """
@@ -89,6 +90,7 @@ def write_arrow(path: Path, tables: Iterable[pa.Table]) -> None:
     with pq.ParquetWriter(partial, first.schema, compression="zstd", write_page_checksum=True) as writer:
         for table in chain([first], tables):
             writer.write_table(table, row_group_size=size)
+    footers.seal(partial)
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
@@ -208,7 +210,7 @@ class Places:
 
 
 def scan(path: Path, columns: Sequence[str]) -> pl.LazyFrame:
-    """These columns of a dataset as a polars query, to be collected inside `readable`.
+    """These columns of a dataset as a polars query.
 
     All their pages are read once for their checksums, and not kept.
 
@@ -230,20 +232,7 @@ def table(path: Path, columns: Sequence[str]) -> pl.DataFrame:
     Raises:
         UserError: a file is damaged, lacks a column, or there is none.
     """
-    with readable(path):
-        return scan(path, columns).collect()
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Tell what polars finds wrong with a file's footer, which has no checksum, as damage of `path`."""
-    import polars as pl
-
-    try:
-        yield
-    except pl.exceptions.PolarsError as error:
-        reason = one_line(error)
-        raise UserError(f"{path}: not readable ({reason:.120}); `dvc checkout` restores it") from None
+    return scan(path, columns).collect()
 
 
 def _row_groups(shard: Path, columns: Sequence[str] | None) -> Iterator[pa.Table]:
@@ -255,6 +244,8 @@ def _row_groups(shard: Path, columns: Sequence[str] | None) -> Iterator[pa.Table
 @contextmanager
 def _opened(shard: Path, columns: Sequence[str] | None) -> Iterator[pq.ParquetFile]:
     try:
+        if not footers.is_sound(shard):
+            raise UserError(f"{shard}: its footer is damaged; `dvc checkout` restores it")
         with pq.ParquetFile(shard, page_checksum_verification=True) as file:
             if missing := set(columns or ()) - set(file.schema_arrow.names):
                 raise UserError(f"{shard}: has no column {sorted(missing)[0]!r}; rerun what makes this file")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from tqdm import tqdm
 
@@ -26,6 +28,7 @@ log = logging.getLogger("srpo")
 
 # Scores may depend on the batch in the last bit, so its size is fixed here rather than set by hardware.
 BATCH = 64
+IDENTITY = {"candidate_id": pa.string(), "prompt_id": pa.string(), "index": pa.int32()}
 
 
 def score(params: Params, root: Path, key: str) -> None:
@@ -41,33 +44,58 @@ def score(params: Params, root: Path, key: str) -> None:
     files = RoundFiles(root, key)
     rewards = load_pinned_rewards(params, root)
     broken = datasets.broken_latents(files.candidates)
-    columns = ["candidate_id", "prompt_id", "prompt", "index", "image"]
-    finished = (row for row in datasets.read_rows(files.candidates, columns) if row["image"] is not None)
-    found: dict[str, dict[str, Any]] = {}
-    with tqdm(unit="img", desc=f"score {key}", mininterval=2) as progress:
-        for batch in batched(finished, BATCH):
-            images = to_tensor(row["image"] for row in batch)
-            scores = score_batch(rewards, images, [row["prompt"] for row in batch])
-            flat = is_flat(images).tolist()
-            for i, row in enumerate(batch):
-                values = {name: scores[name][i].item() for name in rewards}
-                found[row["candidate_id"]] = values | {"rejected": flat[i] or row["candidate_id"] in broken}
-            progress.update(len(batch))
-    given_up = dict.fromkeys(rewards) | {"rejected": True}
-    rows = [
-        identity | found.get(identity["candidate_id"], given_up)
-        for identity in datasets.read_rows(files.candidates, ["candidate_id", "prompt_id", "index"])
-    ]
-    fields = {"candidate_id": pa.string(), "prompt_id": pa.string(), "index": pa.int32()}
-    fields |= dict.fromkeys(rewards, pa.float32()) | {"rejected": pa.bool_()}
+    fields = IDENTITY | dict.fromkeys(rewards, pa.float32()) | {"rejected": pa.bool_()}
+    schema, counts = datasets.schema(fields), Counter()
+
+    def tables() -> Iterator[pa.Table]:
+        with tqdm(unit="img", desc=f"score {key}", mininterval=2) as progress:
+            rows = datasets.read_rows(files.candidates, [*IDENTITY, "prompt", "image"])
+            for part in batched(_scored(rows, rewards, broken, progress.update), datasets.ROW_GROUP.stop):
+                table = pa.Table.from_pylist(part, schema=schema)
+                counts["all"] += table.num_rows
+                counts["early"] += table.column(len(IDENTITY)).null_count
+                counts["rejected"] += pc.sum(table["rejected"]).as_py()
+                yield table
+
     unpublished = scratch_folder(root, "score", key, "redone from the start") / files.scores.name
-    datasets.write_table(unpublished, rows, fields)
+    datasets.write_arrow(unpublished, tables())
     datasets.publish(unpublished, files.scores)
-    rejected, early = sum(row["rejected"] for row in found.values()), len(rows) - len(found)
     log.info(
         "score %s: %d candidates, %d given up early, %d rejected, rewards %s",
-        key, len(rows), early, rejected, ", ".join(rewards),
+        key, counts["all"], counts["early"], counts["rejected"] - counts["early"], ", ".join(rewards),
     )  # fmt: skip
+
+
+def _scored(
+    rows: Iterable[Mapping[str, Any]], rewards: Mapping[str, Reward], broken: set[str], on_images: Callable[[int], Any]
+) -> Iterator[dict[str, Any]]:
+    """What scores.parquet says of each candidate, in their order; BATCH pictures are scored at once."""
+    waiting: list[Mapping[str, Any]] = []
+    finished = 0
+    for row in rows:
+        waiting.append(row)
+        finished += row["image"] is not None
+        if finished == BATCH:
+            yield from _score_rows(waiting, rewards, broken)
+            on_images(finished)
+            waiting, finished = [], 0
+    yield from _score_rows(waiting, rewards, broken)
+    on_images(finished)
+
+
+def _score_rows(
+    rows: Sequence[Mapping[str, Any]], rewards: Mapping[str, Reward], broken: set[str]
+) -> list[dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    if finished := [row for row in rows if row["image"] is not None]:
+        images = to_tensor(row["image"] for row in finished)
+        scores = score_batch(rewards, images, [row["prompt"] for row in finished])
+        flat = is_flat(images).tolist()
+        for i, row in enumerate(finished):
+            values = {name: scores[name][i].item() for name in rewards}
+            found[row["candidate_id"]] = values | {"rejected": flat[i] or row["candidate_id"] in broken}
+    given_up = dict.fromkeys(rewards) | {"rejected": True}
+    return [{name: row[name] for name in IDENTITY} | found.get(row["candidate_id"], given_up) for row in rows]
 
 
 def load_rewards(params: Params, root: Path) -> dict[str, Reward]:

@@ -40,8 +40,7 @@ def select(params: Params, root: Path, key: str) -> None:
         raise UserError(f"{files.scores}: has no column `rejected`, as older versions wrote it; rerun score")
     scores = datasets.scan(files.scores, ["candidate_id", "prompt_id", "index", *params.rewards, "rejected"])
     sound = scores.filter(pl.col("rejected").not_().fill_null(True)).drop("rejected")
-    with datasets.readable(files.scores):
-        summary = _counts(scores, weights)
+    summary = _counts(scores, weights)
     oddities = odd_scores(sound, weights)
     _report_oddities(key, summary["rejected"], oddities, weights)
     winners = choose_winners(sound, weights, settings, params.seed)

@@ -54,9 +54,9 @@ def story(root: Path) -> Story:
     return story_of(MlflowClient(tracking_uri=f"sqlite:///{copy}"))
 
 
-def story_of(client: MlflowClient) -> Story:
+def story_of(client: MlflowClient, experiment_name: str = "srpo") -> Story:
     """All that a tracking server or database shows, without ids and times."""
-    experiment = client.get_experiment_by_name("srpo").experiment_id
+    experiment = client.get_experiment_by_name(experiment_name).experiment_id
     runs = client.search_runs([experiment])
     names = {run.info.run_id: run.info.run_name for run in runs}
     found: Story = {}

@@ -1,0 +1,128 @@
+"""MLflow behind a bad line: slow, gone in the middle, or losing the answers to what it did. Nothing is there twice."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from srpo import tracking
+from srpo.base import write_json
+from srpo.errors import UserError
+from srpo.params import Params, load_params
+from srpo.registry import Decision, model_name, promote, versions
+from srpo.report import report
+from tests.campaign import build_campaign
+from tests.proxy import Proxy
+from tests.test_servers import free_port, mlflow_server
+from tests.test_tracking import story_of
+
+pytestmark = pytest.mark.slow
+AUTO = Decision("auto", "tests say so")
+MOMENTS = 12
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """A proxy before a real MLflow server."""
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    with mlflow_server(folder, port, f"sqlite:///{folder / 'server.db'}"), Proxy(port) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("campaign") / "project"
+    params = build_campaign(root, size=8)
+    for key in ("001", "002"):
+        report(params, root, key)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def sound_line(line: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in tracking.QUIET.items():
+        monkeypatch.setenv(name, value)
+    line.delay, line.down, line.loses = 0.0, False, lambda number: False
+
+
+def params_for(project: Path, line: Proxy, experiment: str) -> Params:
+    """The project's params, with a new experiment on the server; params.yaml, too, for what reads that."""
+    raw = load_params(project / "params.yaml").model_dump()
+    raw["tracking"] |= {"uri": f"http://127.0.0.1:{line.port}", "experiment": experiment}
+    write_json(project / "params.yaml", raw)
+    return load_params(project / "params.yaml")
+
+
+def told(params: Params) -> dict:
+    return story_of(MlflowClient(tracking_uri=params.tracking.uri), params.tracking.experiment)
+
+
+@pytest.fixture(scope="module")
+def wanted(line: Proxy, project: Path) -> tuple[dict, int]:
+    """What an undisturbed server tells in the end, and how many answers that took."""
+    params, before = params_for(project, line, "undisturbed"), line.answers
+    assert tracking.sync(params, project)
+    return told(params), line.answers - before
+
+
+def moments(count: int) -> list[int]:
+    return sorted(random.Random(3).sample(range(1, count), min(MOMENTS, count - 1)))
+
+
+def test_a_slow_server_is_waited_for(line: Proxy, project: Path, wanted) -> None:
+    params = params_for(project, line, "slow")
+    line.delay = 0.1
+    assert tracking.sync(params, project)
+    line.delay = 0.0
+    assert told(params) == wanted[0]
+
+
+def test_a_server_that_answers_too_late_is_one_warning(line: Proxy, project: Path, monkeypatch, caplog, wanted) -> None:
+    params = params_for(project, line, "late")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    line.delay = 3.0
+    assert not tracking.sync(params, project)
+    assert [record.getMessage().split("(")[0] for record in caplog.records if record.name == "srpo"] == [
+        "MLflow: campaign not recorded "
+    ]
+    line.delay = 0.0
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    assert tracking.sync(params, project)
+    assert told(params) == wanted[0]
+
+
+@pytest.mark.parametrize("lost", ["one answer", "all from then on"])
+def test_whenever_answers_are_lost_the_next_run_tells_all_and_nothing_twice(
+    line: Proxy, project: Path, wanted, lost: str
+) -> None:
+    story, count = wanted
+    for moment in moments(count):
+        params, before = params_for(project, line, f"{lost} {moment}"), line.answers
+        line.loses = lambda number, at=before + moment: number == at or (number > at and lost != "one answer")
+        tracking.sync(params, project)
+        line.loses = lambda number: False
+        assert tracking.sync(params, project), f"answer {moment} of {count}"
+        assert told(params) == story, f"answer {moment} of {count}"
+
+
+def test_whenever_answers_are_lost_a_repeated_promotion_makes_one_version(line: Proxy, project: Path, wanted) -> None:
+    params, before = params_for(project, line, "promotion"), line.answers
+    promote(params, project, "001", AUTO)
+    for moment in moments(line.answers - before):
+        params, before = params_for(project, line, f"promotion {moment}"), line.answers
+        line.loses = lambda number, at=before + moment: number == at
+        try:
+            promote(params, project, "001", AUTO)
+        except UserError as error:
+            assert "\n" not in str(error) and str(error).startswith("tracking.uri: ")
+        line.loses = lambda number: False
+        promote(params, project, "001", AUTO)
+        promote(params, project, "002", AUTO)
+        found = {str(version.version): version.aliases for version in versions(params, project)}
+        assert found == {"1": ["previous"], "2": ["champion"]}, f"answer {moment}"
+        client = MlflowClient(tracking_uri=params.tracking.uri)
+        assert client.get_model_version(model_name(params), "1").source.startswith("models:/")
