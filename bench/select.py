@@ -14,19 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 from ruamel.yaml import YAML
 
+from bench import synthetic
+from bench.measured import measured
 from srpo import datasets
 from srpo.params import PARAMS_FILE
 from srpo.rounds import RoundFiles
@@ -36,7 +35,6 @@ from srpo.select import choose_winners
 KEY = "001"
 PROJECT = Path(__file__).parent.parent
 WEIGHTS = {"first": 1.0, "second": 0.5}
-PROMPTS_PER_SHARD = 1 << 15
 
 
 def make_project(root: Path, candidates: int, per_prompt: int) -> int:
@@ -47,57 +45,10 @@ def make_project(root: Path, candidates: int, per_prompt: int) -> int:
     raw["rewards"]["judge"] = role | {"role": "judge"}
     raw["evaluate"]["features"] = "judge"
     (root / PARAMS_FILE).write_text(json.dumps(raw), encoding="utf-8")
-    prompts, files = candidates // per_prompt, RoundFiles(root, KEY)
-    starts = range(0, prompts, PROMPTS_PER_SHARD)
-    parts = [range(start, min(start + PROMPTS_PER_SHARD, prompts)) for start in starts]
-    for number, part in enumerate(parts):
-        name = f"shard-{number:05d}-of-{len(parts):05d}.parquet"
-        datasets.write_arrow(files.candidates / name, [_candidates(part, per_prompt)])
-    datasets.write_arrow(files.scores, (_scores(part, per_prompt) for part in parts))
+    files, prompts = RoundFiles(root, KEY), candidates // per_prompt
+    synthetic.write_candidates(files, prompts, per_prompt, [np.zeros((1, 1, 3), np.uint8)])
+    synthetic.write_scores(files, prompts, per_prompt, [*WEIGHTS, "judge"])
     return prompts
-
-
-def _identity(prompts: range, per_prompt: int) -> pl.DataFrame:
-    number = pl.Series("number", np.repeat(np.arange(prompts.start, prompts.stop), per_prompt))
-    index = pl.Series("index", np.tile(np.arange(per_prompt, dtype=np.int32), len(prompts)))
-    name = pl.format("train-{}", pl.col("number").cast(pl.String).str.zfill(7))
-    rows = pl.DataFrame([number, index]).with_columns(name.alias("prompt_id"))
-    place = pl.col("index").cast(pl.String).str.zfill(4)
-    return rows.with_columns(pl.format("{}-{}-{}", pl.lit(KEY), "prompt_id", place).alias("candidate_id"))
-
-
-def _candidates(prompts: range, per_prompt: int) -> pa.Table:
-    rows = _identity(prompts, per_prompt)
-    count, rng = rows.height, np.random.default_rng(prompts.start)
-    texts = pl.format("a photo of subject {} in the style of painter {}", "number", pl.col("number") % 97)
-    columns = {name: rows[name].to_arrow() for name in ("candidate_id", "prompt_id", "index")}
-    columns["prompt"] = rows.select(texts.alias("prompt"))["prompt"].to_arrow()
-    columns["seed"] = pa.array(rng.integers(0, 1 << 62, count))
-    picture = datasets.encode_png(np.zeros((1, 1, 3), np.uint8))["bytes"]
-    columns["image"] = pa.StructArray.from_arrays(
-        [pa.array([picture] * count), pa.nulls(count, pa.string())], fields=list(datasets.IMAGE)
-    )
-    values = pa.array(rng.normal(size=16 * count).astype(np.float16))
-    columns["latents"] = pa.ListArray.from_arrays(pa.array(np.arange(0, 16 * count + 1, 16, dtype=np.int32)), values)
-    shape = pa.array(np.tile(np.array([4, 2, 2], np.int32), count))
-    columns["latents_shape"] = pa.ListArray.from_arrays(pa.array(np.arange(0, 3 * count + 1, 3, dtype=np.int32)), shape)
-    columns |= {"steps": pa.repeat(30, count), "guidance": pa.repeat(5.0, count)}
-    schema = datasets.schema(datasets.CANDIDATE_FIELDS)
-    # a column this bench knows nothing of is null
-    arrays = [columns.get(field.name, pa.nulls(count, field.type)).cast(field.type) for field in schema]
-    return pa.Table.from_arrays(arrays, schema=schema)
-
-
-def _scores(prompts: range, per_prompt: int) -> pa.Table:
-    rows = _identity(prompts, per_prompt)
-    rng = np.random.default_rng(prompts.start + 1)
-    fields = {"candidate_id": pa.string(), "prompt_id": pa.string(), "index": pa.int32()}
-    columns = [rows[name].to_arrow().cast(kind) for name, kind in fields.items()]
-    for name in (*WEIGHTS, "judge"):
-        fields[name] = pa.float32()
-        columns.append(pa.array(rng.normal(20, 1, rows.height).astype(np.float32)))
-    columns.append(pa.array(rng.random(rows.height) < 0.001))
-    return pa.Table.from_arrays(columns, schema=datasets.schema(fields | {"rejected": pa.bool_()}))
 
 
 def by_srpo(root: Path) -> pl.Series:
@@ -123,18 +74,6 @@ def by_pandas(root: Path) -> pl.Series:
 
 
 WAYS = {"choose": by_srpo, "pandas": by_pandas}
-
-
-def measured(arguments: list[str], root: Path) -> tuple[float, float, float]:
-    """Wall seconds, CPU seconds, and peak resident set in GB, of a child process in `root`."""
-    start = time.perf_counter()
-    child = subprocess.Popen(
-        [sys.executable, "-m", *arguments], cwd=root, env=os.environ | {"PYTHONPATH": str(PROJECT)}
-    )
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(arguments)}: died")
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6
 
 
 def main() -> None:

@@ -6,19 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import polars as pl
 from PIL import Image, ImageDraw, ImageFont
 
 from srpo import datasets
-from srpo.errors import UserError, one_line
+from srpo.errors import UserError
 from srpo.params import Params
 from srpo.rounds import BASE, RoundFiles
 
 PAPER, INK, FAINT = (255, 255, 255), (25, 27, 31), (110, 116, 125)
 PAIRS, COLUMNS, GAP = 12, 4, 14
 TINY, LARGE = 128, 256  # pixels: tiny pictures are enlarged up to the first, larger ones reduced to the second
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,14 @@ def winners_and_losers(params: Params, files: RoundFiles, count: int = PAIRS) ->
         UserError: winners, candidates or scores are missing or do not belong together.
     """
     names = [*params.reward_names("select"), *params.reward_names("judge")]
-    columns = ["candidate_id", "prompt", "margin", "loser_id", *names]
-    winners = pl.DataFrame(list(datasets.read_rows(files.winners, columns)))
-    chosen = _spread(winners.sort(["margin", "candidate_id"], descending=[True, False]).to_dicts(), count)
+    winners = datasets.table(files.winners, ["candidate_id", "prompt", "margin", "loser_id", *names])
+    winners = winners.sort(["margin", "candidate_id"], descending=[True, False])
+    chosen = [winners.row(i, named=True) for i in _spread(range(winners.height), count)]
     losers = [row["loser_id"] for row in chosen]
-    scores = {row["candidate_id"]: row for row in datasets.read_rows(files.scores, ["candidate_id", *names])}
     left = _pictures(files.winners, [row["candidate_id"] for row in chosen])
     right = _pictures(files.candidates, losers)
+    known = datasets.scan(files.scores, ["candidate_id", *names]).filter(pl.col("candidate_id").is_in(losers)).collect()
+    scores = {row["candidate_id"]: row for row in known.iter_rows(named=True)}
     if not scores.keys() >= set(losers):
         raise UserError(f"{files.scores}: lacks the scores of losers that {files.winners} names; rerun score")
 
@@ -141,26 +143,21 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _pictures(path: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
-    # a dataset of 1024 px candidates is far larger than memory: only the rows asked for are read
-    found = (
-        pl.scan_parquet(datasets.shards(path))
-        .select("candidate_id", "image")
-        .filter(pl.col("candidate_id").is_in(list(ids)))
-    )
-    try:
-        pictures = {key: datasets.decode_image(cell) for key, cell in found.collect().iter_rows()}
-    except (pl.exceptions.PolarsError, OSError) as error:
-        reason = one_line(error)
-        raise UserError(f"{path}: not readable ({reason:.120}); `dvc checkout` restores it") from None
+    # a dataset of 1024 px candidates is far larger than memory: only the row groups of those asked for are read
+    numbered = datasets.scan(path, ["candidate_id"]).with_row_index("place")
+    places = numbered.filter(pl.col("candidate_id").is_in(list(ids))).collect(engine="streaming")["place"]
+    found = datasets.Places(path).take(places.to_numpy(), ["candidate_id", "image"])
+    rows = [row for table in found for row in table.to_pylist()]
+    pictures = {row["candidate_id"]: datasets.decode_image(row["image"]) for row in rows}
     if missing := set(ids) - pictures.keys():
         raise UserError(f"{path}: lacks {sorted(missing)[0]!r}; candidates, scores and winners are not of one run")
     return pictures
 
 
-def _spread(items: list, count: int) -> list:
+def _spread(items: Sequence[T], count: int) -> list[T]:
     """`count` items at even distances, the first and the last among them."""
     if len(items) <= count:
-        return items
+        return list(items)
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 

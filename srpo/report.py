@@ -113,8 +113,8 @@ def _lineage_rows(root: Path, key: str) -> list[tuple[str, str]]:
 def _selection(files: RoundFiles) -> dict[str, Any]:
     """How many candidates became winners, from the data itself: no file but the datasets need be there."""
     scores = datasets.table(files.scores, ["prompt_id"])
-    winners = sum(1 for _ in datasets.read_rows(files.winners, ["candidate_id"]))
-    return {"candidates": scores.height, "prompts": scores["prompt_id"].n_unique(), "winners": winners}
+    winners = datasets.table(files.winners, ["candidate_id"])
+    return {"candidates": scores.height, "prompts": scores["prompt_id"].n_unique(), "winners": winners.height}
 
 
 def _early_rejection(params: Params, files: RoundFiles) -> list[tuple[str, float | None]]:
