@@ -1,14 +1,17 @@
 """`python -m tests.faults.chaos`: kill every stage at seeded moments, run it again, compare the bytes.
 
 A kill comes at a share of the stage's undisturbed time, or when the k-th file has appeared in its scratch folder, which
-is where a half-done thing would be left. Before each one the stage's outputs are taken away, as DVC does, or left, as a
+is where a half-done thing would be left. Of a stage in two processes the first is killed, which waits for the workers:
+they must end with it. Before each one the stage's outputs are taken away, as DVC does, or left, as a
 rerun by hand does. Right after it, what is under rounds/ must be whole or absent; after the next run, equal.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -18,7 +21,22 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.faults.helpers import OUTPUTS, build, command_of, contents, make_world, oddities, start, take_away, wait_for
+import psutil
+
+from tests.faults.helpers import (
+    OUTPUTS,
+    build,
+    command_of,
+    contents,
+    make_world,
+    oddities,
+    run,
+    start,
+    take_away,
+    wait_for,
+)
+
+SHARED = ("generate x2", "train x2")
 
 
 @dataclass
@@ -34,37 +52,56 @@ class Outcome:
 class Stage:
     """One stage of a finished project, to be killed again and again."""
 
-    def __init__(self, root: Path, name: str) -> None:
-        self.root, self.name, self.outcome = root, name, Outcome()
+    def __init__(self, root: Path, label: str) -> None:
+        """`label` is the stage's name, with ` x2` behind it to have it run in two processes."""
+        self.root, self.outcome = root, Outcome()
+        self.name, _, self.processes = label.partition(" x")
         self.scratch = root / ".srpo" / "scratch"
-        self.undisturbed, began = contents(root, name), time.monotonic()
-        self.seconds = 0.0
-        self._finish()
-        self.seconds = time.monotonic() - began
+        self._set_processes()
+        if self.processes:  # sums in another order: other bytes than one process makes, and always the same
+            run(root, *command_of(self.name))
+        self.undisturbed, began = contents(root, self.name), time.monotonic()
+        known, seen, process = self._files(), set(), self._start()
+        while process.is_alive():
+            seen |= self._files() - known
+            time.sleep(0.002)
+        self._check(process)
+        self.seconds, self.files = time.monotonic() - began, max(1, len(seen))
 
-    def kill(self, random: random.Random) -> None:
-        """Take the outputs away or leave them, kill the command somewhere, check, run it, check."""
-        fresh = random.random() < 0.7
-        if fresh:
+    def _set_processes(self) -> None:
+        params = self.root / "params.yaml"
+        text = re.sub(r"\n  processes: \d", "", params.read_text())
+        params.write_text(text.replace("runtime:\n", f"runtime:\n  processes: {self.processes or 1}\n"))
+
+    def kill(self, random: random.Random) -> bool:
+        """Take the outputs away or leave them, kill the command somewhere, check, run it, check.
+
+        Returns:
+            Whether it was killed before it ended.
+        """
+        self._set_processes()
+        if random.random() < 0.7 or contents(self.root, self.name) != self.undisturbed:
             take_away(self.root, self.name)
         process = start(self.root, *command_of(self.name))
         if random.random() < 0.5:
             at = time.monotonic() + random.random() * self.seconds
             process.join(max(0.0, at - time.monotonic()))
         else:
-            known, count = self._files(), random.randint(1, 5)
+            known, count = self._files(), random.randint(1, self.files)
             wait_for(lambda: len(self._files() - known) >= count, process)
+        workers = psutil.Process(process.pid).children(recursive=True) if process.is_alive() else []
         process.kill()
         process.join()
-        if process.exitcode == -signal.SIGKILL:
-            self.outcome.kills += 1
-        else:
-            self.outcome.too_late += 1
-            assert process.exitcode == 0, f"{self.name} failed by itself"
+        assert not psutil.wait_procs(workers, timeout=20)[1], f"{self.name}: workers outlive it"
+        hit = process.exitcode == -signal.SIGKILL
+        assert hit or process.exitcode == 0, f"{self.name} failed by itself"
+        self.outcome.kills += hit
+        self.outcome.too_late += not hit
         self.check_visible(whole_or_absent=True)
         done = {path: path.stat().st_mtime_ns for path in self._files() if path.suffix == ".parquet"}
         self._finish(done if self.name == "generate" else {})
         self.outcome.equal += 1
+        return hit
 
     def check_visible(self, *, whole_or_absent: bool = False) -> None:
         """Nothing half-written under rounds/, and every output there as it was before anything was killed."""
@@ -80,8 +117,13 @@ class Stage:
             )
             assert all(found[path] == self.undisturbed[path] for path in files), f"{name}: other bytes"
 
+    def _start(self) -> BaseProcess:
+        return start(self.root, *command_of(self.name), log=self.root / ".log")
+
     def _finish(self, done: dict[Path, int] | None = None) -> None:
-        process: BaseProcess = start(self.root, *command_of(self.name), log=self.root / ".log")
+        self._check(self._start(), done)
+
+    def _check(self, process: BaseProcess, done: dict[Path, int] | None = None) -> None:
         process.join()
         assert process.exitcode == 0, f"{self.name} after a kill: {(self.root / '.log').read_text()}"
         self.check_visible()
@@ -99,19 +141,20 @@ class Stage:
 
 
 def rampage(root: Path, names: Sequence[str], kills: int, seed: int, show: bool = False) -> dict[str, Outcome]:
-    """Kill the stages of a finished project in turn, `kills` times in all.
+    """Kill the stages of a finished project in turn, until that many kills hit one that ran.
 
     Raises:
         AssertionError: something was lost, half-written or made twice; the text says where.
     """
-    chance = random.Random(seed)
-    stages = [Stage(root, name) for name in names]
-    for number in range(kills):
-        stage = stages[number % len(stages)]
-        stage.kill(chance)
+    chance, hits = random.Random(seed), 0
+    stages = {name: Stage(root, name) for name in names}
+    for name in itertools.cycle(names):
+        if hits == kills:
+            return {name: stage.outcome for name, stage in stages.items()}
+        hits += stages[name].kill(chance)
         if show:
-            print(f"\r{number + 1} of {kills}: {stage.name:10}", end="", file=sys.stderr, flush=True)
-    return {stage.name: stage.outcome for stage in stages}
+            print(f"\r{hits} of {kills}: {name:12}", end="", file=sys.stderr, flush=True)
+    raise ValueError("no stage to kill")
 
 
 def main() -> None:
@@ -126,7 +169,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="srpo-chaos-") as folder:
         root = Path(folder)
         make_world(root)
-        found = rampage(build(root), list(OUTPUTS), options.kills, options.seed, show=True)
+        found = rampage(build(root), [*OUTPUTS, *SHARED], options.kills, options.seed, show=True)
     table = Table("stage", "kills", "ended before", "resumed", "equal")
     for name, outcome in found.items():
         counts = (outcome.kills, outcome.too_late, outcome.resumed, outcome.equal)

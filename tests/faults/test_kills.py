@@ -9,20 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.chaos import rampage
+from tests.faults.chaos import SHARED, rampage
 from tests.faults.helpers import OUTPUTS
 
 CHEAP = ["base", "generate", "select", "train"]
 
 
 def test_a_few_kills(project: Path) -> None:
-    found = rampage(project, CHEAP, kills=6, seed=1)
-    assert sum(outcome.equal for outcome in found.values()) == 6
-    assert sum(outcome.kills for outcome in found.values()) >= 3, "most came too late"
+    found = rampage(project, CHEAP, kills=4, seed=1)
+    assert all(outcome.equal == outcome.kills + outcome.too_late for outcome in found.values())
 
 
 @pytest.mark.slow
 def test_kills_over_all_stages(project: Path) -> None:
-    found = rampage(project, list(OUTPUTS), kills=42, seed=2)
-    assert all(outcome.equal == 6 for outcome in found.values())
+    found = rampage(project, [*OUTPUTS, *SHARED], kills=30, seed=2)
+    assert all(outcome.equal == outcome.kills + outcome.too_late for outcome in found.values())
     assert all(found[name].resumed for name in ("generate", "train"))

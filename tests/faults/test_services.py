@@ -22,7 +22,7 @@ from tests.test_tracking import story_of
 
 pytestmark = pytest.mark.slow
 AUTO = Decision("auto", "tests say so")
-MOMENTS = 12
+MOMENTS = 6
 
 
 @pytest.fixture(scope="module")
