@@ -81,6 +81,11 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONUNBUFFERED": "1", "PATH": path}
 
 
+def is_running() -> bool:
+    """Whether any command runs now."""
+    return bool(_running)
+
+
 def end_all() -> None:
     """End every running command, whatever thread waits for it, and start no other until `stopping` is cleared."""
     with _starting:

@@ -63,7 +63,7 @@ def srpo_rounds(
         progress.current.set(progress.Progress(list(graph)))
         named = rounds or needed(params, rounds)
         forced = {stage for stage in graph if force and stage.partition("@")[2] in named}
-        with warm.started(), _ended_together():
+        with warm.started(), server.watched(), _ended_together():
             problems = _walk(params, graph, forced, push)
             _project()
         if push and exchange.upstream():

@@ -9,6 +9,7 @@ rerun by hand does. Right after it, what is under rounds/ must be whole or absen
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import random
 import re
@@ -89,7 +90,9 @@ class Stage:
         else:
             known, count = self._files(), random.randint(1, self.files)
             wait_for(lambda: len(self._files() - known) >= count, process)
-        workers = psutil.Process(process.pid).children(recursive=True) if process.is_alive() else []
+        workers = []
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended by itself
+            workers = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         process.join()
         assert not psutil.wait_procs(workers, timeout=20)[1], f"{self.name}: workers outlive it"

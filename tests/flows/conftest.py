@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from flows import server
 from srpo import warm
 
 REPO = Path(__file__).parents[2]
+
+BUCKET = "srpo"
 
 # stands where `srpo` would: writes each stage's outputs, notes that it ran, and misbehaves on request
 STAND_IN = """#!{python}
@@ -104,6 +108,31 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_dvc: str) ->
     monkeypatch.chdir(tmp_path)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], check=True)
     return tmp_path
+
+
+@pytest.fixture
+def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an S3 server, a process of its own, with an empty bucket."""
+    boto3 = pytest.importorskip("boto3")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with (tmp_path / "s3.txt").open("w") as words:
+        server = subprocess.Popen(command, stdout=words, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        end = time.monotonic() + 60
+        while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < end:
+            time.sleep(0.2)
+        boto3.client("s3", endpoint_url=address).create_bucket(Bucket=BUCKET)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
 
 
 def ran(workspace: Path) -> list[str]:

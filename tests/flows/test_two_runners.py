@@ -4,45 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
-from tests.flows.conftest import REPO
+from tests.flows.conftest import BUCKET, REPO
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-BUCKET = "srpo"
-
-
-@pytest.fixture
-def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of an S3 server, a process of its own, with an empty bucket."""
-    boto3 = pytest.importorskip("boto3")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with (tmp_path / "s3.txt").open("w") as words:
-        server = subprocess.Popen(command, stdout=words, stderr=subprocess.STDOUT)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        end = time.monotonic() + 60
-        while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < end:
-            time.sleep(0.2)
-        boto3.client("s3", endpoint_url=address).create_bucket(Bucket=BUCKET)
-        yield address
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
 def run(folder: Path, *command: str) -> str:
