@@ -5,12 +5,17 @@ A handful here; `make chaos` does two hundred over all stages.
 
 from __future__ import annotations
 
+import random
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from srpo import tracking
 from tests.faults.chaos import SHARED, rampage
-from tests.faults.helpers import OUTPUTS
+from tests.faults.helpers import OUTPUTS, run, start, take_away
+from tests.test_tracking import story
 
 CHEAP = ["base", "generate", "select", "train"]
 
@@ -25,3 +30,36 @@ def test_kills_over_all_stages(project: Path) -> None:
     found = rampage(project, [*OUTPUTS, *SHARED], kills=30, seed=2)
     assert all(outcome.equal == outcome.kills + outcome.too_late for outcome in found.values())
     assert all(found[name].resumed for name in ("generate", "train"))
+
+
+def records(root: Path) -> dict:
+    """All that MLflow tells but the machine's load, after `srpo track`."""
+    code, said = run(root, "track")
+    assert code == 0, said
+    told = story(root)
+    for run_told in told.values():
+        run_told["metrics"] = {k: v for k, v in run_told["metrics"].items() if not k.startswith(tracking.SYSTEM)}
+    return told
+
+
+@pytest.mark.slow
+def test_kills_of_what_writes_to_mlflow_leave_its_records_as_they_were(project: Path) -> None:
+    params, chance = project / "params.yaml", random.Random(4)
+    params.write_text(params.read_text().replace("uri: nowhere://", "uri: sqlite:///mlflow.db"))
+    wanted, hits = records(project), 0
+    assert {"base", "round 001"} < set(wanted)
+    for _ in range(12):
+        for command in (("train", "001"), ("track",)):
+            began = time.monotonic()
+            assert run(project, *command)[0] == 0
+            took = time.monotonic() - began
+            if command[0] == "train" and chance.random() < 0.5:
+                take_away(project, "train")
+            process = start(project, *command)
+            process.join(chance.random() * took)
+            process.kill()
+            process.join()
+            hits += process.exitcode == -signal.SIGKILL
+        assert run(project, "train", "001")[0] == 0
+        assert records(project) == wanted
+    assert hits > 6

@@ -113,10 +113,10 @@ def in_sync(*targets: str) -> bool:
 ROUND = [f"{name}@001" for name in ("generate", "score", "select", "train", "evaluate", "report")]
 
 
-def test_a_remote_that_loses_answers_gets_everything(workspace: Path, prefect_server, remote: Proxy) -> None:
-    remote.loses = lambda number: number % 7 == 0
+def test_a_slow_remote_that_loses_answers_gets_everything(workspace: Path, prefect_server, remote: Proxy) -> None:
+    remote.delay, remote.loses = 0.05, lambda number: number % 7 == 0
     srpo_rounds(rounds=["001"], push=True)
-    remote.loses = lambda number: False
+    remote.delay, remote.loses = 0.0, lambda number: False
     assert ran(workspace) == BASE + stages("001")
     assert in_sync("base", "evaluate-base", *ROUND)
 

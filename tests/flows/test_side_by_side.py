@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,3 +105,20 @@ def test_progress_follows_the_bars_but_does_not_flood(prefect_server: str, monke
     shown.leave("base", done=True)
     shown.see("generate@001", "images:  40%|####      | 4/10 [00:04<00:06]")
     assert artifact(progress.KEY) == (70.0, "1 of 2 stages; now generate@001 40 %")
+
+
+def test_a_second_dvc_repro_says_who_holds_the_stage(workspace: Path) -> None:
+    (workspace / "trouble-base-base").write_text("hang")
+    command = [sys.executable, "-m", "srpo.warm", "dvc", "repro", "--single-item", "base"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        next(line for line in first.stdout if "hanging" in line)
+        second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert second.returncode != 0
+        assert re.search(r"'.*rounds/base/\S+' is busy, it is being blocked by:\s+\(PID \d+\)", second.stderr)
+    finally:
+        first.terminate()
+        first.wait(30)
+    (workspace / "trouble-base-base").unlink()
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+    assert (workspace / "rounds/base/rewards.json").read_text() == "basebase"
