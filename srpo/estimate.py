@@ -80,14 +80,16 @@ def round_cost(params: Params, key: str, train_prompts: int, eval_prompts: int) 
     resolved = params.for_round(key)
     made, trained, measured = resolved.generate, resolved.train, resolved.evaluate
     candidate = image_tflop(mean_steps(made), made.guidance_scale, made.height, made.width)
-    passes = trained.steps * trained.batch_size * (2 if trained.objective == "dpo" else 1)
+    forwards = TRAIN_FORWARDS[trained.method]
+    if trained.objective != "sft":  # winner and loser, and both by the frozen reference
+        forwards = 2 * forwards + 2
     sweep = sum(
         image_tflop(measured.num_inference_steps, guidance, measured.height, measured.width)
         for guidance in measured.guidance_scales
     )
     return RoundCost(
         generate=train_prompts * made.candidates_per_prompt * candidate,
-        train=passes * TRAIN_FORWARDS[trained.method] * unet_tflop(made.height, made.width),
+        train=trained.steps * trained.batch_size * forwards * unet_tflop(made.height, made.width),
         evaluate=eval_prompts * measured.images_per_prompt * sweep,
     )
 
@@ -108,7 +110,7 @@ def training_gb(params: Params, key: str) -> float:
     weights = width * (UNET_WEIGHTS + TEXT_WEIGHTS + VAE_WEIGHTS) / GB
     trained = UNET_WEIGHTS if settings.method == "full" else settings.rank * LORA_WEIGHTS_A_RANK
     share = -(-settings.batch_size // runtime.processes)
-    rows = min(runtime.train_batch_size or share, share) * (2 if settings.objective == "dpo" else 1)
+    rows = min(runtime.train_batch_size or share, share) * (1 if settings.objective == "sft" else 2)
     kept = CHECKPOINTED_GB if runtime.gradient_checkpointing else TRAIN_GB
     scale = resolved.generate.height * resolved.generate.width / PIXELS
     return CONTEXT_GB + weights + trained * OPTIMIZER_BYTES / GB + rows * kept * scale * width / 2

@@ -59,6 +59,9 @@ def test_a_winner_of_eight_costs_what_the_design_says(sdxl: Params) -> None:
     assert cost.generate == pytest.approx(4000 * 3329, rel=1e-3)
     assert cost.train == pytest.approx(500 * 64 * 14)
     assert cost.evaluate == pytest.approx(1000 * 2 * 3 * 3329 / 8, rel=1e-3)
+    for objective in ("dpo", "nft"):  # two winners' passes, and two by the reference without gradients
+        dearer = estimate.round_cost(changed(sdxl, "train", objective=objective), "001", 4000, 1000)
+        assert dearer.train == pytest.approx(500 * 64 * (2 * 14 + 2 * 6.76))
     assert cost.hours(989, 0.4) == pytest.approx((cost.generate + cost.train + cost.evaluate) / 989 / 0.4 / 3600)
 
 
