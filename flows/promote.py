@@ -22,6 +22,7 @@ from prefect.states import Completed, Failed, State
 from pydantic import Field
 
 from flows import server
+from flows.failures import show_in_one_line
 from srpo import registry, summary
 from srpo.errors import UserError
 from srpo.lineage import read_gate, read_metrics
@@ -54,6 +55,7 @@ def srpo_promote(round: str, auto: bool = False, override: str | None = None, wa
         override: the reason to promote a round that the gate failed; without it such a round is refused.
         wait_hours: how long the flow waits for the human.
     """
+    show_in_one_line()
     try:
         adapter = registry.check(load_params(), Path.cwd(), round, override)
         decision = registry.Decision("auto", "auto", override)

@@ -24,8 +24,9 @@ from prefect.states import Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import gpu, process, progress, server
+from flows.failures import BadInput, StageDied, show_in_one_line
 from flows.process import run_group
-from flows.stages import BASE_STAGES, ROUND_STAGES, BadInput, StageDied, dvc, last_words, reproduce
+from flows.stages import BASE_STAGES, ROUND_STAGES, dvc, last_words, reproduce
 from srpo import exchange, summary, warm
 from srpo import rounds as tree
 from srpo.errors import UserError
@@ -56,6 +57,7 @@ def srpo_rounds(
     """
     process.stopping.clear()
     process.end_with_worker()
+    show_in_one_line()
     try:
         params = _prepare(push)
         graph = plan(params, rounds, stages)

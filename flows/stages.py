@@ -13,6 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
 
 from flows import gpu, progress
+from flows.failures import BadInput, StageDied
 from flows.process import run_group, stopping
 from srpo import exchange
 from srpo.errors import UserError
@@ -25,14 +26,6 @@ BAD_INPUT = 2
 MISSING = re.compile(r"No such file or directory: '(.+)'|dependency '(.+)' does not exist")
 RETRIES = 2
 RETRY_DELAYS = [float(os.environ.get("SRPO_RETRY_DELAY", "10")) * factor for factor in (1, 4)]
-
-
-class StageDied(RuntimeError):
-    """A stage died; its last words are in the run's log. It may be tried again."""
-
-
-class BadInput(RuntimeError):
-    """A stage, or DVC before it, refused its input. Trying again would give the same answer."""
 
 
 def _may_retry(_task, _run, state) -> bool:

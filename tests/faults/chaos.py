@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import os
 import random
 import re
 import signal
@@ -140,7 +141,13 @@ class Stage:
 
     def _files(self) -> set[Path]:
         prefix = "base" if self.name == "base" else f"{self.name}@"
-        return {path for path in self.scratch.glob(f"{prefix}*/**/*") if path.is_file() and path.name[0] != "."}
+        folders = [
+            # what stood in the way of a publication is no part of the work
+            folder for folder in self.scratch.glob(f"{prefix}*") if not folder.name.endswith(".replaced")
+        ]  # fmt: skip
+        # os.walk does not mind what goes away meanwhile
+        walks = itertools.chain.from_iterable(map(os.walk, folders))
+        return {Path(at, name) for at, _, names in walks for name in names if name[0] != "."}
 
 
 def rampage(root: Path, names: Sequence[str], kills: int, seed: int, show: bool = False) -> dict[str, Outcome]:

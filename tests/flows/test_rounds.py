@@ -14,8 +14,9 @@ import psutil
 import pytest
 from prefect.client.orchestration import get_client
 
+from flows.failures import BadInput, StageDied
 from flows.rounds import needed, srpo_rounds
-from flows.stages import BadInput, StageDied, reproduce
+from flows.stages import reproduce
 from srpo.params import load_params
 from tests.flows.conftest import REPO, ran, stages
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows.failures import StageDied
 from flows.rounds import srpo_rounds
-from flows.stages import StageDied, reproduce
+from flows.stages import reproduce
 from srpo import warm
 from tests.flows.conftest import BUCKET, ran, stages
 from tests.flows.test_rounds import is_gone, run_flow

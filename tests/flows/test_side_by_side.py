@@ -12,8 +12,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 
 from flows import gpu, progress
+from flows.failures import BadInput
 from flows.rounds import plan, srpo_rounds
-from flows.stages import BadInput, reproduce
+from flows.stages import reproduce
 from srpo.errors import UserError
 from srpo.params import load_params
 from tests.flows.conftest import REPO, ran

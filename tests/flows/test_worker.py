@@ -112,6 +112,7 @@ def test_cancelling_a_run_leaves_no_process_behind(deployed: Path) -> None:
     (deployed / "trouble-evaluate-base").write_text("bad input")
     run = run_deployment(rounds=["001"])
     until(lambda: read_run(run).state.is_failed())
+    until(lambda: not worker.children())  # it has said all by then
     end(worker)
     assert "params.yaml: seed: too odd" in read_run(run).state.message
     told = (deployed / "worker.txt").read_text() + logs(run)
