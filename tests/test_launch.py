@@ -55,11 +55,13 @@ def wait_for(condition, seconds: float = 300) -> None:
 @pytest.mark.slow
 def test_a_killed_worker_changes_nothing(project: Path) -> None:
     process = start(project)
+    wait_for(lambda: len(psutil.Process(process.pid).children()) == 2)
+    time.sleep(1)  # let them become workers
+    victim = psutil.Process(process.pid).children()[0]
+    victim.suspend()  # so that it is not through by itself before it is killed
     wait_for(lambda: finished_shards(project))
-    victims = psutil.Process(process.pid).children()
-    assert len(victims) == 2
     done = finished_shards(project)
-    victims[0].kill()
+    victim.kill()
     _, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
     assert told.count("SIGKILL") == 1 and "starting all again (attempt 1 of 3)" in told
