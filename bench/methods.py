@@ -28,6 +28,7 @@ from srpo.rounds import BASE, RoundFiles
 
 # what an arm changes of params.yaml: sections for all rounds, or {"rounds": {number: sections}} for some
 BARE = {"replay": 0.0}
+PLAIN_LATER = {n: {"generate": {"guidance_scale": 1.0}} for n in range(2, 6)}
 ARMS: dict[str, dict[str, Any]] = {
     "sft": {},  # params.yaml as it is
     "no replay": {"train": BARE},
@@ -43,7 +44,18 @@ ARMS: dict[str, dict[str, Any]] = {
         "train": BARE,
         "rounds": {n: {"train": {"learning_rate": 3e-4}} for n in (4, 5)},
     },
-    **{f"winners drawn at temperature {value:g}": {"select": {"temperature": value}} for value in (1.0, 2.0, 4.0, 8.0)},
+    "guidance 1 after round 1": {"rounds": PLAIN_LATER},
+    "guidance 1": {"generate": {"guidance_scale": 1.0}},
+    "temperature 2": {"select": {"temperature": 2.0}},
+    "temperature 4": {"select": {"temperature": 4.0}},
+    "guidance 1 after round 1; temperature 4": {"select": {"temperature": 4.0}, "rounds": PLAIN_LATER},
+    "guidance 1 after round 1; temperature 8": {"select": {"temperature": 8.0}, "rounds": PLAIN_LATER},
+    "guidance 1 after round 1; temperature 4; learning rate halves": {
+        "select": {"temperature": 4.0},
+        "rounds": {
+            n: changes | {"train": {"learning_rate": 1e-3 * 0.5 ** (n - 1)}} for n, changes in PLAIN_LATER.items()
+        },
+    },
     "weights by advantage": {"select": {"weighting": "advantage"}},
     "weights averaged (EMA .97)": {"train": {"ema_decay": 0.97}},
     "dpo": {"train": {"objective": "dpo"}},
