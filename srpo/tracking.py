@@ -18,11 +18,13 @@ import logging
 import math
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from srpo import launch, projection
 from srpo.errors import one_line, without_secrets
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("srpo")
 FLUSH_SECONDS = 2.0
 LOCK_SECONDS = 120
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 BATCH = 1000  # MLflow's limit of metrics in one request
 SYSTEM = "system/"  # load and memory while the round trained: from no file, so they are left alone
 PICTURES_TAG, NOTE_TAG = "srpo.pictures", "mlflow.note.content"
@@ -266,6 +269,7 @@ def opened(params: Params, root: Path) -> Iterator[Records]:
         uri = f"sqlite:///{root.resolve() / match[1]}"
     if re.match(r"(sqlite|postgresql|mysql|mssql)\b", uri):  # no server to decide: else it would be the current folder
         artifacts = (root / "mlartifacts").resolve().as_uri()
+    _knock(uri)
     with _lock(root, "mlflow", timeout=LOCK_SECONDS):
         client = MlflowClient(tracking_uri=uri)
         experiment = client.get_experiment_by_name(params.tracking.experiment)
@@ -276,6 +280,18 @@ def opened(params: Params, root: Path) -> Iterator[Records]:
             tags = {"mlflow.experimentKind": "custom_model_development"}
             number = client.create_experiment(params.tracking.experiment, artifacts, tags)
         yield Records(client, uri, number, params, root)
+
+
+def _knock(uri: str) -> None:
+    """Connect to a database's host once: MLflow itself tries for 100 seconds, at every stage.
+
+    Raises:
+        OSError: nobody is there.
+    """
+    place = urlsplit(uri)
+    port = DATABASE_PORTS.get(place.scheme.partition("+")[0])
+    if port and place.hostname:
+        socket.create_connection((place.hostname, place.port or port), timeout=10).close()
 
 
 def _note(params: Params, key: str, wanted: projection.RoundRecord) -> str:

@@ -92,7 +92,9 @@ def test_a_wheel_carries_the_presets_and_the_pipeline(tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns(".git", ".venv", "data", "rounds", "build", ".srpo", "assets", "*.egg-info")
     shutil.copytree(REPO, source, symlinks=True, ignore=ignored)
     # through the source archive, so that both are seen to carry the files
-    subprocess.run(["uv", "build", "--quiet", "-o", str(tmp_path / "dist"), str(source)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "uv", "build", "--quiet", "-o", str(tmp_path / "dist"), str(source)], check=True
+    )
     with zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))) as wheel:
         wheel.extractall(tmp_path / "installed")
     # isolated from the clone: only the wheel's own files are found

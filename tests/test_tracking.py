@@ -158,8 +158,11 @@ def test_a_round_made_anew_replaces_what_was_told(project: Path) -> None:
     assert {run["parent"] for name, run in new.items() if name != "tiny"} == {"tiny"}
 
 
-def test_an_unreachable_server_is_one_warning_and_no_password(project: Path, caplog: pytest.LogCaptureFixture) -> None:
-    params = params_of(project, "http://someone:hunter2@127.0.0.1:9")
+@pytest.mark.parametrize("scheme", ["http", "postgresql+psycopg2", "mysql+pymysql"])
+def test_an_unreachable_server_is_one_warning_and_no_password(
+    project: Path, caplog: pytest.LogCaptureFixture, scheme: str
+) -> None:
+    params = params_of(project, f"{scheme}://someone:hunter2@127.0.0.1:9/mlflow")
     start = time.monotonic()
     with tracking.live(params, project, "001") as curve:
         curve.log({"loss": 1.0}, 1)
