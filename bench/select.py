@@ -25,7 +25,7 @@ from rich.table import Table
 from ruamel.yaml import YAML
 
 from bench import synthetic
-from bench.measured import measured
+from bench.measured import PROJECT, measured
 from srpo import datasets
 from srpo.params import PARAMS_FILE
 from srpo.rounds import RoundFiles
@@ -33,7 +33,6 @@ from srpo.sections import SelectParams
 from srpo.select import choose_winners
 
 KEY = "001"
-PROJECT = Path(__file__).parent.parent
 WEIGHTS = {"first": 1.0, "second": 0.5}
 
 

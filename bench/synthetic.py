@@ -67,7 +67,7 @@ def _candidates(key: str, prompts: range, per_prompt: int, cells: Sequence[bytes
 def _scores(key: str, prompts: range, per_prompt: int, names: Sequence[str]) -> pa.Table:
     rows = _identity(key, prompts, per_prompt)
     rng = np.random.default_rng(prompts.start + 1)
-    fields = {"candidate_id": pa.string(), "prompt_id": pa.string(), "index": pa.int32()}
+    fields = dict(datasets.IDENTITY_FIELDS)
     columns = [rows[name].to_arrow().cast(kind) for name, kind in fields.items()]
     for name in names:
         fields[name] = pa.float32()

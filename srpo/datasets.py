@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ LATENTS = pa.list_(pa.float16())
 # a row group is what is read at once: some twenty pictures of 1024 x 1024, thousands of small ones
 ROW_GROUP_BYTES, ROW_GROUP = 32 << 20, range(16, 1 << 16)
 
+IDENTITY_FIELDS = {"candidate_id": pa.string(), "prompt_id": pa.string(), "index": pa.int32()}
 CANDIDATE_FIELDS = {
     "candidate_id": pa.string(),
     "prompt_id": pa.string(),
@@ -201,12 +202,13 @@ class Places:
         """
         ends = np.searchsorted(places, self.starts[1:])
         begin = 0
-        for group in np.flatnonzero(np.diff(ends, prepend=0)):
-            shard, number = self.groups[group]
+        wanted = np.flatnonzero(np.diff(ends, prepend=0))
+        for shard, groups in groupby(wanted, lambda group: self.groups[group][0]):
             with _opened(shard, columns) as file:
-                table = file.read_row_group(number, columns=columns)
-                yield table.take(places[begin : ends[group]] - self.starts[group])
-            begin = ends[group]
+                for group in groups:
+                    table = file.read_row_group(self.groups[group][1], columns=columns)
+                    yield table.take(places[begin : ends[group]] - self.starts[group])
+                    begin = ends[group]
 
 
 def scan(path: Path, columns: Sequence[str]) -> pl.LazyFrame:
@@ -239,6 +241,19 @@ def _row_groups(shard: Path, columns: Sequence[str] | None) -> Iterator[pa.Table
     with _opened(shard, columns) as file:
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns=columns)
+
+
+def find_candidates(path: Path, ids: pl.Series) -> pl.DataFrame:
+    """Where the candidates of these ids are: `candidate_id` and `place`, as `Places` counts, in that order.
+
+    An id that is not there has no row, one that is there twice has two.
+
+    Raises:
+        UserError: a file is damaged, lacks a column, or there is none.
+    """
+    wanted = ids.unique().alias("candidate_id").to_frame().lazy()
+    numbered = scan(path, ["candidate_id"]).with_row_index("place")
+    return numbered.join(wanted, on="candidate_id", how="semi").collect(engine="streaming").sort("place")
 
 
 @contextmanager

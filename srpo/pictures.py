@@ -144,9 +144,8 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 def _pictures(path: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
     # a dataset of 1024 px candidates is far larger than memory: only the row groups of those asked for are read
-    numbered = datasets.scan(path, ["candidate_id"]).with_row_index("place")
-    places = numbered.filter(pl.col("candidate_id").is_in(list(ids))).collect(engine="streaming")["place"]
-    found = datasets.Places(path).take(places.to_numpy(), ["candidate_id", "image"])
+    places = datasets.find_candidates(path, pl.Series(ids, dtype=pl.String))["place"].to_numpy()
+    found = datasets.Places(path).take(places, ["candidate_id", "image"])
     rows = [row for table in found for row in table.to_pylist()]
     pictures = {row["candidate_id"]: datasets.decode_image(row["image"]) for row in rows}
     if missing := set(ids) - pictures.keys():

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from srpo import datasets
+from srpo.datasets import IDENTITY_FIELDS
 from srpo.device import pick_device, pick_reward_dtype
 from srpo.lineage import check_pinned
 from srpo.params import Params
@@ -28,7 +29,6 @@ log = logging.getLogger("srpo")
 
 # Scores may depend on the batch in the last bit, so its size is fixed here rather than set by hardware.
 BATCH = 64
-IDENTITY = {"candidate_id": pa.string(), "prompt_id": pa.string(), "index": pa.int32()}
 
 
 def score(params: Params, root: Path, key: str) -> None:
@@ -44,16 +44,16 @@ def score(params: Params, root: Path, key: str) -> None:
     files = RoundFiles(root, key)
     rewards = load_pinned_rewards(params, root)
     broken = datasets.broken_latents(files.candidates)
-    fields = IDENTITY | dict.fromkeys(rewards, pa.float32()) | {"rejected": pa.bool_()}
+    fields = IDENTITY_FIELDS | dict.fromkeys(rewards, pa.float32()) | {"rejected": pa.bool_()}
     schema, counts = datasets.schema(fields), Counter()
 
     def tables() -> Iterator[pa.Table]:
         with tqdm(unit="img", desc=f"score {key}", mininterval=2) as progress:
-            rows = datasets.read_rows(files.candidates, [*IDENTITY, "prompt", "image"])
+            rows = datasets.read_rows(files.candidates, [*IDENTITY_FIELDS, "prompt", "image"])
             for part in batched(_scored(rows, rewards, broken, progress.update), datasets.ROW_GROUP.stop):
                 table = pa.Table.from_pylist(part, schema=schema)
                 counts["all"] += table.num_rows
-                counts["early"] += table.column(len(IDENTITY)).null_count
+                counts["early"] += table.column(len(IDENTITY_FIELDS)).null_count
                 counts["rejected"] += pc.sum(table["rejected"]).as_py()
                 yield table
 
@@ -95,7 +95,7 @@ def _score_rows(
             values = {name: scores[name][i].item() for name in rewards}
             found[row["candidate_id"]] = values | {"rejected": flat[i] or row["candidate_id"] in broken}
     given_up = dict.fromkeys(rewards) | {"rejected": True}
-    return [{name: row[name] for name in IDENTITY} | found.get(row["candidate_id"], given_up) for row in rows]
+    return [{name: row[name] for name in IDENTITY_FIELDS} | found.get(row["candidate_id"], given_up) for row in rows]
 
 
 def load_rewards(params: Params, root: Path) -> dict[str, Reward]:

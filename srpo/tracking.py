@@ -267,7 +267,7 @@ def opened(params: Params, root: Path) -> Iterator[Records]:
     uri, artifacts = params.tracking.uri, None
     if match := re.fullmatch(r"sqlite:///(?!/)(.*)", uri):
         uri = f"sqlite:///{root.resolve() / match[1]}"
-    if re.match(r"(sqlite|postgresql|mysql|mssql)\b", uri):  # no server to decide: else it would be the current folder
+    if _database(uri) in ("sqlite", *DATABASE_PORTS):  # no server to decide: else it would be the current folder
         artifacts = (root / "mlartifacts").resolve().as_uri()
     _knock(uri)
     with _lock(root, "mlflow", timeout=LOCK_SECONDS):
@@ -288,10 +288,14 @@ def _knock(uri: str) -> None:
     Raises:
         OSError: nobody is there.
     """
-    place = urlsplit(uri)
-    port = DATABASE_PORTS.get(place.scheme.partition("+")[0])
+    place, port = urlsplit(uri), DATABASE_PORTS.get(_database(uri))
     if port and place.hostname:
         socket.create_connection((place.hostname, place.port or port), timeout=10).close()
+
+
+def _database(uri: str) -> str:
+    """What is before the driver's name: postgresql of postgresql+psycopg2://..."""
+    return urlsplit(uri).scheme.partition("+")[0]
 
 
 def _note(params: Params, key: str, wanted: projection.RoundRecord) -> str:

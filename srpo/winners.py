@@ -39,10 +39,9 @@ MADE |= {"loser_id": pa.string(), "loser_latents": datasets.LATENTS}
 
 def _placed(winners: pl.DataFrame, candidates: Path) -> pl.DataFrame:
     """`winners` in the candidates' order, with `_place` and `_loser_place` (null for a winner's own)."""
-    wanted = pl.concat([winners["candidate_id"], winners["loser_id"].alias("candidate_id")]).unique().to_frame().lazy()
-    ids = datasets.scan(candidates, ["candidate_id"]).with_row_index("_place")
-    places = ids.join(wanted, on="candidate_id", how="semi").collect(engine="streaming")
-    if places.height != wanted.collect().height or places["candidate_id"].n_unique() != places.height:
+    wanted = pl.concat([winners["candidate_id"], winners["loser_id"].alias("candidate_id")])
+    places = datasets.find_candidates(candidates, wanted).rename({"place": "_place"})
+    if places.height != wanted.n_unique() or places["candidate_id"].n_unique() != places.height:
         raise KeyError(candidates)
     losers = places.select(loser_id="candidate_id", _loser_place="_place")
     own = pl.when(pl.col("_loser_place") != pl.col("_place")).then("_loser_place").alias("_loser_place")

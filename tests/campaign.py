@@ -165,8 +165,7 @@ def _write_candidates(params: Params, root: Path, key: str, size: int) -> None:
     for number, start in enumerate(range(0, len(rows), 2 * CANDIDATES)):
         shard = files.candidates / f"shard-{number:05d}.parquet"
         datasets.write_table(shard, rows[start : start + 2 * CANDIDATES], datasets.CANDIDATE_FIELDS)
-    fields = {"candidate_id": pa.string(), "prompt_id": pa.string(), "index": pa.int32()}
-    fields |= dict.fromkeys(params.rewards, pa.float32()) | {"rejected": pa.bool_()}
+    fields = datasets.IDENTITY_FIELDS | dict.fromkeys(params.rewards, pa.float32()) | {"rejected": pa.bool_()}
     datasets.write_table(files.scores, scores, fields)
 
 

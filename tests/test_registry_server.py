@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +13,7 @@ from srpo.base import write_json
 from srpo.params import load_params
 from srpo.registry import Decision, promote
 from tests.campaign import build_campaign
+from tests.servers import free_port, mlflow_server
 from tests.test_registry import dvc, keep_in_dvc
 
 pytestmark = pytest.mark.slow
@@ -27,29 +21,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    store = ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", f"{tmp_path}/kept"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1", *store],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    address, end = f"http://127.0.0.1:{port}", time.monotonic() + 180
-    try:
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5)
-                break
-            except OSError:
-                assert time.monotonic() < end and process.poll() is None, "MLflow's server did not start"
-                time.sleep(0.5)
-        yield address
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
+    port = free_port()
+    with mlflow_server(tmp_path, port, f"sqlite:///{tmp_path}/server.db"):
+        yield f"http://127.0.0.1:{port}"
 
 
 def test_a_version_goes_through_a_server_and_back(server: str, tmp_path: Path, monkeypatch, capsys) -> None:

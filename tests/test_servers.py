@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,51 +20,11 @@ from srpo import tracking
 from srpo.params import Params
 from srpo.rounds import RoundFiles
 from tests.campaign import build_campaign
+from tests.servers import free_port, kill, mlflow_server, prefect_server
 from tests.test_tracking import params_of, story_of
 
 REPO = Path(__file__).parent.parent
 POSTGRES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
-START_SECONDS = 300
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextlib.contextmanager
-def serving(command: list[str], health: str, folder: Path, **environment: str) -> Iterator[subprocess.Popen]:
-    """A server as a process group, from its first healthy answer to its end."""
-    words = folder / f"{Path(command[2]).name}-{time.monotonic_ns()}.log"
-    with words.open("w") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=folder, env=os.environ | environment, start_new_session=True
-        )
-    try:
-        end = time.monotonic() + START_SECONDS
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(health, trust_env=False).is_success:
-                    break
-            assert process.poll() is None and time.monotonic() < end, words.read_text()[-2000:]
-            time.sleep(0.1)
-        yield process
-    finally:
-        kill(process)
-
-
-def kill(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, 9)
-    process.wait()
-
-
-def mlflow_server(folder: Path, port: int, store: str) -> contextlib.AbstractContextManager[subprocess.Popen]:
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", store, "--artifacts-destination", str(folder / "artifacts")]
-    # the part that runs jobs for language models is of no use here, and three more processes
-    return serving(command, f"http://127.0.0.1:{port}/health", folder, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
 
 
 def train_while_it_dies(params: Params, root: Path, server: subprocess.Popen, step: int) -> None:
@@ -166,27 +123,15 @@ assert rounds() == ["generate", "score"]
 @pytest.mark.slow
 def test_prefect_on_postgresql_keeps_its_runs(postgres: str, tmp_path: Path) -> None:
     port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "prefect",
-        "server",
-        "start",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--no-ui",
-    ]
     settings = {
         "PREFECT_HOME": str(tmp_path / "prefect"),
         "PREFECT_API_DATABASE_CONNECTION_URL": f"postgresql+asyncpg://{postgres}/prefect",
     }
     api = f"http://127.0.0.1:{port}/api"
-    with serving(command, f"{api}/ready", tmp_path, **settings):
+    with prefect_server(tmp_path, port, **settings):
         environment = os.environ | settings | {"PREFECT_API_URL": api}
         subprocess.run([sys.executable, "-c", FLOW], check=True, env=environment, cwd=tmp_path)
-    with serving(command, f"{api}/ready", tmp_path, **settings):  # what is asked for now is not in its memory
+    with prefect_server(tmp_path, port, **settings):  # what is asked for now is not in its memory
         found = httpx.post(f"{api}/flow_runs/filter", json={}, trust_env=False).json()
     assert [run["state_type"] for run in found] == ["COMPLETED"]
 

@@ -84,10 +84,9 @@ class Stage:
         self._set_processes()
         if random.random() < 0.7 or contents(self.root, self.name) != self.undisturbed:
             take_away(self.root, self.name)
-        process = start(self.root, *command_of(self.name))
+        process = self._start()
         if random.random() < 0.5:
-            at = time.monotonic() + random.random() * self.seconds
-            process.join(max(0.0, at - time.monotonic()))
+            process.join(random.random() * self.seconds)
         else:
             known, count = self._files(), random.randint(1, self.files)
             wait_for(lambda: len(self._files() - known) >= count, process)
@@ -158,13 +157,13 @@ def rampage(root: Path, names: Sequence[str], kills: int, seed: int, show: bool 
     """
     chance, hits = random.Random(seed), 0
     stages = {name: Stage(root, name) for name in names}
-    for name in itertools.cycle(names):
-        if hits == kills:
-            return {name: stage.outcome for name, stage in stages.items()}
-        hits += stages[name].kill(chance)
+    turns = itertools.cycle(stages.items())
+    while hits < kills:
+        name, stage = next(turns)
+        hits += stage.kill(chance)
         if show:
             print(f"\r{hits} of {kills}: {name:12}", end="", file=sys.stderr, flush=True)
-    raise ValueError("no stage to kill")
+    return {name: stage.outcome for name, stage in stages.items()}
 
 
 def main() -> None:

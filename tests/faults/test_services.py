@@ -17,7 +17,7 @@ from srpo.registry import Decision, model_name, promote, versions
 from srpo.report import report
 from tests.campaign import build_campaign
 from tests.proxy import Proxy
-from tests.test_servers import free_port, mlflow_server
+from tests.servers import free_port, mlflow_server
 from tests.test_tracking import story_of
 
 pytestmark = pytest.mark.slow

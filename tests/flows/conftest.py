@@ -17,6 +17,7 @@ from prefect.settings import PREFECT_API_URL
 
 from flows import server
 from srpo import warm
+from tests.servers import free_port
 
 REPO = Path(__file__).parents[2]
 
@@ -117,9 +118,7 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with (tmp_path / "s3.txt").open("w") as words:
         server = subprocess.Popen(command, stdout=words, stderr=subprocess.STDOUT)
