@@ -23,13 +23,13 @@ from cleanfid import fid
 from rich.console import Console
 from rich.table import Table
 
-from srpo import datasets
-from srpo.metrics.features import Extractor
-from srpo.metrics.frechet import Moments, frechet_distance, gaussian
-from srpo.metrics.inception import WEIGHTS_FILE, InceptionFeatures
-from srpo.metrics.kernel import kernel_distance
-from srpo.metrics.reference import load_reference
-from srpo.score import BATCH, batched, to_tensor
+from srpo.data import parquet
+from srpo.evaluation.features import Extractor
+from srpo.evaluation.frechet import Moments, frechet_distance, gaussian
+from srpo.evaluation.inception import WEIGHTS_FILE, InceptionFeatures
+from srpo.evaluation.kernel import kernel_distance
+from srpo.evaluation.reference import load_reference
+from srpo.stages.score import BATCH, batched, to_tensor
 
 SIZE = 256  # pixels of a picture's side
 
@@ -69,11 +69,11 @@ def from_files(count: int, folder: Path) -> list[tuple[str, tuple, tuple]]:
         rng = np.random.default_rng(seed)
         (folder / name).mkdir()
         small = rng.integers(0, 256, (count, SIZE // 16, SIZE // 16, 3), dtype=np.uint8)
-        cells = [datasets.encode_png(pixels.repeat(16, axis=0).repeat(16, axis=1)) for pixels in small]
+        cells = [parquet.encode_png(pixels.repeat(16, axis=0).repeat(16, axis=1)) for pixels in small]
         for i, cell in enumerate(cells):
             (folder / name / f"{i:05d}.png").write_bytes(cell["bytes"])
         rows = [{"image": cell} for cell in cells]
-        datasets.write_table(folder / f"{name}.parquet", rows, {"image": datasets.IMAGE})
+        parquet.write_table(folder / f"{name}.parquet", rows, {"image": parquet.IMAGE})
     theirs = timed(
         lambda: fid.compute_fid(
             str(folder / "new"), str(folder / "reference"), custom_feat_extractor=network.model, num_workers=0,
@@ -84,7 +84,7 @@ def from_files(count: int, folder: Path) -> list[tuple[str, tuple, tuple]]:
     def ours() -> float:
         reference = load_reference(folder / "reference.parquet", Extractor(network.features, "bench"), folder / "cache")
         moments = Moments()
-        cells = (row["image"] for row in datasets.read_rows(folder / "new.parquet", ["image"]))
+        cells = (row["image"] for row in parquet.read_rows(folder / "new.parquet", ["image"]))
         for batch in batched(cells, BATCH):
             moments.add(network.features(to_tensor(batch)).numpy())
         return frechet_distance(moments.gaussian(), reference.gaussian)

@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.prompts import cut_prompts
-from srpo.device import pick_device, pick_dtype
-from srpo.generate import generate
-from srpo.params import Params, load_params
-from srpo.pipeline import load_pipeline
-from srpo.prompts import load_prompts
+from srpo.config.loader import Params, load_params
+from srpo.data.prompts import load_prompts
+from srpo.models.pipeline import load_pipeline
 from srpo.rounds import BASE, RoundFiles
+from srpo.runtime.device import pick_device, pick_dtype
+from srpo.stages.generate import generate
 
 
 def by_hand(params: Params, root: Path) -> None:

@@ -23,9 +23,9 @@ from rich.table import Table
 
 from bench import synthetic
 from bench.measured import measured
-from srpo.params import PARAMS_FILE
+from srpo.config.loader import PARAMS_FILE
 from srpo.rounds import RoundFiles
-from tests.campaign import build_campaign
+from tests.support.campaign import build_campaign
 
 KEY, PER_PROMPT = "001", 8
 STAGES = ("score", "select", "report")

@@ -22,9 +22,9 @@ import polars as pl
 import typer
 
 from bench.methods_shown import plot, show
-from srpo.hashing import value_digest
-from srpo.params import Params, load_params
+from srpo.config.loader import Params, load_params
 from srpo.rounds import BASE, RoundFiles
+from srpo.storage.hashing import value_digest
 
 # what an arm changes of params.yaml: sections for all rounds, or {"rounds": {number: sections}} for some
 BARE = {"replay": 0.0}
@@ -70,12 +70,12 @@ def run(project: Path, runs: Path, arm: str, seed: int, rounds: int, steps: int 
     """One campaign, base included; finished stages of an earlier call are kept."""
     import torch
 
-    from srpo.base import pin_base
-    from srpo.evaluate import evaluate
-    from srpo.generate import generate
-    from srpo.score import score
-    from srpo.select import select
-    from srpo.train import train
+    from srpo.stages.base import pin_base
+    from srpo.stages.evaluate import evaluate
+    from srpo.stages.generate import generate
+    from srpo.stages.score import score
+    from srpo.stages.select import select
+    from srpo.stages.train import train
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     shared, root = runs / BASE, runs / f"{arm}-{seed}"
@@ -133,10 +133,10 @@ def diversity_among_right(params: Params, root: Path, adapter: Path, images_per_
     """
     import torch
 
-    from srpo.hashing import derive_seed
-    from srpo.prompts import load_prompts
+    from srpo.data.prompts import load_prompts
     from srpo.rewards.templates import TemplateReward
-    from srpo.sampler import Sampler, sample_images
+    from srpo.sampling.sampler import Sampler, sample_images
+    from srpo.storage.hashing import derive_seed
 
     sampler, settings = Sampler(params, adapter), params.evaluate
     judge = TemplateReward(str(root / params.rewards["accuracy"].model), None, torch.device("cpu"))

@@ -24,9 +24,9 @@ from peft import LoraConfig
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from srpo import datasets
-from srpo.params import Params, load_params
-from srpo.prompts import Prompt, load_prompts
+from srpo.config.loader import Params, load_params
+from srpo.data import parquet
+from srpo.data.prompts import Prompt, load_prompts
 
 Scorer = tuple[CLIPModel, CLIPProcessor]
 
@@ -141,15 +141,15 @@ def main() -> None:
         if spec.kind == "clip"
     }
     templates = [
-        (row["prompt"], np.asarray(datasets.decode_image(row["image"]), np.float32))
-        for row in datasets.read_rows(Path(params.rewards["accuracy"].model))
+        (row["prompt"], np.asarray(parquet.decode_image(row["image"]), np.float32))
+        for row in parquet.read_rows(Path(params.rewards["accuracy"].model))
     ]
     prompts, held_out = load_prompts(Path(params.prompts.train)), load_prompts(Path(params.prompts.eval))
     finished("load")
     reference = np.stack(
         [
-            clip(scorers["judge"], datasets.decode_image(row["image"]))[1]
-            for row in datasets.read_rows(Path(params.evaluate.reference), ["image"])
+            clip(scorers["judge"], parquet.decode_image(row["image"]))[1]
+            for row in parquet.read_rows(Path(params.evaluate.reference), ["image"])
         ]
     )
     moments = [reference.mean(0), np.cov(reference, rowvar=False)]

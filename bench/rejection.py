@@ -17,10 +17,10 @@ import polars as pl
 from rich.console import Console
 from rich.table import Table
 
-from srpo import datasets
-from srpo.params import load_params
-from srpo.rejection import survivors
+from srpo.config.loader import load_params
+from srpo.data import parquet
 from srpo.rounds import RoundFiles
+from srpo.selection.audit import survivors
 
 SHARES = (0.125, 0.25, 0.375, 0.5)
 
@@ -77,7 +77,7 @@ def main() -> None:
     params, files = load_params(), RoundFiles(Path.cwd(), arguments.round)
     generate = params.for_round(arguments.round).generate
     rules, total = generate.early_rejection, generate.num_inference_steps
-    found = pl.scan_parquet(datasets.shards(files.candidates)).select(
+    found = pl.scan_parquet(parquet.shards(files.candidates)).select(
         "candidate_id", "prompt_id", "index", "preview_scores"
     )
     scores = pl.read_parquet(files.scores).select("candidate_id", rules.reward)

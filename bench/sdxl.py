@@ -27,12 +27,12 @@ from rich.table import Table
 from ruamel.yaml import YAML
 
 from bench.random_sdxl import SDXL, TINY, Configuration, save_pipeline, unet_flops
-from srpo import datasets
-from srpo.device import pick_device, pick_dtype
-from srpo.params import PARAMS_FILE, Params, load_params
+from srpo.config.loader import PARAMS_FILE, Params, load_params
+from srpo.data import parquet
 from srpo.rounds import BASE, RoundFiles
-from srpo.sampler import Sampler, sample_images
-from srpo.train import train
+from srpo.runtime.device import pick_device, pick_dtype
+from srpo.sampling.sampler import Sampler, sample_images
+from srpo.stages.train import train
 
 KEY = "001"
 PROJECT = Path(__file__).parent.parent
@@ -47,14 +47,14 @@ def write_project(root: Path, configuration: Configuration, device: torch.device
     lineage.parent.mkdir(parents=True)
     lineage.write_text(json.dumps({"base": {"source": "random weights"}}))
     side, rng = configuration.size // 8, np.random.default_rng(0)
-    latents = {"latents": datasets.LATENTS, "loser_latents": datasets.LATENTS, "latents_shape": pa.list_(pa.int32())}
+    latents = {"latents": parquet.LATENTS, "loser_latents": parquet.LATENTS, "latents_shape": pa.list_(pa.int32())}
     fields = {"candidate_id": pa.string(), "prompt": pa.string(), "weight": pa.float32()} | latents
     rows = [
         {"candidate_id": str(i), "prompt": PROMPT, "weight": 1.0, "latents_shape": [4, side, side]}
         | {name: rng.normal(size=4 * side * side).astype(np.float16) for name in ("latents", "loser_latents")}
         for i in range(64)
     ]
-    datasets.write_table(RoundFiles(root, KEY).winners / "shard-00000.parquet", rows, fields)
+    parquet.write_table(RoundFiles(root, KEY).winners / "shard-00000.parquet", rows, fields)
 
 
 def read_params(root: Path, size: int, **changes: dict) -> Params:

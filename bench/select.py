@@ -26,11 +26,11 @@ from ruamel.yaml import YAML
 
 from bench import synthetic
 from bench.measured import PROJECT, measured
-from srpo import datasets
-from srpo.params import PARAMS_FILE
+from srpo.config.loader import PARAMS_FILE
+from srpo.config.schema import SelectParams
+from srpo.data import parquet
 from srpo.rounds import RoundFiles
-from srpo.sections import SelectParams
-from srpo.select import choose_winners
+from srpo.stages.select import choose_winners
 
 KEY = "001"
 WEIGHTS = {"first": 1.0, "second": 0.5}
@@ -53,7 +53,7 @@ def make_project(root: Path, candidates: int, per_prompt: int) -> int:
 def by_srpo(root: Path) -> pl.Series:
     """The choice alone: the winners' candidate_id in prompt order."""
     names = ["candidate_id", "prompt_id", "index", *WEIGHTS, "rejected"]
-    scores = datasets.scan(RoundFiles(root, KEY).scores, names).filter(~pl.col("rejected"))
+    scores = parquet.scan(RoundFiles(root, KEY).scores, names).filter(~pl.col("rejected"))
     return choose_winners(scores, WEIGHTS, SelectParams())["candidate_id"]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from srpo import datasets
+from srpo.data import parquet
 from srpo.rounds import RoundFiles
 
 PROMPTS_PER_SHARD = 1 << 15
@@ -16,16 +16,16 @@ PROMPTS_PER_SHARD = 1 << 15
 
 def write_candidates(files: RoundFiles, prompts: int, per_prompt: int, pictures: Sequence[np.ndarray]) -> None:
     """Write a round's candidates, a shard at a time: latents of 16 numbers, and these pictures in turn."""
-    cells = [datasets.encode_png(picture)["bytes"] for picture in pictures]
+    cells = [parquet.encode_png(picture)["bytes"] for picture in pictures]
     parts = _parts(prompts)
     for number, part in enumerate(parts):
         name = f"shard-{number:05d}-of-{len(parts):05d}.parquet"
-        datasets.write_arrow(files.candidates / name, [_candidates(files.key, part, per_prompt, cells)])
+        parquet.write_arrow(files.candidates / name, [_candidates(files.key, part, per_prompt, cells)])
 
 
 def write_scores(files: RoundFiles, prompts: int, per_prompt: int, names: Sequence[str]) -> None:
     """Write scores.parquet: normal numbers for every reward; one candidate in a thousand is rejected."""
-    datasets.write_arrow(files.scores, (_scores(files.key, part, per_prompt, names) for part in _parts(prompts)))
+    parquet.write_arrow(files.scores, (_scores(files.key, part, per_prompt, names) for part in _parts(prompts)))
 
 
 def _parts(prompts: int) -> list[range]:
@@ -51,14 +51,14 @@ def _candidates(key: str, prompts: range, per_prompt: int, cells: Sequence[bytes
     columns["seed"] = pa.array(rng.integers(0, 1 << 62, count))
     columns["image"] = pa.StructArray.from_arrays(
         [pa.array([cells[i % len(cells)] for i in range(count)]), pa.nulls(count, pa.string())],
-        fields=list(datasets.IMAGE),
+        fields=list(parquet.IMAGE),
     )
     values = pa.array(rng.normal(size=16 * count).astype(np.float16))
     columns["latents"] = pa.ListArray.from_arrays(pa.array(np.arange(0, 16 * count + 1, 16, dtype=np.int32)), values)
     shape = pa.array(np.tile(np.array([4, 2, 2], np.int32), count))
     columns["latents_shape"] = pa.ListArray.from_arrays(pa.array(np.arange(0, 3 * count + 1, 3, dtype=np.int32)), shape)
     columns |= {"steps": pa.repeat(30, count), "guidance": pa.repeat(5.0, count)}
-    schema = datasets.schema(datasets.CANDIDATE_FIELDS)
+    schema = parquet.schema(parquet.CANDIDATE_FIELDS)
     # a column unknown here is null
     arrays = [columns.get(field.name, pa.nulls(count, field.type)).cast(field.type) for field in schema]
     return pa.Table.from_arrays(arrays, schema=schema)
@@ -67,10 +67,10 @@ def _candidates(key: str, prompts: range, per_prompt: int, cells: Sequence[bytes
 def _scores(key: str, prompts: range, per_prompt: int, names: Sequence[str]) -> pa.Table:
     rows = _identity(key, prompts, per_prompt)
     rng = np.random.default_rng(prompts.start + 1)
-    fields = dict(datasets.IDENTITY_FIELDS)
+    fields = dict(parquet.IDENTITY_FIELDS)
     columns = [rows[name].to_arrow().cast(kind) for name, kind in fields.items()]
     for name in names:
         fields[name] = pa.float32()
         columns.append(pa.array(rng.normal(20, 1, rows.height).astype(np.float32)))
     columns.append(pa.array(rng.random(rows.height) < 0.001))
-    return pa.Table.from_arrays(columns, schema=datasets.schema(fields | {"rejected": pa.bool_()}))
+    return pa.Table.from_arrays(columns, schema=parquet.schema(fields | {"rejected": pa.bool_()}))

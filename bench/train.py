@@ -33,15 +33,15 @@ from rich.table import Table
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from bench.prompts import cut_prompts
-from srpo import datasets
-from srpo.base import pin_base
-from srpo.device import pick_device, pick_dtype
-from srpo.generate import generate
-from srpo.params import Params, load_params
-from srpo.prompts import load_prompts
+from srpo.config.loader import Params, load_params
+from srpo.data import parquet
+from srpo.data.prompts import load_prompts
 from srpo.rounds import RoundFiles
-from srpo.sampler import load_pipeline
-from srpo.train import train
+from srpo.runtime.device import pick_device, pick_dtype
+from srpo.sampling.sampler import load_pipeline
+from srpo.stages.base import pin_base
+from srpo.stages.generate import generate
+from srpo.stages.train import train
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -119,9 +119,9 @@ def write_winners(params: Params, root: Path) -> None:
     key = next(iter(params.rounds))
     files, pictures = RoundFiles(root, key), root / "pictures"
     generate(params, root, key)
-    rows = [row | {"weight": 1.0} for row in datasets.read_rows(files.candidates) if row["index"] == 0]
-    fields = datasets.CANDIDATE_FIELDS | {"weight": pa.float32()}
-    datasets.write_table(files.winners / "shard-00000.parquet", rows, fields)
+    rows = [row | {"weight": 1.0} for row in parquet.read_rows(files.candidates) if row["index"] == 0]
+    fields = parquet.CANDIDATE_FIELDS | {"weight": pa.float32()}
+    parquet.write_table(files.winners / "shard-00000.parquet", rows, fields)
     pictures.mkdir()
     for row in rows:
         (pictures / f"{row['prompt_id']}.png").write_bytes(row["image"]["bytes"])

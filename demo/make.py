@@ -13,7 +13,7 @@ import pyarrow as pa
 import typer
 
 from demo.scenes import Scene, all_scenes, miscaptioned, render
-from srpo import datasets
+from srpo.data import parquet
 
 log = logging.getLogger("demo")
 WRONG = 0.15  # per part of a caption: about four captions in ten name something that is not there
@@ -64,8 +64,8 @@ def write_prompts(path: Path, scenes: list[Scene], prefix: str) -> None:
 
 def write_pictures(path: Path, pictures: list[tuple[Scene, np.ndarray]]) -> None:
     """A parquet file with columns image and prompt."""
-    rows = [{"image": datasets.encode_png(pixels), "prompt": scene.caption} for scene, pixels in pictures]
-    datasets.write_table(path, rows, {"image": datasets.IMAGE, "prompt": pa.string()})
+    rows = [{"image": parquet.encode_png(pixels), "prompt": scene.caption} for scene, pixels in pictures]
+    parquet.write_table(path, rows, {"image": parquet.IMAGE, "prompt": pa.string()})
 
 
 def _train_models(
@@ -102,7 +102,7 @@ def _show(out: Path):
     import torch
     from PIL import Image
 
-    from srpo.prompts import load_prompts
+    from srpo.data.prompts import load_prompts
     from srpo.rewards.templates import TemplateReward
 
     judge = TemplateReward(str(out / "templates.parquet"), None, torch.device("cpu"))

@@ -21,12 +21,13 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed, State
 from pydantic import Field
 
-from flows import server
-from flows.failures import show_in_one_line
-from srpo import registry, summary
+from flows import prefect_server
+from flows.errors import show_in_one_line
+from srpo.config.loader import load_params
 from srpo.errors import UserError
-from srpo.lineage import read_gate, read_metrics
-from srpo.params import load_params
+from srpo.lineage.record import read_gate, read_metrics
+from srpo.release import registry
+from srpo.reporting import table
 
 POLL_SECONDS = 10
 
@@ -89,12 +90,12 @@ def _told(key: str, adapter: str, override: str | None) -> str:
     """What the human should know, as Markdown."""
     params, gate = load_params(), read_gate(Path.cwd(), key)
     rules = [
-        f"| {name} | {summary.show(rule['value'])} | {rule['sense']} {summary.show(rule['limit'])} "
+        f"| {name} | {table.show(rule['value'])} | {rule['sense']} {table.show(rule['limit'])} "
         f"| {'passed' if rule['passed'] else '**failed**'} |"
         for name, rule in gate["rules"].items()
     ]
-    places = [f"- {name}: `{value}`" for name, value in summary.addresses(params, key).items()]
-    lines = [f"Make round **{key}** the champion? The gate says: **{summary.verdict(read_metrics(Path.cwd(), key))}**."]
+    places = [f"- {name}: `{value}`" for name, value in table.addresses(params, key).items()]
+    lines = [f"Make round **{key}** the champion? The gate says: **{table.verdict(read_metrics(Path.cwd(), key))}**."]
     lines += (
         [f"It would be promoted in spite of the gate: {override}"] if override and gate["verdict"] != "pass" else []
     )
@@ -116,12 +117,12 @@ def main(
                 "no Prefect server is configured, so nobody could approve; `prefect server start` and"
                 " `prefect config set PREFECT_API_URL=http://127.0.0.1:4200/api`, or pass --auto"
             )
-        with server.provided():
+        with prefect_server.provided():
             srpo_promote(round=round, auto=auto, override=override, wait_hours=wait_hours)
     except (UserError, FailedRun, FlowPauseTimeout) as error:
         print(f"srpo: error: {error if isinstance(error, UserError) else _late(round, wait_hours)}", file=sys.stderr)
         raise SystemExit(2) from None
-    except server.NoServer as error:
+    except prefect_server.NoServer as error:
         print(f"srpo: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

@@ -23,14 +23,15 @@ from prefect.exceptions import TerminationSignal
 from prefect.states import Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import gpu, process, progress, server
-from flows.failures import BadInput, StageDied, show_in_one_line
+from flows import concurrency, git_sync, prefect_server, process, progress
+from flows.errors import BadInput, StageDied, show_in_one_line
 from flows.process import run_group
 from flows.stages import BASE_STAGES, ROUND_STAGES, dvc, last_words, reproduce
-from srpo import exchange, summary, warm
 from srpo import rounds as tree
+from srpo.config.loader import Params, load_params
 from srpo.errors import UserError
-from srpo.params import Params, load_params
+from srpo.reporting import table
+from srpo.runtime import fork_server
 
 PROJECTIONS = {
     "track": "MLflow is behind; `srpo track` brings it up to date when it can be reached",
@@ -61,15 +62,15 @@ def srpo_rounds(
     try:
         params = _prepare(push)
         graph = plan(params, rounds, stages)
-        gpu.ensure_limit()
+        concurrency.ensure_limit()
         progress.current.set(progress.Progress(list(graph)))
         named = rounds or needed(params, rounds)
         forced = {stage for stage in graph if force and stage.partition("@")[2] in named}
-        with warm.started(), server.watched(), _ended_together():
+        with fork_server.started(), prefect_server.watched(), _ended_together():
             problems = _walk(params, graph, forced, push)
             _project()
-        if push and exchange.upstream():
-            exchange.take_over()
+        if push and git_sync.upstream():
+            git_sync.take_over()
     except UserError as error:
         problems = [error]
     # returned, not raised: the user needs the line, not a traceback
@@ -127,9 +128,9 @@ def needed(params: Params, rounds: list[str] | None) -> list[str]:
 
 
 def _prepare(push: bool) -> Params:
-    if push and exchange.upstream():
-        exchange.take_over()
-        if files := exchange.sources():
+    if push and git_sync.upstream():
+        git_sync.take_over()
+        if files := git_sync.sources():
             code, lines = dvc("pull", *files)
             if code != 0:
                 raise UserError(f"{files[0]}: `dvc pull` failed: {last_words(lines, code)}")
@@ -176,12 +177,12 @@ def _first(problems: Iterable[Exception]) -> Exception:
 
 
 def _show_table(key: str) -> None:
-    create_table_artifact(summary.campaign_table("."), key="srpo-metrics", description=f"All rounds up to {key}")
+    create_table_artifact(table.campaign_table("."), key="srpo-metrics", description=f"All rounds up to {key}")
 
 
 def _show_addresses(params: Params, key: str) -> None:
     create_markdown_artifact(
-        "".join(f"- {name}: `{value}`\n" for name, value in summary.addresses(params, key).items()),
+        "".join(f"- {name}: `{value}`\n" for name, value in table.addresses(params, key).items()),
         key=f"srpo-round-{key.lower().replace('_', '-')}",
         description=f"Where to look at round {key}",
     )
@@ -201,12 +202,12 @@ def main(
         if not push:  # else the rounds may come with the upstream branch
             plan(load_params(), round_, stage)  # before the seconds that Prefect takes to start
         # the warm server's imports overlap with Prefect's start
-        with warm.started(), server.provided():
+        with fork_server.started(), prefect_server.provided():
             srpo_rounds(rounds=round_, stages=stage, push=push, force=force)
     except (UserError, BadInput) as error:
         print(f"srpo: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (StageDied, server.NoServer) as error:
+    except (StageDied, prefect_server.NoServer) as error:
         print(f"srpo: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except (KeyboardInterrupt, TerminationSignal):

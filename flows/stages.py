@@ -12,10 +12,9 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
 
-from flows import gpu, progress
-from flows.failures import BadInput, StageDied
+from flows import concurrency, git_sync, progress
+from flows.errors import BadInput, StageDied
 from flows.process import run_group, stopping
-from srpo import exchange
 from srpo.errors import UserError
 
 ROUND_STAGES = ("generate", "score", "select", "train", "evaluate", "report")
@@ -70,11 +69,11 @@ def reproduce(stage: str, force: bool = False, push: bool = False) -> State[str]
 def _bring_up_to_date(stage: str, force: bool, push: bool, shown: progress.Progress) -> bool:
     if push and not force and _is_recorded(stage):
         return False
-    if push and (paths := exchange.inputs(stage)):
+    if push and (paths := git_sync.inputs(stage)):
         code, lines = dvc("pull", *paths)
         if code != 0:
             raise _pull_failure(stage, code, lines)
-    with gpu.slot(get_run_logger()) if stage.partition("@")[0] in GPU_STAGES else contextlib.nullcontext():
+    with concurrency.slot(get_run_logger()) if stage.partition("@")[0] in GPU_STAGES else contextlib.nullcontext():
         options = ["--force"] if force else []
         code, lines = dvc("repro", "--single-item", *options, stage, on_state=lambda state: shown.see(stage, state))
     if code != 0:
@@ -96,11 +95,11 @@ def _hand_out(stage: str) -> None:
     code, lines = dvc("push", stage)
     if code != 0:
         raise StageDied(f"push of {stage}: {last_words(lines, code)}")
-    if exchange.upstream() is None:
+    if git_sync.upstream() is None:
         get_run_logger().info("dvc.lock stays here: this folder follows no Git branch")
         return
     try:
-        if exchange.publish(stage):
+        if git_sync.publish(stage):
             get_run_logger().info("Published the entry of %s in dvc.lock", stage)
     except UserError as error:  # a network that is away may come back
         raise StageDied(str(error)) from None
@@ -108,7 +107,7 @@ def _hand_out(stage: str) -> None:
 
 def dvc(command: str, *arguments: str, on_state=lambda state: None, quiet: bool = False) -> tuple[int, list[str]]:
     """Run a `dvc` command that waits for its locks; its exit code and last lines. `quiet` logs them as debug."""
-    whole = [sys.executable, "-m", "srpo.warm", "dvc", "--wait-for-lock", command, *arguments]
+    whole = [sys.executable, "-m", "srpo.runtime.fork_server", "dvc", "--wait-for-lock", command, *arguments]
     log = get_run_logger()
     return run_group(whole, log.debug if quiet else log.info, on_state)
 
@@ -116,7 +115,7 @@ def dvc(command: str, *arguments: str, on_state=lambda state: None, quiet: bool 
 def _pull_failure(stage: str, code: int, lines: list[str]) -> BadInput | StageDied:
     text = "\n".join(lines)
     if "Checkout failed for following targets" in text or "No such file or directory" in text:
-        missing = exchange.inputs(stage)
+        missing = git_sync.inputs(stage)
         return BadInput(f"{stage}: its inputs ({', '.join(missing)}) are not all in the remote; run their stages first")
     return StageDied(f"pull for {stage}: {last_words(lines, code)}")
 

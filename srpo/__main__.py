@@ -2,14 +2,14 @@
 
 import sys
 
-from srpo import launch, warm
+from srpo.runtime import distributed, fork_server
 
 
 def main() -> None:
     """Console entry point. Imports nothing heavy until it is known that this process does the work."""
     argv = sys.argv[1:]
-    launch.become_worker()
-    code = None if launch.is_worker() else warm.hand_over(["srpo", *argv])
+    distributed.become_worker()
+    code = None if distributed.is_worker() else fork_server.hand_over(["srpo", *argv])
     if code is None:
         from srpo import cli
 

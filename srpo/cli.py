@@ -11,11 +11,12 @@ from typing import Annotated
 
 import typer
 
-from srpo import __version__, launch
+from srpo import __version__
+from srpo.config.loader import PARAMS_FILE, Params, load_params
 from srpo.errors import UserError, hindrance
-from srpo.lock import working_on
-from srpo.params import PARAMS_FILE, Params, load_params
 from srpo.rounds import BASE
+from srpo.runtime import distributed
+from srpo.runtime.round_lock import working_on
 
 app = typer.Typer(
     name="srpo",
@@ -31,7 +32,7 @@ RoundOrBase = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rou
 def run(argv: list[str]) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     # of several processes the first draws a bar; the others' lines take its place until it is drawn again
-    over_bar = launch.rank() > 0 and sys.stderr.isatty()
+    over_bar = distributed.rank() > 0 and sys.stderr.isatty()
     form = "\r\x1b[K%(message)s" if over_bar else "%(message)s"
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr, force=True)
     for chatty in ("alembic", "mlflow", "httpx", "transformers", "datasets"):
@@ -41,13 +42,13 @@ def run(argv: list[str]) -> int:
         code = app(args=argv, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except UserError as error:
-        if launch.is_worker():
-            launch.tell_parent(error)
+        if distributed.is_worker():
+            distributed.tell_parent(error)
         else:
             print(f"srpo: error: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        if not launch.is_worker():
+        if not distributed.is_worker():
             print("srpo: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
@@ -55,9 +56,9 @@ def run(argv: list[str]) -> int:
             print(f"srpo: error: {error.format_message()}", file=sys.stderr)
             return 2
         if told := hindrance(error):
-            if launch.is_worker():
-                launch.tell_parent(told)
-                return launch.BLOCKED
+            if distributed.is_worker():
+                distributed.tell_parent(told)
+                return distributed.BLOCKED
             print(f"srpo: error: {told}", file=sys.stderr)
             return 1
         raise
@@ -80,7 +81,7 @@ def _stage(name: str, key: str) -> Iterator[tuple[Params, Path]]:
 @app.command()
 def base() -> None:
     """Write down which base model and reward models these rounds stand on."""
-    from srpo.base import pin_base
+    from srpo.stages.base import pin_base
 
     with _stage("base", BASE) as (params, root):
         pin_base(params, root)
@@ -92,19 +93,19 @@ def generate(
     shards: Annotated[str | None, typer.Option(hidden=True, help="only these shards, which all workers share")] = None,
 ) -> None:
     """Make N candidate pictures for every train prompt."""
-    from srpo.generate import Shards
+    from srpo.stages.generate import Shards
 
     with _stage("generate", key) as (params, root):
         work = Shards(params, root, key)
-        if launch.is_parent(params.runtime) and work.unfinished():
-            launch.run(
+        if distributed.is_parent(params.runtime) and work.unfinished():
+            distributed.run(
                 lambda: ["generate", key, "--shards", ",".join(map(str, work.unfinished()))],
                 min(params.runtime.processes, len(work.unfinished())),
                 attempts=3,
             )
         else:
             work.make(None if shards is None else [int(number) for number in shards.split(",")])
-        if not launch.is_worker():
+        if not distributed.is_worker():
             work.publish()
 
 
@@ -112,7 +113,7 @@ def generate(
 def score(key: Round) -> None:
     """Score every candidate with every reward model."""
     with _stage("score", key) as (params, root):
-        from srpo.score import score
+        from srpo.stages.score import score
 
         score(params, root, key)
 
@@ -121,7 +122,7 @@ def score(key: Round) -> None:
 def select(key: Round) -> None:
     """Keep the best candidate of every prompt."""
     with _stage("select", key) as (params, root):
-        from srpo.select import select
+        from srpo.stages.select import select
 
         select(params, root, key)
 
@@ -130,16 +131,16 @@ def select(key: Round) -> None:
 def train(key: Round) -> None:
     """Fine-tune on the winners."""
     with _stage("train", key) as (params, root):
-        if launch.is_parent(params.runtime):
-            launch.run(lambda: ["train", key], params.runtime.processes)
+        if distributed.is_parent(params.runtime):
+            distributed.run(lambda: ["train", key], params.runtime.processes)
             return
-        from srpo import tracking
-        from srpo.datasets import shards
+        from srpo.data.parquet import shards
         from srpo.rounds import RoundFiles
-        from srpo.train import train
+        from srpo.stages.train import train
+        from srpo.tracking import sync
 
         shards(RoundFiles(root, key).winners)  # else MLflow would hear of a training that can't be
-        with tracking.live(params, root, key) as curve:
+        with sync.live(params, root, key) as curve:
             train(params, root, key, curve.log)
 
 
@@ -147,22 +148,22 @@ def train(key: Round) -> None:
 def evaluate(key: RoundOrBase) -> None:
     """Sample the eval prompts and measure."""
     with _stage("evaluate", key) as (params, root):
-        from srpo import tracking
-        from srpo.evaluate import evaluate
+        from srpo.stages.evaluate import evaluate
+        from srpo.tracking import sync
 
         evaluate(params, root, key)
-        tracking.project(params, root, key)
+        sync.project(params, root, key)
 
 
 @app.command()
 def report(key: Round) -> None:
     """Write the round's report page."""
     with _stage("report", key) as (params, root):
-        from srpo import tracking
-        from srpo.report import report
+        from srpo.stages.report import report
+        from srpo.tracking import sync
 
         report(params, root, key)
-        tracking.project(params, root, key)
+        sync.project(params, root, key)
 
 
 @app.command("score-images")
@@ -179,7 +180,7 @@ def score_images(
     out: Annotated[Path, typer.Option(help="parquet file to write: one row a picture")] = Path("image-scores.parquet"),
 ) -> None:
     """Score any folder of pictures with any rewards; needs no project."""
-    from srpo.score_images import score_folder
+    from srpo.tools.score_images import score_folder
 
     score_folder(folder, reward, prompts, prompt, out)
 
@@ -188,9 +189,9 @@ def score_images(
 def track() -> None:
     """Rebuild all of MLflow's records from rounds/ and dvc.lock."""
     params, root = _load()
-    from srpo import tracking
+    from srpo.tracking import sync
 
-    if not tracking.sync(params, root):
+    if not sync.sync(params, root):
         raise typer.Exit(1)
 
 
@@ -198,7 +199,7 @@ def track() -> None:
 def campaign() -> None:
     """Write rounds/index.html: all evaluated rounds on one page."""
     params, root = _load()
-    from srpo.campaign import write_campaign
+    from srpo.reporting.campaign_page import write_campaign
 
     print(write_campaign(params, root).relative_to(root))
 
@@ -209,7 +210,7 @@ def table() -> None:
     params, root = _load()
     from rich.console import Console
 
-    from srpo.summary import addresses, campaign_rows, render
+    from srpo.reporting.table import addresses, campaign_rows, render
 
     rows, console = campaign_rows(root, params), Console()
     if not rows:
@@ -225,7 +226,7 @@ def init(
     preset: Annotated[str, typer.Option(help="sdxl, or tiny (from a clone of the repository only)")] = "sdxl",
 ) -> None:
     """Start a project: params.yaml from a preset, the pipeline, Git and DVC. Overwrites nothing."""
-    from srpo.init import init_project, next_steps
+    from srpo.scaffold.init import init_project, next_steps
 
     print(f"wrote {', '.join(init_project(folder, preset))} under {folder.resolve()}")
     print(f"next: {next_steps(preset)}")
@@ -235,7 +236,7 @@ def init(
 def check() -> None:
     """Look for what would go wrong before hours are spent, and estimate hours, memory and disk."""
     params, root = _load()
-    from srpo.check import check_project
+    from srpo.preflight.checks import check_project
 
     findings = check_project(params, root)
     width = max(len(finding.what) for finding in findings)
@@ -264,15 +265,16 @@ def lineage(
     params, root = _load()
     from rich.console import Console
 
-    from srpo import chain, registry
+    from srpo.lineage import graph
+    from srpo.release import registry
 
     found = registry.chain_of(params, root, which)
     if check:
-        chain.verify(root, found)
+        graph.verify(root, found)
     if as_json:
         print(found.model_dump_json(indent=1))
     else:
-        Console(width=max(120, Console().width)).print(chain.render(found))
+        Console(width=max(120, Console().width)).print(graph.render(found))
 
 
 @app.command()
@@ -282,7 +284,7 @@ def restore(
 ) -> None:
     """Bring back exactly the adapter of a registered version from DVC."""
     params, root = _load()
-    from srpo.restore import restore
+    from srpo.release.restore import restore
 
     print(restore(params, root, version, to))
 
@@ -295,6 +297,6 @@ def export(
 ) -> None:
     """Write a round for others to use: weights, pictures, model card."""
     params, root = _load(key)
-    from srpo.export import export
+    from srpo.release.export import export
 
     print(f"{to}: {', '.join(export(params, root, key, to, merged))}")

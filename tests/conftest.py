@@ -21,7 +21,7 @@ os.environ.pop("PREFECT_API_URL", None)
 @pytest.fixture(scope="session")
 def shared_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random-weight project folder, made once; read only."""
-    from tests.world import build_world
+    from tests.support.world import build_world
 
     return build_world(tmp_path_factory.mktemp("world"))
 

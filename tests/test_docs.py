@@ -48,9 +48,3 @@ def test_commands_exist(page: Path) -> None:
 
 def test_the_readme_has_its_two_commands() -> None:
     assert [words[:2] for words in commands(REPO / "README.md")][:2] == [["make", "demo"], ["make", "test"]]
-
-
-def test_every_module_has_its_line_in_contributing() -> None:
-    text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    modules = {path.name for path in REPO.glob("srpo/*.py") if not path.name.startswith("__")}
-    assert not {name for name in modules if name not in text}

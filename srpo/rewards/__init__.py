@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from srpo.errors import UserError
-from srpo.rewards.base import FeatureReward, Pixels, Reward
+from srpo.rewards.protocol import FeatureReward, Pixels, Reward
 
 if TYPE_CHECKING:
     import torch
 
-    from srpo.sections import RewardParams
+    from srpo.config.schema import RewardParams
 
 log = logging.getLogger("srpo")
 ENTRY_POINTS = "srpo.rewards"
@@ -76,7 +76,7 @@ def load_reward(spec: RewardParams, root: Path, device: torch.device, dtype: tor
     """
     import torch
 
-    from srpo.device import load_quietly
+    from srpo.runtime.device import load_quietly
 
     module, attribute = find_family(spec.kind).path.split(":")
     if str(root) not in sys.path:

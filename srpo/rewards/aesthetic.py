@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import normalize
 
-from srpo.rewards.base import Pixels
-from srpo.rewards.hub import Source, beside, load_state, loading
-from srpo.rewards.mlp import load_head
-from srpo.rewards.tower import ClipTower
+from srpo.models.hub import Source, beside, load_state, loading
+from srpo.rewards.clip_encoder import ClipTower
+from srpo.rewards.heads import load_head
+from srpo.rewards.protocol import Pixels
 
 FILE = "sac+logos+ava1-l14-linearMSE.pth"
 TOWER = Source("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")

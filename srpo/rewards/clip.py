@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from srpo.rewards.base import Pixels
-from srpo.rewards.hub import Source
-from srpo.rewards.tower import ClipTower
+from srpo.models.hub import Source
+from srpo.rewards.clip_encoder import ClipTower
+from srpo.rewards.protocol import Pixels
 
 
 class ClipReward:

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from srpo.rewards.base import Pixels
-from srpo.rewards.hub import Source, beside, load_state, loading
+from srpo.models.hub import Source, beside, load_state, loading
+from srpo.rewards.clip_encoder import ClipTower
 from srpo.rewards.preprocess import Preprocess
-from srpo.rewards.tower import ClipTower
+from srpo.rewards.protocol import Pixels
 
 TOKENIZER = Source("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")
 # width of one attention head: it can't be read from a checkpoint's shapes, and is the same for all ViT-H-14

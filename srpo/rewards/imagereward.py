@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from srpo.rewards.base import Pixels
-from srpo.rewards.hub import Source, beside, load_state, loading
-from srpo.rewards.mlp import load_head
+from srpo.models.hub import Source, beside, load_state, loading
+from srpo.rewards.heads import load_head
 from srpo.rewards.preprocess import Preprocess
+from srpo.rewards.protocol import Pixels
 
 FILE = "ImageReward.pt"
 TOKENIZER = Source("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from srpo.rewards.base import Pixels
 from srpo.rewards.clip import ClipReward
+from srpo.rewards.protocol import Pixels
 
 
 class PickScore(ClipReward):

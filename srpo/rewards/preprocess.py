@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.nn.functional import interpolate, pad
 
-from srpo.rewards.base import Pixels
+from srpo.rewards.protocol import Pixels
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)

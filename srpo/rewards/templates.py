@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from srpo import datasets
+from srpo.data import parquet
 from srpo.errors import UserError
-from srpo.rewards.base import Pixels
+from srpo.rewards.protocol import Pixels
 
 
 class TemplateReward:
@@ -31,8 +31,8 @@ class TemplateReward:
         """
         if not Path(model).is_file():
             raise UserError(f"{model!r} is no parquet file of templates")
-        rows = list(datasets.read_rows(Path(model), ["image", "prompt"]))
-        pictures = torch.from_numpy(datasets.pixels(row["image"] for row in rows))
+        rows = list(parquet.read_rows(Path(model), ["image", "prompt"]))
+        pictures = torch.from_numpy(parquet.pixels(row["image"] for row in rows))
         self.templates = pictures.permute(0, 3, 1, 2).flatten(1).float().div(255).to(device)
         self.prompts = [row["prompt"] for row in rows]
         self.device = device

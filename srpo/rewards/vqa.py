@@ -8,8 +8,8 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from srpo.rewards.base import Pixels
-from srpo.rewards.hub import Source, loading
+from srpo.models.hub import Source, loading
+from srpo.rewards.protocol import Pixels
 
 QUESTION = 'Does this figure show "{prompt}"? Please answer yes or no.'
 ANSWER = "Yes"

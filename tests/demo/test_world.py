@@ -68,8 +68,8 @@ def test_the_exact_judge_reads_pictures_of_the_world(quick_world: Path) -> None:
 def test_the_models_are_in_the_formats_that_srpo_reads(quick_world: Path) -> None:
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
+    from srpo.config.schema import RewardParams
     from srpo.rewards import load_reward
-    from srpo.sections import RewardParams
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(quick_world / "base")
     assert isinstance(pipeline.vae, AutoencoderKL) and pipeline.vae_scale_factor == 8

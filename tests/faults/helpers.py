@@ -38,14 +38,14 @@ def run_command(root: Path, tool: str, argv: tuple[str, ...], log: Path | None) 
     """Be that command, in a process of its own. Does not return."""
     import torch
 
-    from srpo import warm
+    from srpo.runtime import fork_server
 
     os.chdir(root)
     torch.set_num_threads(1)
     with open(log or os.devnull, "w") as out:  # noqa: PTH123
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-    raise SystemExit(warm.run_here([tool, *argv]))
+    raise SystemExit(fork_server.run_here([tool, *argv]))
 
 
 def make_world(root: Path) -> None:
@@ -57,7 +57,7 @@ def make_world(root: Path) -> None:
 
 
 def _make_world(root: Path) -> None:
-    from tests.world import build_world
+    from tests.support.world import build_world
 
     build_world(root)
 

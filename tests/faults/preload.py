@@ -6,15 +6,15 @@ import mlflow
 import peft
 import transformers
 
-import srpo.base
 import srpo.cli
-import srpo.evaluate
-import srpo.generate
-import srpo.report
 import srpo.rewards.clip
 import srpo.rewards.templates
-import srpo.score
-import srpo.select
-import srpo.tracking
-import srpo.train
-import tests.world
+import srpo.stages.base
+import srpo.stages.evaluate
+import srpo.stages.generate
+import srpo.stages.report
+import srpo.stages.score
+import srpo.stages.select
+import srpo.stages.train
+import srpo.tracking.sync
+import tests.support.world

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from srpo import cli
-from tests.campaign import build_campaign
 from tests.faults.project import Change, content, listing, param, prompts, replaced
+from tests.support.campaign import build_campaign
 
 ROUND = {"parent": "base", "generate": {}, "select": {}, "train": {}}
 GOOD = '{"id": "ok", "prompt": "a red circle"}'
@@ -169,7 +169,7 @@ def test_bad_prompts(name: str, world: Path, capfd: pytest.CaptureFixture) -> No
 def test_every_script_and_emoji_is_a_prompt(world: Path) -> None:
     import json
 
-    from srpo.datasets import read_rows
+    from srpo.data.parquet import read_rows
 
     texts = ["مرحبا بالعالم", "שלום \u202bעולם", "👩‍👩‍👧 🎈", "a \u2028 b", "e\u0301 \t tab", "<script>"]
     prompts("\ufeff", *(json.dumps({"id": f"t{i}", "prompt": text}) for i, text in enumerate(texts)))(world)

@@ -13,8 +13,8 @@ from tests.faults.helpers import SERVER, command_of, contents, run_command, take
 
 SOURCES = Path(__file__).parents[2] / "srpo"
 WALL_CLOCK = re.compile(r"time\.(time|strftime|localtime|gmtime|ctime)\b|datetime|from time import|\btoday\(|\bnow\(\)")
-# launch: the stamp of a worker's error message; lock: since when a round is held; tracking: when a point was logged
-ALLOWED = {"launch.py", "lock.py", "tracking.py"}
+# distributed: the stamp of an error message; round_lock: since when a round is held; sync: when a point was logged
+ALLOWED = {"distributed.py", "round_lock.py", "sync.py"}
 
 
 def test_the_wall_clock_is_read_nowhere_that_makes_results() -> None:

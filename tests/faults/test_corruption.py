@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from srpo import datasets
+from srpo.data import parquet
 from srpo.errors import UserError
 from tests.faults.helpers import command_of, contents, run
 
@@ -138,25 +138,25 @@ def test_a_damaged_cache_is_made_anew(project: Path, case: Case, damage: str) ->
 def test_no_flipped_bit_of_a_dataset_goes_unseen(tmp_path: Path) -> None:
     """One bit of every byte of the footer, and of every third byte before it; where it passes nothing was changed."""
     path = tmp_path / "table.parquet"
-    fields = {"candidate_id": pa.string(), "image": datasets.IMAGE, "latents": datasets.LATENTS, "reward": pa.float32()}
+    fields = {"candidate_id": pa.string(), "image": parquet.IMAGE, "latents": parquet.LATENTS, "reward": pa.float32()}
     rng = np.random.default_rng(0)
     rows = [
         {
             "candidate_id": f"001-{number}",
-            "image": datasets.encode_png(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)),
+            "image": parquet.encode_png(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)),
             "latents": rng.normal(size=4).astype(np.float16),
             "reward": float(number),
         }
         for number in range(8)
     ]
-    datasets.write_table(path, rows, fields)
-    sound, data = list(datasets.read_rows(path)), path.read_bytes()
+    parquet.write_table(path, rows, fields)
+    sound, data = list(parquet.read_rows(path)), path.read_bytes()
     footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     passed = []
     for at in [*range(0, footer, 3), *range(footer, len(data))]:
         path.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
         try:
-            found = list(datasets.read_rows(path))
+            found = list(parquet.read_rows(path))
         except UserError:
             continue
         assert found == sound, f"byte {at} of {len(data)}"

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from srpo import cli
+from srpo.config.loader import load_params
+from srpo.data.prompts import PROMPT_ID, load_prompts
 from srpo.errors import UserError
-from srpo.params import load_params
-from srpo.prompts import PROMPT_ID, load_prompts
 from tests.faults.project import listing, write_params
 
 REPO = Path(__file__).parents[2]

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from srpo import tracking
+from srpo.tracking import sync
 from tests.faults.chaos import SHARED, rampage
 from tests.faults.helpers import OUTPUTS, run, start, take_away
-from tests.test_tracking import story
+from tests.tracking.test_sync import story
 
 CHEAP = ["base", "generate", "select", "train"]
 
@@ -38,7 +38,7 @@ def records(root: Path) -> dict:
     assert code == 0, said
     told = story(root)
     for run_told in told.values():
-        run_told["metrics"] = {k: v for k, v in run_told["metrics"].items() if not k.startswith(tracking.SYSTEM)}
+        run_told["metrics"] = {k: v for k, v in run_told["metrics"].items() if not k.startswith(sync.SYSTEM)}
     return told
 
 

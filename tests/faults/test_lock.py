@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from srpo import launch
 from srpo.errors import BlockedError
-from srpo.lock import working_on
+from srpo.runtime import distributed
+from srpo.runtime.round_lock import working_on
 from tests.faults.helpers import SERVER, contents, ended, run, start, take_away, wait_for
 
 
@@ -55,11 +55,11 @@ def test_one_of_two_commands_started_together_waits_or_says(project: Path) -> No
 def test_workers_of_a_command_leave_the_lock_to_who_started_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("srpo.lock.GRACE_SECONDS", 0)
+    monkeypatch.setattr("srpo.runtime.round_lock.GRACE_SECONDS", 0)
     with working_on(tmp_path, "001", "train"):
         with pytest.raises(BlockedError, match=f"process {os.getpid()} on host"), working_on(tmp_path, "001", "train"):
             pass
-        monkeypatch.setenv(launch.PARENT_VARIABLE, str(os.getpid()))
+        monkeypatch.setenv(distributed.PARENT_VARIABLE, str(os.getpid()))
         with working_on(tmp_path, "001", "train"):
             pass
     assert not list((tmp_path / ".srpo").glob("*.json"))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from srpo import cli
-from tests.campaign import build_campaign
 from tests.faults.project import content, param
+from tests.support.campaign import build_campaign
 
 PASSWORD = "hunter2-at-home"
 TOKENS = {
@@ -58,13 +58,13 @@ def leaks(root: Path) -> list[str]:
 def test_a_password_in_the_address_is_told_to_nobody(
     uri: str, project: Path, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from srpo import reach
-    from srpo.params import load_params
-    from srpo.summary import addresses
+    from srpo.config.loader import load_params
+    from srpo.preflight import services
+    from srpo.reporting.table import addresses
 
     param("tracking/uri", uri)(project)
     assert cli.run(["track"]) == 1 and cli.run(["table"]) == 0  # MLflow is not to be had
-    found = reach.find_mlflow(uri).text, str(addresses(load_params(), "001"))  # what Prefect's artifact shows
+    found = services.find_mlflow(uri).text, str(addresses(load_params(), "001"))  # what Prefect's artifact shows
     told = "".join((*capfd.readouterr(), caplog.text, *found))
     assert "127.0.0.1" in told and not [secret for secret in SECRETS if secret in told]
     assert leaks(project) == []
@@ -74,10 +74,10 @@ def test_a_password_in_the_address_is_told_to_nobody(
 def test_tokens_of_the_environment_are_written_nowhere(
     project: Path, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from srpo.base import pin_base
-    from srpo.lineage import write_lineage
-    from srpo.params import load_params
+    from srpo.config.loader import load_params
+    from srpo.lineage.record import write_lineage
     from srpo.rounds import RoundFiles
+    from srpo.stages.base import pin_base
 
     params = load_params()
     for name in ("base", "reward", "judge", "templates.parquet"):
@@ -111,7 +111,7 @@ class Page(HTMLParser):
 
 
 def test_a_prompt_that_is_html_is_text_on_both_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests import campaign as drawn
+    from tests.support import campaign as drawn
 
     hostile = [
         "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onmouseover='alert(1)",

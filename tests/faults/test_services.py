@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from srpo import tracking
-from srpo.base import write_json
+from srpo.config.loader import Params, load_params
 from srpo.errors import UserError
-from srpo.params import Params, load_params
-from srpo.registry import Decision, model_name, promote, versions
-from srpo.report import report
-from tests.campaign import build_campaign
-from tests.proxy import Proxy
-from tests.servers import free_port, mlflow_server
-from tests.test_tracking import story_of
+from srpo.release.registry import Decision, model_name, promote, versions
+from srpo.stages.base import write_json
+from srpo.stages.report import report
+from srpo.tracking import sync
+from tests.support.campaign import build_campaign
+from tests.support.proxy import Proxy
+from tests.support.servers import free_port, mlflow_server
+from tests.tracking.test_sync import story_of
 
 pytestmark = pytest.mark.slow
 AUTO = Decision("auto", "tests say so")
@@ -44,7 +44,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def sound_line(line: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in tracking.QUIET.items():
+    for name, value in sync.QUIET.items():
         monkeypatch.setenv(name, value)
     line.delay, line.down, line.loses = 0.0, False, lambda number: False
 
@@ -65,7 +65,7 @@ def told(params: Params) -> dict:
 def wanted(line: Proxy, project: Path) -> tuple[dict, int]:
     """What an undisturbed server tells in the end, and how many answers that took."""
     params, before = params_for(project, line, "undisturbed"), line.answers
-    assert tracking.sync(params, project)
+    assert sync.sync(params, project)
     return told(params), line.answers - before
 
 
@@ -76,7 +76,7 @@ def moments(count: int) -> list[int]:
 def test_a_slow_server_is_waited_for(line: Proxy, project: Path, wanted) -> None:
     params = params_for(project, line, "slow")
     line.delay = 0.1
-    assert tracking.sync(params, project)
+    assert sync.sync(params, project)
     line.delay = 0.0
     assert told(params) == wanted[0]
 
@@ -85,13 +85,13 @@ def test_a_server_that_answers_too_late_is_one_warning(line: Proxy, project: Pat
     params = params_for(project, line, "late")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     line.delay = 3.0
-    assert not tracking.sync(params, project)
+    assert not sync.sync(params, project)
     assert [record.getMessage().split("(")[0] for record in caplog.records if record.name == "srpo"] == [
         "MLflow: campaign not recorded "
     ]
     line.delay = 0.0
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    assert tracking.sync(params, project)
+    assert sync.sync(params, project)
     assert told(params) == wanted[0]
 
 
@@ -103,9 +103,9 @@ def test_whenever_answers_are_lost_the_next_run_tells_all_and_nothing_twice(
     for moment in moments(count):
         params, before = params_for(project, line, f"{lost} {moment}"), line.answers
         line.loses = lambda number, at=before + moment: number == at or (number > at and lost != "one answer")
-        tracking.sync(params, project)
+        sync.sync(params, project)
         line.loses = lambda number: False
-        assert tracking.sync(params, project), f"answer {moment} of {count}"
+        assert sync.sync(params, project), f"answer {moment} of {count}"
         assert told(params) == story, f"answer {moment} of {count}"
 
 

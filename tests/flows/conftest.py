@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL
 
-from flows import server
-from srpo import warm
-from tests.servers import free_port
+from flows import prefect_server as server
+from srpo.runtime import fork_server
+from tests.support.servers import free_port
 
 REPO = Path(__file__).parents[2]
 
@@ -83,11 +83,15 @@ def warm_dvc() -> Iterator[str]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(REPO))
             # what `dvc` and `srpo track` need; the stages are stand-ins
-            wanted = [item for item in warm.PRELOAD if item.startswith(("dvc", "mlflow", "srpo.cli", "srpo.tracking"))]
-            patch.setenv(warm.PRELOAD_VARIABLE, " ".join(wanted))
-            patch.delenv(warm.SOCKET_VARIABLE, raising=False)
-            stack.enter_context(warm.started())
-            address = os.environ.pop(warm.SOCKET_VARIABLE, "")  # for these tests, not for all that come after
+            wanted = [
+                item
+                for item in fork_server.PRELOAD
+                if item.startswith(("dvc", "mlflow", "srpo.cli", "srpo.tracking.sync"))
+            ]
+            patch.setenv(fork_server.PRELOAD_VARIABLE, " ".join(wanted))
+            patch.delenv(fork_server.SOCKET_VARIABLE, raising=False)
+            stack.enter_context(fork_server.started())
+            address = os.environ.pop(fork_server.SOCKET_VARIABLE, "")  # for these tests, not for all that come after
         yield address
 
 
@@ -105,7 +109,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_dvc: str) ->
     stand_in.chmod(0o755)
     monkeypatch.setenv("PATH", f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(REPO))
-    monkeypatch.setenv(warm.SOCKET_VARIABLE, warm_dvc)
+    monkeypatch.setenv(fork_server.SOCKET_VARIABLE, warm_dvc)
     monkeypatch.chdir(tmp_path)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], check=True)
     return tmp_path

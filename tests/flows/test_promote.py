@@ -17,12 +17,12 @@ from prefect.client.schemas.objects import FlowRun
 
 from flows import promote as module
 from flows.promote import srpo_promote
+from srpo.config.loader import load_params
 from srpo.errors import UserError
-from srpo.params import load_params
-from srpo.registry import versions
-from tests.campaign import build_campaign
+from srpo.release.registry import versions
 from tests.flows.conftest import REPO
-from tests.test_registry import fail_the_gate
+from tests.release.test_registry import fail_the_gate
+from tests.support.campaign import build_campaign
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ import psutil
 import pytest
 from prefect.client.orchestration import get_client
 
-from flows.failures import BadInput, StageDied
+from flows.errors import BadInput, StageDied
 from flows.rounds import needed, srpo_rounds
 from flows.stages import reproduce
-from srpo.params import load_params
+from srpo.config.loader import load_params
 from tests.flows.conftest import REPO, ran, stages
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.failures import StageDied
+from flows.errors import StageDied
 from flows.rounds import srpo_rounds
 from flows.stages import reproduce
-from srpo import warm
+from srpo.runtime import fork_server
 from tests.flows.conftest import BUCKET, ran, stages
 from tests.flows.test_rounds import is_gone, run_flow
-from tests.proxy import Proxy
-from tests.servers import free_port, prefect_server
+from tests.support.proxy import Proxy
+from tests.support.servers import free_port, prefect_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 BASE = ["base@base", "evaluate@base"]
@@ -38,8 +38,8 @@ def prefect_line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
 def project(workspace: Path, prefect_line: Proxy, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{prefect_line.port}/api")
     monkeypatch.setenv("SRPO_SERVER_PATIENCE", "20")
-    monkeypatch.delenv(warm.SOCKET_VARIABLE)  # the flow's own warm server must end with it
-    monkeypatch.setenv(warm.PRELOAD_VARIABLE, "dvc.cli dvc.repo dvc.commands.repro")
+    monkeypatch.delenv(fork_server.SOCKET_VARIABLE)  # the flow's own warm server must end with it
+    monkeypatch.setenv(fork_server.PRELOAD_VARIABLE, "dvc.cli dvc.repo dvc.commands.repro")
     prefect_line.down = False
     return workspace
 

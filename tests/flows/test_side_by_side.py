@@ -11,12 +11,12 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 
-from flows import gpu, progress
-from flows.failures import BadInput
+from flows import concurrency, progress
+from flows.errors import BadInput
 from flows.rounds import plan, srpo_rounds
 from flows.stages import reproduce
+from srpo.config.loader import load_params
 from srpo.errors import UserError
-from srpo.params import load_params
 from tests.flows.conftest import REPO, ran
 
 
@@ -31,9 +31,9 @@ def siblings(workspace: Path, prefect_server: str, monkeypatch: pytest.MonkeyPat
 
 
 def set_slots(count: int) -> None:
-    gpu.ensure_limit()
+    concurrency.ensure_limit()
     with get_client(sync_client=True) as client:
-        client.update_global_concurrency_limit(gpu.LIMIT, GlobalConcurrencyLimitUpdate(limit=count))
+        client.update_global_concurrency_limit(concurrency.LIMIT, GlobalConcurrencyLimitUpdate(limit=count))
 
 
 def test_with_two_slots_siblings_use_the_gpu_at_the_same_time(siblings: Path) -> None:
@@ -66,9 +66,9 @@ def test_a_failing_branch_lets_its_sibling_finish(siblings: Path) -> None:
 
 def test_a_limit_that_is_there_keeps_its_slots(prefect_server: str) -> None:
     set_slots(3)
-    gpu.ensure_limit()
+    concurrency.ensure_limit()
     with get_client(sync_client=True) as client:
-        assert client.read_global_concurrency_limit_by_name(gpu.LIMIT).limit == 3
+        assert client.read_global_concurrency_limit_by_name(concurrency.LIMIT).limit == 3
 
 
 def test_parents_come_before_children_and_siblings_wait_for_nothing_else(siblings: Path) -> None:
@@ -110,7 +110,7 @@ def test_progress_follows_the_bars_but_does_not_flood(prefect_server: str, monke
 
 def test_a_second_dvc_repro_says_who_holds_the_stage(workspace: Path) -> None:
     (workspace / "trouble-base-base").write_text("hang")
-    command = [sys.executable, "-m", "srpo.warm", "dvc", "repro", "--single-item", "base"]
+    command = [sys.executable, "-m", "srpo.runtime.fork_server", "dvc", "repro", "--single-item", "base"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         next(line for line in first.stdout if "hanging" in line)

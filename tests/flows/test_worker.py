@@ -17,8 +17,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import LogFilter
 from prefect.client.schemas.objects import FlowRun
 
-from flows import gpu
-from srpo import warm
+from flows import concurrency
+from srpo.runtime import fork_server
 from tests.flows.conftest import REPO, ran
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -31,11 +31,11 @@ def deployed(workspace: Path, prefect_server: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PREFECT_API_URL", prefect_server)
     monkeypatch.setenv("SRPO_ROOT", str(workspace))
     monkeypatch.setenv("SRPO_RETRY_DELAY", "0")
-    monkeypatch.delenv(warm.SOCKET_VARIABLE)  # the flow's own warm server must end with it
-    monkeypatch.setenv(warm.PRELOAD_VARIABLE, "dvc.cli dvc.repo dvc.commands.repro")
+    monkeypatch.delenv(fork_server.SOCKET_VARIABLE)  # the flow's own warm server must end with it
+    monkeypatch.setenv(fork_server.PRELOAD_VARIABLE, "dvc.cli dvc.repo dvc.commands.repro")
     (workspace / "flows").symlink_to(REPO / "flows")
     (workspace / "prefect.yaml").symlink_to(REPO / "prefect.yaml")
-    gpu.ensure_limit()
+    concurrency.ensure_limit()
     prefect("work-pool", "create", "srpo-local", "--type", "process", "--overwrite")
     prefect("deploy", "--name", "local")
     yield workspace

@@ -15,7 +15,7 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from tests.world import LENGTH, _tokenizer
+from tests.support.world import LENGTH, _tokenizer
 
 VOCABULARY = 514
 SIDE, PATCH = 28, 14

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from srpo import rewards
-from srpo.base import pin_base
+from srpo.config.loader import load_params
 from srpo.errors import UserError
-from srpo.generate import generate
-from srpo.params import load_params
-from srpo.rewards.checked import CheckedReward
-from srpo.score import load_rewards, score
+from srpo.rewards.validated import CheckedReward
+from srpo.stages.base import pin_base
+from srpo.stages.generate import generate
+from srpo.stages.score import load_rewards, score
 
 BRIGHTNESS = '''
 class Brightness:
@@ -38,7 +38,7 @@ def with_judge(world: Path, judge: str) -> None:
 def test_a_class_beside_params_yaml_scores_a_round(world: Path) -> None:
     import polars as pl
 
-    from srpo import datasets
+    from srpo.data import parquet
     from srpo.rounds import RoundFiles
 
     (world / "my_rewards.py").write_text(BRIGHTNESS)
@@ -48,8 +48,8 @@ def test_a_class_beside_params_yaml_scores_a_round(world: Path) -> None:
     generate(params, world, "001")
     score(params, world, "001")
     table = pl.read_parquet(RoundFiles(world, "001").scores)
-    cells = [row["image"] for row in datasets.read_rows(RoundFiles(world, "001").candidates, ["image"])]
-    assert table["accuracy"].to_list() == pytest.approx([float(datasets.pixels([cell]).mean() / 255) for cell in cells])
+    cells = [row["image"] for row in parquet.read_rows(RoundFiles(world, "001").candidates, ["image"])]
+    assert table["accuracy"].to_list() == pytest.approx([float(parquet.pixels([cell]).mean() / 255) for cell in cells])
     assert '"revision": "v1"' in (world / "rounds" / "base" / "rewards.json").read_text()
 
 

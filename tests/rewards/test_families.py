@@ -18,7 +18,7 @@ from srpo.rewards.imagereward import ImageReward
 from srpo.rewards.pickscore import PickScore
 from tests.rewards import formulas
 from tests.rewards.checkpoints import SIDE, aesthetic_folder, clip_folder, hps_folder, imagereward_folder
-from tests.world import LENGTH
+from tests.support.world import LENGTH
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "a blue square", "a red circle", "very very " * 30]
@@ -174,8 +174,8 @@ def test_imagereward_is_blips_reading_standardised(tmp_path: Path) -> None:
 def test_offline_and_not_cached_is_one_line(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants as hub
 
+    from srpo.config.schema import RewardParams
     from srpo.rewards import load_reward
-    from srpo.sections import RewardParams
 
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
+from srpo.config.schema import RewardParams
 from srpo.errors import UserError
 from srpo.rewards import load_reward
-from srpo.sections import RewardParams
 from tests.rewards import formulas
 from tests.rewards.checkpoints import PATCH, SIDE, clip_folder, llava_folder
 from tests.rewards.test_families import pictures, tensor

@@ -1,0 +1,1 @@
+"""params.yaml: its schema, its loader, the tree of rounds."""

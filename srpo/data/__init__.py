@@ -1,0 +1,1 @@
+"""Datasets, prompts and records: what is read and written."""

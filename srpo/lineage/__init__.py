@@ -1,0 +1,1 @@
+"""Provenance of adapters."""

@@ -1,0 +1,154 @@
+"""What a round was made from, step by step back to the base model and the prompts, each by content hash.
+
+Hashes are what the later step says it read (dvc.lock's deps, lineage.json), not what the earlier step last wrote: so
+a round that was trained anew shows up as differing in the chains of its children.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel
+
+from srpo.errors import UserError
+from srpo.lineage.record import adapter_weights, read_dvc_lock, read_lineage
+from srpo.rounds import BASE, RoundFiles
+from srpo.storage.hashing import digest, dvc_digest
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+FILE = "chain.json"
+MARKS = {
+    "ok": "[green]ok[/]",
+    "missing": "[yellow]missing[/]",
+    "differs": "[bold red]differs[/]",
+    "unchecked": "[dim]-[/]",
+}
+SHORT = 12
+
+
+class Node(BaseModel):
+    """One step of a chain.
+
+    `path` is relative to the project; `dvc` is DVC's hash of it, `sha256` of it or of `sha256_of` in it. `state` says
+    whether what is at `path` now has these hashes.
+    """
+
+    name: str
+    path: str | None = None
+    dvc: str | None = None
+    sha256: str | None = None
+    sha256_of: str | None = None
+    detail: str = ""
+    state: Literal["ok", "missing", "differs", "unchecked"] = "unchecked"
+    children: list[Node] = []
+
+    def walk(self) -> list[Node]:
+        """This node and all below, from the top."""
+        return [self, *(node for child in self.children for node in child.walk())]
+
+
+def recorded(lock: Mapping[str, Any], stage: str, side: Literal["deps", "outs"]) -> dict[str, str]:
+    """DVC's hashes by path, of what a stage of dvc.lock read (`deps`) or wrote (`outs`)."""
+    return {item["path"]: item["md5"] for item in lock.get(stage, {}).get(side, []) if "md5" in item}
+
+
+def round_chain(root: Path, key: str) -> Node:
+    """The chain of a round, from its adapter to base, by dvc.lock and the lineage.json files.
+
+    Raises:
+        UserError: the round has no adapter here.
+    """
+    if not (RoundFiles(root, key).adapter / "lineage.json").exists():
+        raise UserError(f"rounds/{key}/adapter: no lineage.json; `dvc repro train@{key}` or `dvc pull train@{key}`")
+    lock = read_dvc_lock(root)
+    adapter = recorded(lock, f"train@{key}", "outs").get(f"rounds/{key}/adapter")
+    return _round(root, lock, key, adapter, read_lineage(root, key)["adapter"])
+
+
+def verify(root: Path, node: Node) -> None:
+    """Set the state of a node and of all below: hashes every file there is, so it takes as long as reading them."""
+    from tqdm import tqdm
+
+    nodes = [found for found in node.walk() if found.path]
+    for found in tqdm(nodes, desc="verify", unit="step", disable=None, leave=False):
+        found.state = _state(root, found)
+
+
+def render(node: Node, tree: Tree | None = None) -> Tree:
+    """As a tree for the terminal."""
+    from rich.markup import escape
+    from rich.tree import Tree
+
+    hashes = [f"{label} {value[:SHORT]}" for label, value in (("sha256", node.sha256), ("dvc", node.dvc)) if value]
+    words = map(escape, filter(None, (node.path, node.detail, *hashes)))
+    line = "  ".join([f"[bold]{escape(node.name)}[/]", *([MARKS[node.state]] if node.path else []), *words])
+    branch = Tree(line) if tree is None else tree.add(line)
+    for child in node.children:
+        render(child, branch)
+    return branch
+
+
+def _round(root: Path, lock: Mapping[str, Any], key: str, adapter: str | None, sha256: str | None) -> Node:
+    files, folder = RoundFiles(root, key), f"rounds/{key}"
+    trained, selected, scored, generated = (
+        recorded(lock, f"{stage}@{key}", "deps") for stage in ("train", "select", "score", "generate")
+    )
+    lineage = read_lineage(root, key) if (files.adapter / "lineage.json").exists() else {}
+    weights = adapter_weights(files.adapter)
+    pieces = [
+        Node(
+            name="adapter",
+            path=f"{folder}/adapter",
+            dvc=adapter,
+            sha256=sha256,
+            sha256_of=weights.name if weights else None,
+        ),
+        Node(
+            name="winners",
+            path=f"{folder}/winners",
+            dvc=trained.get(f"{folder}/winners"),
+            sha256=lineage.get("winners"),
+        ),
+        Node(name="scores", path=f"{folder}/scores.parquet", dvc=selected.get(f"{folder}/scores.parquet")),
+        Node(name="candidates", path=f"{folder}/candidates", dvc=scored.get(f"{folder}/candidates")),
+    ]
+    if rewards := scored.get("rounds/base/rewards.json"):
+        pieces.append(Node(name="rewards", path="rounds/base/rewards.json", dvc=rewards))
+    prompts = {path: value for path, value in generated.items() if not path.startswith("rounds/")}
+    pieces += [Node(name="prompts", path=path, dvc=value) for path, value in prompts.items()]
+    parent = lineage.get("parent")
+    if parent == BASE:
+        pieces.append(_base(lineage["base"]))
+    elif parent:
+        above = f"rounds/{parent}/adapter"
+        pieces.append(_round(root, lock, parent, trained.get(above), lineage["parent_adapter"]))
+    return Node(name=f"round {key}", children=pieces)
+
+
+def _base(base: Mapping[str, str | None]) -> Node:
+    local = base["digest"] is not None
+    return Node(
+        name="base model",
+        path=base["source"] if local else None,
+        detail="" if local else f"{base['source']} at {base['revision'] or 'no pinned revision'}",
+        sha256=base["digest"],
+    )
+
+
+def _state(root: Path, node: Node) -> Literal["ok", "missing", "differs", "unchecked"]:
+    path = root / node.path
+    if not path.exists():
+        return "missing"
+    checks = []
+    if node.dvc:
+        checks.append(dvc_digest(path) == node.dvc)
+    if node.sha256:
+        whole = path / node.sha256_of if node.sha256_of else path
+        checks.append(whole.exists() and digest(whole) == node.sha256)
+    if not checks:
+        return "unchecked"
+    return "ok" if all(checks) else "differs"

@@ -1,1 +1,0 @@
-"""Measures over sets of pictures and of scores."""

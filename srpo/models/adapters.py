@@ -1,0 +1,192 @@
+"""What training changes and a round hands on: a LoRA, or the whole UNet.
+
+An adapter folder is in diffusers' layout: `pytorch_lora_weights.safetensors`, relative to the base model, or
+`diffusion_pytorch_model.safetensors` with its config.json, in float32 so that small steps survive a chain of rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from srpo.config.loader import Params
+from srpo.errors import UserError, one_line
+from srpo.lineage.record import UNET_FILE, WEIGHTS_FILE, check_weights
+from srpo.rounds import BASE, RoundFiles
+
+ONE_FILE = "1TB"  # the digest in lineage.json is one file's, so weights are never split
+
+
+def with_adapter(unet: UNet2DConditionModel, folder: Path) -> UNet2DConditionModel:
+    """The UNet as the adapter makes it, for sampling; a folder without weights (base's) changes nothing.
+
+    Raises:
+        UserError: the weights are not those that the folder's lineage.json names, can't be read, or are not of such
+            a UNet.
+    """
+    check_weights(folder)
+    if (folder / UNET_FILE).exists():
+        with _naming(folder / UNET_FILE):
+            return UNet2DConditionModel.from_pretrained(folder, torch_dtype=unet.dtype, use_safetensors=True)
+    if (folder / WEIGHTS_FILE).exists():
+        with _naming(folder / WEIGHTS_FILE):
+            unet.load_lora_adapter(folder, weight_name=WEIGHTS_FILE, prefix="unet")
+            if not getattr(unet, "peft_config", None):  # diffusers only warns
+                raise ValueError("no LoRA of a UNet")
+            unet.fuse_lora()
+            unet.unload_lora()
+    return unet
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the libraries raise whatever a file makes them trip over
+        reason = one_line(error)
+        raise UserError(f"{file}: no adapter of this base model ({reason:.120}); `dvc checkout` restores it") from None
+
+
+class Trainee:
+    """A UNet in training. Its trained parameters are those that require gradients, all float32."""
+
+    unet: UNet2DConditionModel
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The trained parameters by name."""
+        return {name: value for name, value in self.unet.named_parameters() if value.requires_grad}
+
+    def frozen(self) -> contextlib.AbstractContextManager[UNet2DConditionModel]:
+        """The model that training started from, inside a `with` block; for predictions without gradients."""
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter's weights, without lineage.json, into a folder."""
+        raise NotImplementedError
+
+
+class LoraTrainee(Trainee):
+    """A LoRA on a UNet that is left as it is."""
+
+    def __init__(self, unet: UNet2DConditionModel, rank: int, modules: list[str], seed: int) -> None:
+        unet.requires_grad_(False)
+        self.unet, self._reference = unet, None
+        # alpha = rank keeps the scale at 1, so that the file needs no alpha to be read back right
+        self._config = LoraConfig(r=rank, lora_alpha=rank, target_modules=modules)
+        torch.manual_seed(seed)  # PEFT draws LoRA's A matrices from the global generator
+        self._add("default")
+
+    def load(self, file: Path, *, keep: bool) -> None:
+        """Go on from the LoRA of a file; `keep` keeps a frozen copy of it for `frozen`.
+
+        Raises:
+            ValueError: it is of another rank or other modules.
+            UserError: it can't be read.
+        """
+        with _naming(file):
+            state = {name.removeprefix("unet."): value for name, value in load_file(file).items()}
+        state = convert_unet_state_dict_to_peft(state)
+        self._set(state, "default")
+        if keep:
+            self._reference = "reference"
+            self._add("reference")
+            self._set(state, "reference")
+            self.unet.set_adapter("default")
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[UNet2DConditionModel]:
+        if self._reference:
+            self.unet.set_adapter(self._reference)
+        else:
+            self.unet.disable_adapters()
+        try:
+            yield self.unet
+        finally:
+            if self._reference:
+                self.unet.set_adapter("default")
+            else:
+                self.unet.enable_adapters()
+
+    def save(self, folder: Path) -> None:
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
+        layers = {name: value.float().cpu().contiguous() for name, value in layers.items()}
+        StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+
+    def _add(self, name: str) -> None:
+        with warnings.catch_warnings():  # PEFT warns of the second one, which is meant
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            self.unet.add_adapter(self._config, name)
+        for parameter in self.unet.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def _set(self, state: dict[str, torch.Tensor], name: str) -> None:
+        try:
+            result = set_peft_model_state_dict(self.unet, state, adapter_name=name)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
+        if result.unexpected_keys or len(get_peft_model_state_dict(self.unet, adapter_name=name)) != len(state):
+            raise ValueError("other modules")
+
+
+class FullTrainee(Trainee):
+    """Every weight of a float32 UNet."""
+
+    def __init__(self, unet: UNet2DConditionModel, *, keep: bool, dtype: torch.dtype) -> None:
+        """`keep` keeps a frozen copy in `dtype` for `frozen`."""
+        self.unet = unet.requires_grad_(True)
+        self._reference = copy.deepcopy(unet).requires_grad_(False) if keep else None
+        if keep and dtype != unet.dtype:
+            self._reference.to(dtype)
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[UNet2DConditionModel]:
+        yield self._reference
+
+    def save(self, folder: Path) -> None:
+        self.unet.save_pretrained(folder, safe_serialization=True, max_shard_size=ONE_FILE)
+
+
+def make_trainee(
+    unet: UNet2DConditionModel, params: Params, root: Path, key: str, *, keep: bool, dtype: torch.dtype
+) -> Trainee:
+    """What round `key` trains, as its training starts: with the parent's weights, or base's.
+
+    Args:
+        unet: base's; float32 for `method: full`.
+        keep: keep what `frozen` needs.
+        dtype: what is computed in.
+
+    Raises:
+        UserError: the parent's adapter is missing or does not fit.
+    """
+    settings, parent = params.for_round(key).train, params.rounds[key].parent
+    folder = RoundFiles(root, parent).adapter if parent != BASE and settings.start == "parent" else None
+    file = folder and folder / (UNET_FILE if settings.method == "full" else WEIGHTS_FILE)
+    if file and not file.exists():
+        raise UserError(f"{file}: missing; run train of round {parent} or `dvc checkout`")
+    if settings.method == "full":
+        device = unet.device
+        return FullTrainee(with_adapter(unet, folder).to(device) if folder else unet, keep=keep, dtype=dtype)
+    trainee = LoraTrainee(unet, settings.rank, list(settings.target_modules), params.seed)
+    if file:
+        check_weights(folder)
+        try:
+            trainee.load(file, keep=keep)
+        except ValueError:
+            raise UserError(
+                f"rounds.{key}.train: rank or target_modules differ from those of parent {parent}; keep them"
+            ) from None
+    return trainee

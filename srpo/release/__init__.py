@@ -1,0 +1,1 @@
+"""Registry, restore, export, model card."""

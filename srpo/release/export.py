@@ -1,0 +1,116 @@
+"""`srpo export`: a round as a folder that others can use, ready to be put on the Hub."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from srpo.config.loader import Params
+from srpo.data import parquet
+from srpo.errors import UserError
+from srpo.lineage import graph
+from srpo.lineage.record import UNET_FILE, WEIGHTS_FILE, read_lineage
+from srpo.release import model_card
+from srpo.rounds import RoundFiles
+from srpo.stages.base import write_json
+from srpo.storage.hashing import file_digest
+
+PICTURES = 8
+MERGED = "merged"
+
+
+def export(params: Params, root: Path, key: str, to: Path, merged: bool = False) -> list[str]:
+    """Write a round's weights, example pictures, lineage and model card into a new folder.
+
+    A LoRA is written for diffusers (`pytorch_lora_weights.safetensors`, the adapter's own bytes) and under kohya's
+    names, for ComfyUI. Where the round trained the whole UNet there is no LoRA, only the merged pipeline.
+
+    Args:
+        to: a folder that does not exist or is empty.
+        merged: write `merged/`, too, the base pipeline with the tuned weights in it, in the number type of `runtime`.
+
+    Returns:
+        The files and folders in it.
+
+    Raises:
+        UserError: the folder is not empty; the round has no adapter or no evaluation here; or it has no LoRA and
+            `merged` is not asked for.
+    """
+    params.for_round(key)
+    adapter = RoundFiles(root, key).adapter
+    is_lora = (adapter / WEIGHTS_FILE).exists()
+    if not is_lora and not (adapter / UNET_FILE).exists():
+        raise UserError(f"rounds/{key}/adapter: no weights; `dvc repro train@{key}` or `dvc pull train@{key}`")
+    if not is_lora and not merged:
+        raise UserError(f"round {key}: train.method is full, so there is no LoRA to export; add --merged")
+    if not (RoundFiles(root, key).evaluation / "gate.json").exists():
+        raise UserError(
+            f"rounds/{key}/evaluation: not evaluated, so there is nothing to tell; `dvc repro evaluate@{key}`"
+        )
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"--to: {to} is there and not empty; name a new folder")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as temporary:
+        folder = Path(temporary) / "export"
+        _fill(folder, params, root, key, is_lora=is_lora, merged=merged)
+        folder.replace(to)
+    return sorted(path.name for path in to.iterdir())
+
+
+def write_kohya(adapter: Path, path: Path) -> None:
+    """Write a diffusers LoRA's weights under kohya's names: `lora_unet_<module>.lora_down.weight`, `.lora_up.weight`,
+    `.alpha`.
+
+    The numbers stay as they are; alpha is the rank, so the scale is 1, as it was in training.
+    """
+    from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
+    from safetensors.torch import load_file, save_file
+
+    state = convert_state_dict_to_kohya(convert_unet_state_dict_to_peft(load_file(adapter / WEIGHTS_FILE)))
+    ranks = sorted({int(value) for name, value in state.items() if name.endswith(".alpha")})
+    # by ss_base_model_version WebUI and its kin tell which models a LoRA fits
+    told = {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_module": "networks.lora"}
+    told |= {"ss_network_dim": str(ranks[-1]), "ss_network_alpha": str(ranks[-1])}
+    told |= {"srpo_adapter_sha256": file_digest(adapter / WEIGHTS_FILE)}
+    save_file({name: value.contiguous() for name, value in state.items()}, path, metadata=told)
+
+
+def _fill(folder: Path, params: Params, root: Path, key: str, *, is_lora: bool, merged: bool) -> None:
+    adapter, files = RoundFiles(root, key).adapter, {}
+    folder.mkdir()
+    if is_lora:
+        files = {"diffusers": WEIGHTS_FILE, "kohya": f"{params.tracking.campaign}-{key}_kohya.safetensors"}
+        files["kohya"] = files["kohya"].replace("/", "-")
+        shutil.copyfile(adapter / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+        write_kohya(adapter, folder / files["kohya"])
+    if merged:
+        files["merged"] = MERGED
+        _write_merged(params, adapter, folder / MERGED)
+    pictures = _write_pictures(root, key, folder / "pictures")
+    write_json(folder / "lineage.json", read_lineage(root, key))
+    write_json(folder / graph.FILE, graph.round_chain(root, key).model_dump())
+    text = model_card.render_card(params, root, key, files, [(f"pictures/{name}", prompt) for name, prompt in pictures])
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _write_merged(params: Params, adapter: Path, folder: Path) -> None:
+    from srpo.models.adapters import with_adapter
+    from srpo.models.pipeline import load_pipeline
+    from srpo.runtime.device import pick_device, pick_dtype
+
+    pipeline = load_pipeline(params.model, pick_dtype(params.runtime, pick_device(params.runtime)))
+    pipeline.unet = with_adapter(pipeline.unet, adapter)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def _write_pictures(root: Path, key: str, folder: Path) -> list[tuple[str, str]]:
+    """The evaluation's first pictures of evenly many held-out prompts, as (file name, prompt)."""
+    folder.mkdir()
+    rows = parquet.read_rows(
+        RoundFiles(root, key).evaluation / "samples.parquet", ["prompt_id", "prompt", "index", "image"]
+    )
+    first = [row for row in rows if row["index"] == 0][:PICTURES]
+    for row in first:
+        parquet.decode_image(row["image"]).save(folder / f"{row['prompt_id']}.png")
+    return [(f"{row['prompt_id']}.png", row["prompt"]) for row in first]

@@ -1,0 +1,71 @@
+"""An adapter as an MLflow model: what `mlflow.diffusers.load_model` reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from srpo.config.loader import Params
+from srpo.lineage import graph
+from srpo.lineage.record import WEIGHTS_FILE, read_lineage
+from srpo.rounds import RoundFiles
+from srpo.stages.base import write_json
+
+
+def save_model(folder: Path, params: Params, root: Path, key: str, model_id: str, run_id: str | None) -> None:
+    """Write the model's folder: a LoRA's whole adapter folder under MLflow's diffusers flavour, and `chain.json`.
+
+    Of a round that trained the whole UNet only lineage.json is in it: gigabytes stay in DVC, and no flavour fits.
+
+    Args:
+        folder: to make.
+        model_id: of the LoggedModel that gets the folder.
+        run_id: of the round's run, if there is one.
+    """
+    adapter = RoundFiles(root, key).adapter
+    if (adapter / WEIGHTS_FILE).exists():
+        _save_lora(folder, params, adapter, read_lineage(root, key)["base"], model_id, run_id)
+    else:
+        write_json(folder / "lineage.json", read_lineage(root, key))
+    write_json(folder / graph.FILE, graph.round_chain(root, key).model_dump())
+
+
+def _save_lora(
+    folder: Path, params: Params, adapter: Path, base: dict[str, Any], model_id: str, run_id: str | None
+) -> None:
+    import mlflow.diffusers
+    from mlflow.models import Model
+
+    model = Model(run_id=run_id, model_id=model_id, model_uuid=model_id)
+    # a path that says it is one, because MLflow asks the Hub about everything else, and for its newest revision
+    mlflow.diffusers.save_model(
+        adapter_path=str(adapter),
+        path=str(folder),
+        base_model="./base",
+        mlflow_model=model,
+        signature=_signature(params),
+    )
+    source = f"./{base['source']}" if base["digest"] else base["source"]
+    model.flavors["diffusers"] |= {"base_model": source}
+    if base["revision"]:
+        model.flavors["diffusers"] |= {"base_model_revision": base["revision"]}
+    model.save(str(folder / "MLmodel"))
+
+
+def _signature(params: Params) -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    settings = params.evaluate
+    defaults = {
+        "num_inference_steps": (DataType.integer, settings.num_inference_steps),
+        "guidance_scale": (DataType.double, settings.guidance_scale),
+        "height": (DataType.integer, settings.height),
+        "width": (DataType.integer, settings.width),
+        "negative_prompt": (DataType.string, ""),
+    }
+    return ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, "prompt")]),
+        outputs=Schema([ColSpec(DataType.binary, "image")]),
+        params=ParamSchema([ParamSpec(name, kind, value) for name, (kind, value) in defaults.items()]),
+    )

@@ -1,0 +1,1 @@
+"""Pages, charts, contact sheets, tables."""

@@ -1,0 +1,85 @@
+"""The campaign as a table: one row per evaluated round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from srpo import rounds as tree
+from srpo.config.loader import PARAMS_FILE, Params, load_params
+from srpo.errors import without_secrets
+from srpo.lineage.record import read_metrics
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+CAMPAIGN_PAGE = "rounds/index.html"
+SET_MEASURES = ("fid", "kid", "cmmd", "diversity", "drift")
+
+
+def campaign_rows(root: Path, params: Params) -> list[dict[str, Any]]:
+    """Base first, then rounds parents before children, those that have an evaluation.
+
+    Keys: round, every reward's name, SET_MEASURES (numbers at the reported guidance) and verdict, which also says
+    what the gate found.
+    """
+    rows = []
+    for key in (tree.BASE, *tree.order(params.rounds)):
+        if (tree.RoundFiles(root, key).evaluation / "metrics.json").exists():
+            metrics = read_metrics(root, key)
+            numbers = {name: metrics.get(name) for name in (*params.rewards, *SET_MEASURES)}
+            rows.append({"round": key} | numbers | {"verdict": verdict(metrics)})
+    return rows
+
+
+def verdict(metrics: Mapping[str, Any]) -> str:
+    """The verdict of a `metrics.json`, with the gate's finding if there is one."""
+    finding = metrics.get("finding", "-")
+    return metrics["verdict"] if finding == "-" else f"{metrics['verdict']}: {finding}"
+
+
+def campaign_table(root: Path | str) -> list[dict[str, Any]]:
+    """`campaign_rows` of the project folder `root`, by its params.yaml."""
+    return campaign_rows(Path(root), load_params(Path(root) / PARAMS_FILE))
+
+
+def addresses(params: Params, key: str) -> dict[str, str]:
+    """Where to look at a round: its report's path, the campaign page's, and what opens MLflow.
+
+    User and password are left out of the address: what prints this is for everyone to read.
+    """
+    uri = without_secrets(params.tracking.uri)
+    return {
+        "report": f"rounds/{key}/report/index.html",
+        "campaign": CAMPAIGN_PAGE,
+        "MLflow": uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}",
+    }
+
+
+def render(rows: list[dict[str, Any]]) -> Table:
+    """The rows as a table for the terminal; `-` where there is nothing."""
+    from rich import box
+    from rich.table import Table
+
+    # narrow enough for 80 columns; where a name is long, the words of the verdict wrap and no number does
+    table = Table(
+        title="SRPO campaign, on held-out prompts",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
+    for name in rows[0] if rows else ("round",):
+        words = name in ("round", "verdict")
+        table.add_column(name, justify="left" if words else "right", no_wrap=name != "verdict")
+    for row in rows:
+        table.add_row(*(show(value) for value in row.values()))
+    return table
+
+
+def show(value: Any) -> str:
+    """A cell's text: three decimals, fewer for numbers that are large."""
+    if isinstance(value, float):
+        return f"{value:.{1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 3}f}"
+    return "-" if value is None else str(value)

@@ -1,0 +1,1 @@
+"""Prompt encoding, denoising and decoding."""

@@ -1,0 +1,1 @@
+"""Choosing winners; the audit of early rejection."""

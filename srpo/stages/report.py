@@ -1,0 +1,139 @@
+"""Stage `report`: one self-contained page that shows what a round did. No torch in here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from srpo.config.loader import Params
+from srpo.data import parquet
+from srpo.lineage.record import read_gate, read_lineage, read_metrics, read_sweep
+from srpo.reporting import charts, contact_sheets
+from srpo.reporting.html import chart, numbers, picture, render_page
+from srpo.reporting.table import SET_MEASURES
+from srpo.rounds import BASE, RoundFiles
+from srpo.selection.audit import PREFIX
+from srpo.stages.base import read_json, reading
+from srpo.storage.scratch import scratch_folder
+
+
+def report(params: Params, root: Path, key: str) -> None:
+    """Write `rounds/<key>/report/`: index.html, winners.png and tuned.png.
+
+    The page embeds its pictures and loads nothing. The same files give the same bytes. Of other rounds only
+    the evaluations of base and of the parent are read.
+
+    Raises:
+        UserError: a dataset of the round is missing or damaged.
+    """
+    files, parent = RoundFiles(root, key), params.rounds[key].parent
+    learned, tuned = contact_sheets.winners_and_losers(params, files), contact_sheets.before_and_after(root, key)
+    sweeps = {name: read_sweep(root, name) for name in dict.fromkeys((BASE, parent, key))}
+    measured = {name: numbers(name, read_metrics(root, name), found) for name, found in sweeps.items()}
+    training = _training(files.training)
+    page = render_page(
+        "report.html",
+        key=key,
+        parent=parent,
+        selects=params.reward_names("select"),
+        judges=params.reward_names("judge"),
+        metrics=measured[key],
+        gate=read_gate(root, key),
+        rows=list(measured.values()),
+        names=[*params.rewards, *SET_MEASURES],
+        steps=training.height,
+        tuned=[_figure(pair) for pair in tuned],
+        learned=[_figure(pair) for pair in learned],
+        charts=_charts(params, files, measured, sweeps, training),
+        lineage=_lineage_rows(root, key),
+        selection=_selection(files),
+        rejection=_early_rejection(params, files),
+    )  # fmt: skip
+    scratch = scratch_folder(root, "report", key, "redone from the start")
+    (scratch / "index.html").write_text(page, encoding="utf-8")
+    _save_sheet(learned, f"Round {key}: what it learned from", "the winner", "the worst of its prompt",
+                scratch / "winners.png")  # fmt: skip
+    _save_sheet(tuned, f"Round {key}: held-out prompts, same noise", "the base model", f"after round {key}",
+                scratch / "tuned.png")  # fmt: skip
+    parquet.publish(scratch, files.report)
+
+
+def _training(path: Path) -> pl.DataFrame:
+    with reading(path):
+        try:
+            return pl.read_csv(path).cast({"step": pl.Int64, "loss": pl.Float64})
+        except pl.exceptions.PolarsError as error:
+            raise ValueError(error) from None
+
+
+def _save_sheet(pairs: list[contact_sheets.Pair], title: str, left: str, right: str, path: Path) -> None:
+    contact_sheets.contact_sheet(pairs, title, left, right).save(path, optimize=True)
+
+
+def _figure(pair: contact_sheets.Pair) -> dict[str, Any]:
+    """A pair for the page: separate pictures and real text, so that it reads on a phone and aloud."""
+    sides = ((pair.left, pair.left_lines), (pair.right, pair.right_lines))
+    return {"prompt": pair.prompt, "sides": [picture(image) | {"lines": lines} for image, lines in sides]}
+
+
+def _charts(
+    params: Params, files: RoundFiles, measured: dict[str, dict], sweeps: dict[str, dict], training: pl.DataFrame
+) -> dict[str, list]:
+    """By section, (name, SVG data URI): a chart each, so that the page can stack them on a narrow screen."""
+    rewards = {name: spec.role for name, spec in params.rewards.items()}
+    scores, winners = (parquet.table(path, list(rewards)) for path in (files.scores, files.winners))
+    sweeps = {name if name == BASE else f"round {name}": found for name, found in sweeps.items()}
+    path, roles = [list(measured)], rewards | dict.fromkeys(SET_MEASURES, "measure")
+    drawn = {
+        "rounds": {name: charts.over_rounds(measured, path, name, role) for name, role in roles.items()},
+        "sweep": {name: charts.sweep(sweeps, name) for name in [*rewards, "fid", "cmmd", "saturation"]},
+        "histograms": {
+            name: charts.histograms(name, scores[name].drop_nulls().to_numpy(), winners[name].to_numpy())
+            for name in rewards
+        },
+        "training": {"training loss": charts.training(training["step"].to_list(), training["loss"].to_list())},
+    }
+    return {section: [(name, chart(svg)) for name, svg in found.items()] for section, found in drawn.items()}
+
+
+def _lineage_rows(root: Path, key: str) -> list[tuple[str, str]]:
+    lineage = read_lineage(root, key)
+    base = lineage["base"]
+    return [
+        ("this round's adapter", lineage["adapter"]),
+        ("winners it was trained on", lineage["winners"]),
+        (f"parent's adapter ({lineage['parent']})", lineage["parent_adapter"] or "none: starts from base"),
+        ("base model", f"{base['source']}  {base['digest'] or base['revision'] or 'not pinned'}"),
+        ("code", lineage["code"]),
+        ("versions", ", ".join(f"{name} {version}" for name, version in lineage["versions"].items())),
+    ]
+
+
+def _selection(files: RoundFiles) -> dict[str, Any]:
+    """How many candidates became winners, from the data itself: no file but the datasets need be there."""
+    scores = parquet.table(files.scores, ["prompt_id"])
+    winners = parquet.table(files.winners, ["candidate_id"])
+    return {"candidates": scores.height, "prompts": scores["prompt_id"].n_unique(), "winners": winners.height}
+
+
+def _early_rejection(params: Params, files: RoundFiles) -> list[tuple[str, float | None]]:
+    """What selection wrote about early rejection, as (what, value); empty when nothing was given up early."""
+    rules = params.for_round(files.key).generate.early_rejection
+    if rules is None:
+        return []
+    path = files.winners / "selection.json"
+    found = read_json(path) if path.exists() else {}
+    labels = {
+        "unet_evaluations_share": "UNet evaluations done, as a share of finishing all",
+        "unet_evaluations_share_unaudited": "the same without the audit",
+        "audited_prompts": "audited prompts, whose candidates were all finished",
+        "regret": f"regret: best {rules.reward} minus the best that rejection leaves",
+        "regret_share": "regret as a share of the best-of-N gain",
+        "same_best": "audited prompts that keep their best candidate",
+    } | {
+        f"rank_correlation_{point.step}": f"rank correlation of preview and final {rules.reward}, step {point.step}"
+        for point in rules.checkpoints
+    }
+    return [(label, found[PREFIX + name]) for name, label in labels.items() if PREFIX + name in found]

@@ -1,0 +1,1 @@
+"""MLflow: what to record, and recording it."""

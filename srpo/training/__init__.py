@@ -1,0 +1,1 @@
+"""The training loop: dataset, losses, checkpoints, divergence."""

@@ -1,0 +1,156 @@
+"""What training draws from: this round's winners, and those of the rounds before it when they are asked for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from srpo.config.loader import Params
+from srpo.config.schema import TrainParams
+from srpo.data import parquet
+from srpo.errors import UserError
+from srpo.lineage.record import winners_of_ancestors
+from srpo.rounds import RoundFiles, ancestors
+from srpo.storage.hashing import derive_seed, digest
+
+log = logging.getLogger("srpo")
+COLUMNS = ["prompt", "latents", "latents_shape", "weight"]
+
+
+@dataclass(frozen=True)
+class Winners:
+    """Winners of one or more rounds; the first `own` rows are this round's, the rest its ancestors'.
+
+    Attributes:
+        latents: float16 [n, channels, h, w].
+        losers: the same shape, the losers' latents; None when the objective needs none.
+        weights: float32 [n], mean 1 in every round.
+        digests: by round, the sha256 of the winners folder the rows came from.
+    """
+
+    prompts: list[str]
+    latents: torch.Tensor
+    losers: torch.Tensor | None
+    weights: torch.Tensor
+    own: int
+    digests: dict[str, str]
+
+
+def load_winners(params: Params, root: Path, key: str, *, pairs: bool) -> Winners:
+    """The winners that the round's `train.start` and `train.replay` ask for.
+
+    Args:
+        pairs: with losers; winners that have none (the only usable candidate of their prompt) are left out.
+
+    Raises:
+        UserError: winners are missing, have no losers, are of several sizes, or are not those an ancestor trained on.
+    """
+    digests = {key: digest(RoundFiles(root, key).winners)} | _checked_ancestors(params, root, key)
+    found = [_read_round(RoundFiles(root, name).winners, pairs) for name in digests]
+    shapes = {winners.latents.shape[1:] for winners in found}
+    if len(shapes) > 1:
+        sizes = ", ".join(sorted("x".join(str(side) for side in shape) for shape in shapes))
+        raise UserError(
+            f"rounds.{key}.train: winners of {', '.join(digests)} have latents of several sizes ({sizes});"
+            " start from the parent without replay"
+        )
+    return Winners(
+        prompts=[prompt for winners in found for prompt in winners.prompts],
+        latents=torch.cat([winners.latents for winners in found]),
+        losers=torch.cat([winners.losers for winners in found]) if pairs else None,
+        weights=torch.cat([winners.weights for winners in found]),
+        own=found[0].own,
+        digests=digests,
+    )
+
+
+def batches(winners: Winners, settings: TrainParams, seed: tuple[int, str]) -> Iterator[torch.Tensor]:
+    """Rows of `winners` for step after step, `settings.batch_size` each, without end.
+
+    Every share runs through a fresh permutation of its rows in every epoch. With `replay` that share of the rows is
+    from ancestors (where that is no whole number, steps take turns so that the sum is right); without, all rows are
+    alike.
+    """
+    total = len(winners.latents)
+    share = settings.replay if winners.own < total else 0.0
+    own = _shuffled(range(winners.own if share else total), seed, "epoch")
+    earlier = _shuffled(range(winners.own, total), seed, "replay")
+    step = 0
+    while True:
+        step += 1
+        replayed = int(step * share * settings.batch_size) - int((step - 1) * share * settings.batch_size)
+        rows = [next(own) for _ in range(settings.batch_size - replayed)] + [next(earlier) for _ in range(replayed)]
+        yield torch.tensor(rows)
+
+
+def _shuffled(rows: range, seed: tuple[int, str], name: str) -> Iterator[int]:
+    epoch = 0
+    while True:
+        generator = torch.Generator().manual_seed(derive_seed(*seed, name, epoch))
+        yield from (rows[i] for i in torch.randperm(len(rows), generator=generator).tolist())
+        epoch += 1
+
+
+def _checked_ancestors(params: Params, root: Path, key: str) -> dict[str, str]:
+    """The digests of the ancestors' winners, where they are asked for: those that the parent's lineage names."""
+    settings, path = params.for_round(key).train, ancestors(params.rounds, key)
+    if not path or (settings.start == "parent" and not settings.replay):
+        return {}
+    parent, known = path[-1], winners_of_ancestors(root, path[-1])
+    for name in path:
+        folder = RoundFiles(root, name).winners
+        if name not in known:
+            raise UserError(
+                f"{RoundFiles(root, parent).adapter / 'lineage.json'}: does not name the winners of {name},"
+                f" as older versions wrote it; rerun train of round {parent}"
+            )
+        if not folder.is_dir():
+            raise UserError(f"{folder}: missing; `dvc pull select@{name}`")
+        if digest(folder) != known[name]:
+            raise UserError(
+                f"{folder}: not the winners that the adapter of round {parent} came from;"
+                f" `dvc checkout select@{name}`, or rerun round {name}"
+            )
+    return {name: known[name] for name in path}
+
+
+def _read_round(path: Path, pairs: bool) -> Winners:
+    rows = list(parquet.read_rows(path, COLUMNS))
+    if pairs:
+        if "loser_latents" not in pq.read_schema(parquet.shards(path)[0]).names:
+            raise UserError(f"{path}: winners lack loser_latents, as older versions wrote them; rerun select")
+        losers = parquet.read_rows(path, ["loser_latents"])
+        rows = [row | loser for row, loser in zip(rows, losers, strict=True)]
+    if not rows:
+        raise UserError(f"{path}: holds no winners; run select")
+    if pairs:
+        alone = sum(row["loser_latents"] is None for row in rows)
+        rows = [row for row in rows if row["loser_latents"] is not None]
+        if not rows:
+            raise UserError(f"{path}: no winner has a loser; train.objective sft needs none")
+        if alone:
+            log.warning("%s: %d winners are left out; they have no loser", path, alone)
+    weights = torch.tensor([row["weight"] for row in rows])
+    if not (weights.isfinite().all() and (weights >= 0).all() and weights.sum() > 0):
+        raise UserError(f"{path}: a weight is negative or no number, or all are zero; rerun select")
+    return Winners(
+        prompts=[row["prompt"] for row in rows],
+        latents=_stack([parquet.latents_array(row) for row in rows], path),
+        losers=_stack([parquet.latents_array(row, "loser_latents") for row in rows], path) if pairs else None,
+        weights=weights / weights.mean(),
+        own=len(rows),
+        digests={},
+    )
+
+
+def _stack(arrays: list[np.ndarray], path: Path) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.stack(arrays))
+    except ValueError:
+        raise UserError(f"{path}: latents of several sizes; rerun generate and select of this round") from None

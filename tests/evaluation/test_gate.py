@@ -1,0 +1,161 @@
+"""The gate: every rule can fail, best is compared with best, and a hacked reward is called by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from srpo.config.loader import load_params
+from srpo.config.schema import GateParams
+from srpo.evaluation.bootstrap import Estimate, win_rate
+from srpo.evaluation.gate import HACKING, appearance, best_guidance, judge_round, unbacked_gain
+from srpo.evaluation.image_stats import LOOKS, looks
+from srpo.lineage.record import read_gate, read_metrics
+from srpo.stages.base import pin_base
+from srpo.stages.evaluate import evaluate
+
+UP, EVEN, DOWN = Estimate(0.7, 0.6, 0.8), Estimate(0.5, 0.45, 0.55), Estimate(0.3, 0.2, 0.4)
+
+
+def measures(**changed: float) -> dict[str, float]:
+    values = {"judge": 1.0, "fid": 10.0, "kid": 0.2, "diversity": 0.5}
+    return values | dict.fromkeys(LOOKS, 0.5) | {f"{name}_std": 0.1 for name in LOOKS} | changed
+
+
+BASE = {"1.0": measures(), "3.0": measures(fid=20.0)}
+GOOD = {"1.0": measures(fid=9.0, kid=0.1), "3.0": measures(fid=20.0)}
+
+
+def verdict(sweep=GOOD, judges=None, selects=None, **limits) -> dict:
+    return judge_round(GateParams(**limits), sweep, BASE, judges or {"judge": UP}, selects or {"reward": UP})
+
+
+def test_a_better_round_passes() -> None:
+    found = verdict()
+    assert found["verdict"] == "pass" and found["finding"] is None
+    assert all(rule["passed"] for rule in found["rules"].values())
+    assert found["rules"]["fid_ratio"] == {"value": 0.9, "sense": "at most", "limit": 1.0, "passed": True}
+
+
+@pytest.mark.parametrize(
+    ("rule", "changed"),
+    [
+        ("fid_ratio", {"fid": 10.1}),
+        ("kid_increase", {"kid": 0.21}),
+        ("diversity_ratio", {"diversity": 0.2}),
+        ("saturation_drift", {"saturation": 0.61}),
+        ("contrast_drift", {"contrast": 0.39}),
+        ("edge_density_drift", {"edge_density": 0.61}),
+        ("colour_entropy_drift", {"colour_entropy": 0.39}),
+    ],
+)
+def test_every_rule_can_fail_alone(rule: str, changed: dict[str, float]) -> None:
+    found = verdict({"1.0": GOOD["1.0"] | changed, "3.0": GOOD["3.0"]})
+    assert [name for name, at in found["rules"].items() if not at["passed"]] == [rule]
+    assert found["verdict"] == "fail" and found["finding"] is None
+
+
+def test_a_judge_must_be_better_for_sure() -> None:
+    lucky = Estimate(0.58, 0.49, 0.67)
+    found = verdict(judges={"judge": UP, "other": lucky})
+    assert [name for name, rule in found["rules"].items() if not rule["passed"]] == ["other_win_rate"]
+    assert found["rules"]["other_win_rate"]["value"] == 0.49
+    assert verdict(judges={"judge": UP, "other": lucky}, min_judge_win_rate=0.45)["verdict"] == "pass"
+
+
+def test_a_rule_without_a_limit_is_not_asked() -> None:
+    worse = {"1.0": GOOD["1.0"] | {"kid": 9.0, "saturation": 9.0}}
+    assert verdict(worse)["verdict"] == "fail"
+    found = verdict(worse, max_kid_increase=None, max_looks_drift=None)
+    assert found["verdict"] == "pass"
+    assert not [name for name in found["rules"] if name == "kid_increase" or name.endswith("_drift")]
+
+
+def test_best_is_compared_with_best() -> None:
+    baked = {"1.0": measures(fid=9.0, judge=2.0), "3.0": measures(fid=90.0, kid=9.0, saturation=0.9, judge=0.5)}
+    assert best_guidance(baked, "fid") == best_guidance(baked, "judge") == "1.0"
+    assert verdict(baked)["verdict"] == "pass"
+    assert appearance(baked, BASE)["saturation"]["z"] == 0
+    shifted = appearance({"1.0": measures(saturation=0.3)}, BASE)["saturation"]
+    assert shifted == pytest.approx({"round": 0.3, "base": 0.5, "base_std": 0.1, "z": -2.0})
+
+
+@pytest.mark.parametrize(
+    ("reward", "judges", "hacked"),
+    [
+        (UP, [EVEN, EVEN], True),
+        (UP, [EVEN, UP], False),
+        (UP, [UP, DOWN], True),
+        (UP, [DOWN], True),
+        (EVEN, [EVEN], False),
+        (EVEN, [DOWN], False),
+    ],
+)
+def test_reward_hacking_is_a_rise_that_no_judge_backs(reward, judges, hacked: bool) -> None:
+    named = {f"judge{i}": rate for i, rate in enumerate(judges)}
+    found = verdict(judges=named, selects={"reward": reward})
+    assert (found["finding"] == HACKING) is hacked is not found["rules"]["unbacked_reward"]["passed"]
+    assert not hacked or found["verdict"] == "fail"
+    assert unbacked_gain(named, {"reward": reward}) == pytest.approx(0.1 if hacked else 0)
+
+
+def test_hacking_is_seen_in_score_tables() -> None:
+    """60 prompts of 3 pictures: the reward rises with saturation, the judges score what they scored before."""
+    rng, prompts = np.random.default_rng(1), [f"p{i // 3}" for i in range(180)]
+    before = {name: rng.normal(size=180) for name in ("reward", "judge", "other")}
+    after = {name: values + 0.3 * rng.normal(size=180) for name, values in before.items()}
+    after["reward"] += 0.4
+    rates = {name: win_rate(after[name], before[name], prompts) for name in before}
+    roles = {name: rates[name] for name in ("judge", "other")}, {"reward": rates["reward"]}
+    assert judge_round(GateParams(), GOOD, BASE, *roles)["finding"] == HACKING
+    after["judge"] += 0.4
+    roles[0]["judge"] = win_rate(after["judge"], before["judge"], prompts)
+    assert judge_round(GateParams(), GOOD, BASE, *roles)["finding"] is None
+
+
+class Saturation:
+    """A reward that loves saturation."""
+
+    def score(self, images: torch.Tensor, prompts) -> torch.Tensor:
+        return torch.from_numpy(looks(images.numpy())["saturation"]).float()
+
+
+class Indifferent:
+    """A judge that sees no difference, with features that do."""
+
+    def score(self, images: torch.Tensor, prompts) -> torch.Tensor:
+        return torch.zeros(len(images))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+
+
+def test_a_model_that_learned_to_saturate_is_refused(world: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    import sys
+
+    params = load_params()
+    pin_base(params, world)
+    module = sys.modules["srpo.stages.evaluate"]
+    stand_ins = {"reward": Saturation(), "judge": Indifferent(), "accuracy": Indifferent()}
+    monkeypatch.setattr(module, "load_pinned_rewards", lambda params, root: stand_ins)
+    monkeypatch.setattr(module, "require_weights", lambda root, key: None)  # base's own pictures, saturated below
+    evaluate(params, world, "base")
+    real = module.sample_images
+
+    def saturated(*args, **options):
+        latents, images = real(*args, **options)
+        grey = images.float().mean(dim=-1, keepdim=True)
+        return latents, (grey + 3 * (images.float() - grey)).clamp(0, 255).to(torch.uint8)
+
+    monkeypatch.setattr(module, "sample_images", saturated)
+    evaluate(params, world, "001")
+    metrics, gate = read_metrics(world, "001"), read_gate(world, "001")
+    assert gate["win_rate"]["reward"]["best"]["low"] > 0.5
+    assert (metrics["verdict"], metrics["finding"]) == ("fail", HACKING)
+    broken = {name for name, rule in gate["rules"].items() if not rule["passed"]}
+    assert {"unbacked_reward", "saturation_drift"} <= broken
+    assert gate["looks"]["saturation"]["z"] > 1
+    assert any(HACKING in record.getMessage() for record in caplog.records)

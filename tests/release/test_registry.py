@@ -1,0 +1,254 @@
+"""Promotion into a real MLflow registry, lineage from it, and restoring from a real DVC cache and remote."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from srpo import cli
+from srpo.config.loader import Params, load_params
+from srpo.errors import UserError
+from srpo.lineage import graph
+from srpo.lineage.record import WEIGHTS_FILE, read_lineage
+from srpo.release.registry import Decision, chain_of, check, look_up, promote, versions
+from srpo.rounds import RoundFiles
+from srpo.stages.base import write_json
+from srpo.storage.hashing import dvc_digest, file_digest
+from tests.support.campaign import build_campaign, write_dvc_lock, write_training
+
+if TYPE_CHECKING:
+    from mlflow.diffusers import DiffusersAdapterModel
+
+AUTO = Decision("auto", "tests say so")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("drawn") / "project"
+    versions(build_campaign(root, size=8), root)  # makes mlflow.db, the slowest of all
+    dvc(root, "init", "-q", "--no-scm")
+    return root
+
+
+@pytest.fixture
+def project(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(drawn, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
+
+
+@pytest.fixture
+def params(project: Path) -> Params:
+    return load_params()
+
+
+def dvc(root: Path, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, check=True, capture_output=True)
+
+
+def keep_in_dvc(root: Path, key: str) -> None:
+    """Put an adapter into DVC's cache, as `dvc repro` does."""
+    shutil.copytree(RoundFiles(root, key).adapter, root / "kept")
+    dvc(root, "add", "-q", "kept")
+    shutil.rmtree(root / "kept")
+    (root / "kept.dvc").unlink()
+
+
+def load_model(root: Path, uri: str) -> DiffusersAdapterModel:
+    """What a user of the registry does."""
+    import mlflow
+
+    # absolute, because MLflow keeps a database open by its address as it was given
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
+    try:
+        return mlflow.diffusers.load_model(uri)
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+def retrain(params: Params, root: Path, key: str) -> None:
+    write_training(params, root, key, steps=40)
+    write_dvc_lock(params, root, ("001", "002"))
+
+
+def fail_the_gate(params: Params, root: Path, key: str) -> None:
+    path = RoundFiles(root, key).evaluation / "gate.json"
+    gate = json.loads(path.read_text()) | {"verdict": "fail"}
+    gate["rules"]["fid_ratio"]["passed"] = False
+    write_json(path, gate)
+
+
+def test_champion_moves_and_the_same_adapter_is_one_version(params: Params, project: Path) -> None:
+    first, second = promote(params, project, "001", AUTO), promote(params, project, "002", AUTO)
+    assert (str(first.version), str(second.version)) == ("1", "2")
+    assert {str(v.version): v.aliases for v in versions(params, project)} == {"1": ["previous"], "2": ["champion"]}
+    again = promote(params, project, "002", AUTO)
+    assert str(again.version) == "2" and again.aliases == ["champion"]
+    promote(params, project, "001", AUTO)
+    assert {str(v.version): v.aliases for v in versions(params, project)} == {"1": ["champion"], "2": ["previous"]}
+
+    tags, lineage = second.tags, read_lineage(project, "002")
+    adapter = RoundFiles(project, "002").adapter
+    assert tags["srpo.adapter"] == file_digest(adapter / WEIGHTS_FILE) and tags["srpo.winners"] == lineage["winners"]
+    for name in ("candidates", "winners", "adapter"):
+        assert tags[f"dvc.{name}"] == dvc_digest(project / "rounds" / "002" / name)
+    expected = {"srpo.round": "002", "srpo.parent": "001", "srpo.parent_version": "1", "srpo.licence": "other"}
+    expected |= {
+        "srpo.promoted_by": "auto",
+        "srpo.promotion_reason": "tests say so",
+        "srpo.base": f"data/base {'ba' * 32}",
+    }
+    assert expected.items() <= tags.items() and "srpo.override" not in tags
+    assert json.loads(tags["srpo.params"]) == lineage["params"]
+
+    loaded = load_model(project, f"models:/{second.name}@previous")
+    assert loaded.base_model == "./data/base"
+    assert dvc_digest(Path(loaded.adapter_path)) == dvc_digest(adapter), "the registry holds another adapter"
+
+
+def test_a_hub_base_is_pinned_to_the_revision_it_was_trained_on(params: Params, project: Path) -> None:
+    for key in ("base", "001"):
+        path = RoundFiles(project, key).adapter / "lineage.json"
+        base = {"source": "stabilityai/stable-diffusion-xl-base-1.0", "revision": "46" * 20, "digest": None}
+        write_json(path, json.loads(path.read_text()) | {"base": base})
+    write_dvc_lock(params, project, ("001",))
+    version = promote(params, project, "001", AUTO)
+    loaded = load_model(project, f"models:/{version.name}/1")
+    assert (loaded.base_model, loaded.base_model_revision) == (base["source"], base["revision"])
+    assert version.tags["srpo.licence"] == "openrail++"
+
+
+def test_a_failed_gate_needs_a_reason_that_is_recorded(params: Params, project: Path) -> None:
+    fail_the_gate(params, project, "001")
+    for override in (None, " "):
+        with pytest.raises(UserError, match=r"^round 001: the gate failed it \(fid_ratio\); give `override` a reason"):
+            promote(params, project, "001", Decision("auto", "", override))
+    assert versions(params, project) == []
+    version = promote(params, project, "001", Decision("auto", "", "a demo needs it"))
+    assert version.tags["srpo.override"] == "a demo needs it"
+
+
+def test_only_what_was_evaluated_and_can_be_restored_is_promoted(params: Params, project: Path) -> None:
+    adapter = check(params, project, "001")
+    with pytest.raises(UserError, match=r"rounds\.009: no such round"):
+        check(params, project, "009")
+    with pytest.raises(UserError, match=r"002b/adapter: no adapter"):
+        check(params, project, "002b")
+    with pytest.raises(UserError, match=r"001/adapter: changed since it was decided on"):
+        promote(params, project, "001", AUTO, adapter="0" * 64)
+    write_training(params, project, "001", steps=40)
+    with pytest.raises(UserError, match=r"001/adapter: not what dvc\.lock says.*dvc repro train@001"):
+        check(params, project, "001")
+    lock = json.loads((project / "dvc.lock").read_text())
+    lock["stages"]["train@001"]["outs"][0]["md5"] = dvc_digest(RoundFiles(project, "001").adapter)
+    write_json(project / "dvc.lock", lock)
+    with pytest.raises(UserError, match=r"001/evaluation: no verdict on this adapter"):
+        check(params, project, "001")
+    (RoundFiles(project, "001").adapter / WEIGHTS_FILE).write_bytes(b"other")
+    with pytest.raises(UserError, match=r"001/adapter: not the weights of its lineage\.json"):
+        check(params, project, "001")
+    assert adapter != check(params, project, "002") and versions(params, project) == []
+
+
+def test_no_secret_gets_into_the_registry(params: Params, project: Path, capsys) -> None:
+    version = promote(params, project, "001", AUTO)
+    secret = params.tracking.model_copy(update={"uri": "http://me:p@ss@127.0.0.1:9"})
+    with pytest.raises(UserError, match=r"^tracking\.uri: ") as error:
+        versions(params.model_copy(update={"tracking": secret}), project)
+    assert "ss@" not in str(error.value)
+    assert not any("mlflow.db" in value or "tracking" in value for value in version.tags.values())
+
+
+def test_lineage_of_a_version_stays_and_tells_what_changed_since(params: Params, project: Path, capsys) -> None:
+    promote(params, project, "002", AUTO)
+    assert cli.run(["lineage", "002", "--json"]) == 0
+    found = graph.Node.model_validate_json(capsys.readouterr().out)
+    assert found.name == "srpo-tiny 1 @champion"
+    states = {node.path: node.state for node in found.walk() if node.path}
+    assert states.pop("data/base") == "missing" and set(states.values()) == {"ok"} and len(states) == 9
+    names = [node.name for node in found.walk()][1:]
+    one_round = ["adapter", "winners", "scores", "candidates", "prompts"]
+    assert names == ["round 002", *one_round, "round 001", *one_round, "base model"]
+
+    retrain(params, project, "001")
+    shutil.rmtree(RoundFiles(project, "002").winners)
+    found = chain_of(params, project, "champion")
+    graph.verify(project, found)
+    states = {node.path: node.state for node in found.walk() if node.path}
+    assert (states["rounds/001/adapter"], states["rounds/002/winners"]) == ("differs", "missing")
+    assert states["rounds/002/adapter"] == states["rounds/001/winners"] == "ok"
+    assert cli.run(["lineage", "v1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("adapter  differs  rounds/001/adapter" in line for line in lines)
+    assert cli.run(["lineage", "7"]) == 2
+    assert capsys.readouterr().err == "srpo: error: srpo-tiny: no version or alias '7'; it has 1\n"
+
+
+def test_a_round_shows_its_parent_as_it_was_read(params: Params, project: Path) -> None:
+    write_training(params, project, "001", steps=40)
+    found = graph.round_chain(project, "002")
+    graph.verify(project, found)
+    states = {node.path: node.state for node in found.walk() if node.path}
+    assert states["rounds/001/adapter"] == "differs" and states["rounds/002/adapter"] == "ok"
+
+
+def test_restore_brings_back_the_promoted_bytes(params: Params, project: Path, capsys) -> None:
+    adapter = RoundFiles(project, "001").adapter
+    keep_in_dvc(project, "001")
+    version = promote(params, project, "001", AUTO)
+    old, cache = dvc_digest(adapter), project / ".dvc" / "cache"
+    retrain(params, project, "001")
+    assert dvc_digest(adapter) != old
+    assert cli.run(["restore", "1"]) == 0
+    line = f"restored/1: version 1, round 001, adapter sha256 {version.tags['srpo.adapter']}"
+    assert capsys.readouterr().out == f"{line}, verified\n"
+    assert dvc_digest(project / "restored" / "1") == old
+    assert cli.run(["restore", "champion"]) == 0 and capsys.readouterr().out == f"{line}, was there already\n"
+
+    (project / "restored" / "1" / WEIGHTS_FILE).write_bytes(b"edited")
+    assert cli.run(["restore", "1"]) == 2
+    assert capsys.readouterr().err.startswith("srpo: error: restored/1: is there and is not version 1; remove it or")
+    assert (project / "restored" / "1" / WEIGHTS_FILE).read_bytes() == b"edited"
+
+    shutil.copytree(cache, project / "remote")
+    shutil.rmtree(cache)
+    assert cli.run(["restore", "1", "--to", "elsewhere"]) == 2
+    told = capsys.readouterr().err
+    assert "neither in DVC's cache nor on the default remote" in told and "Traceback" not in told
+    assert not (project / "elsewhere").exists()
+    dvc(project, "remote", "add", "-d", "store", str(project / "remote"))
+    assert cli.run(["restore", "1", "--to", "elsewhere"]) == 0
+    assert dvc_digest(project / "elsewhere") == old
+
+
+def test_restore_refuses_bytes_that_are_not_the_promoted_ones(params: Params, project: Path, capsys) -> None:
+    keep_in_dvc(project, "001")
+    promote(params, project, "001", AUTO)
+    weights = next(p for p in (project / ".dvc" / "cache").rglob("*") if p.is_file() and p.read_bytes()[8:9] == b"{")
+    weights.chmod(0o644)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert cli.run(["restore", "1"]) == 2
+    assert "is not the adapter" in capsys.readouterr().err and not (project / "restored" / "1").exists()
+
+
+def test_dvc_digest_is_dvcs(tmp_path: Path) -> None:
+    for name in ("x/b/ü", "x/b.c", "x/a", "x/.hidden"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    dvc(tmp_path, "init", "-q", "--no-scm")
+    dvc(tmp_path, "add", "-q", "x")
+    assert f"md5: {dvc_digest(tmp_path / 'x')}\n" in (tmp_path / "x.dvc").read_text()
+
+
+def test_look_up_by_number_and_alias(params: Params, project: Path) -> None:
+    with pytest.raises(UserError, match=r"srpo-tiny: no version or alias '1'; it has none; promote a round first"):
+        look_up(params, project, "1")
+    promote(params, project, "001", AUTO)
+    assert {str(look_up(params, project, which).version) for which in ("1", "v1", "champion")} == {"1"}

@@ -1,0 +1,108 @@
+"""`srpo init`: a new project folder that DVC reads, and nothing overwritten."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from srpo import cli
+from srpo.config.loader import load_params
+from srpo.data.prompts import check_disjoint, load_prompts
+from srpo.scaffold import init
+
+REPO = Path(__file__).parents[2]
+
+
+def files(root: Path) -> dict[str, bytes]:
+    found = (path for path in root.rglob("*") if path.is_file() and not {".git", ".dvc"} & set(path.parts))
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
+
+
+def test_a_new_sdxl_project_is_one_dvc_reads(tmp_path: Path) -> None:
+    root = tmp_path / "campaign"
+    assert cli.run(["init", str(root)]) == 0
+    assert (root / "params.yaml").read_text() == (REPO / "presets" / "sdxl.yaml").read_text()
+    for name in ("dvc.yaml", "prefect.yaml"):
+        assert (root / name).read_bytes() == (REPO / name).read_bytes() and not (root / name).is_symlink()
+    params = load_params(root / "params.yaml")
+    train, held_out = (load_prompts(root / path) for path in (params.prompts.train, params.prompts.eval))
+    check_disjoint(train, held_out)
+    assert (root / ".git").is_dir() and (root / ".dvc" / "config").is_file()
+    listed = subprocess.run(
+        [sys.executable, "-m", "dvc", "stage", "list", "--name-only"], cwd=root, capture_output=True, text=True
+    )
+    assert {"base", "generate@001", "report@003"} <= set(listed.stdout.split()), listed.stderr
+
+
+@pytest.mark.parametrize("name", ["params.yaml", "data/prompts/eval.jsonl", ".gitignore"])
+def test_what_is_there_stays(name: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    assert cli.run(["init", str(tmp_path)]) == 2
+    error = capfd.readouterr().err.strip()
+    assert "is there already and init overwrites nothing" in error and "\n" not in error
+    assert files(tmp_path) == {name: b"mine"}
+
+
+def test_the_tiny_preset_needs_a_clone(tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.setattr(init, "CLONE", tmp_path / "site-packages")
+    assert cli.run(["init", "--preset", "tiny", str(tmp_path / "new")]) == 2
+    error = capfd.readouterr().err.strip()
+    assert "clone that and run `make demo`" in error and "\n" not in error
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_a_tiny_project_pulls_its_data_from_its_own_folder(tmp_path: Path) -> None:
+    root = tmp_path / "tiny"
+    assert cli.run(["init", "--preset", "tiny", str(root)]) == 0
+    command = [sys.executable, "-m", "dvc", "pull", "-q", "--remote", "assets", "data.dvc"]
+    subprocess.run(command, cwd=root, check=True)
+    for name in ("prompts/train.jsonl", "base/model_index.json"):
+        assert (root / "data" / name).is_file()
+
+
+def test_without_git_dvc_stands_alone(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(init.shutil, "which", lambda name: None)
+    assert cli.run(["init", str(tmp_path / "new")]) == 0
+    assert "no_scm = True" in (tmp_path / "new" / ".dvc" / "config").read_text()
+    assert not (tmp_path / "new" / ".git").exists()
+
+
+def test_in_a_repository_it_makes_no_second_one(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    assert cli.run(["init", str(tmp_path / "inside")]) == 0
+    assert not (tmp_path / "inside" / ".git").exists() and (tmp_path / "inside" / ".dvc").is_dir()
+
+
+def test_an_unknown_preset_is_named(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    assert cli.run(["init", "--preset", "flux", str(tmp_path / "new")]) == 2
+    assert "choose one of sdxl, tiny" in capfd.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_a_wheel_carries_the_presets_and_the_pipeline(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    # a copy: setuptools leaves a build folder where it builds
+    ignored = shutil.ignore_patterns(".git", ".venv", "data", "rounds", "build", ".srpo", "assets", "*.egg-info")
+    shutil.copytree(REPO, source, symlinks=True, ignore=ignored)
+    # through the source archive, so that both are seen to carry the files
+    subprocess.run(
+        [sys.executable, "-m", "uv", "build", "--quiet", "-o", str(tmp_path / "dist"), str(source)], check=True
+    )
+    with zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path / "installed")
+    # isolated from the clone: only the wheel's own files are found
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from srpo import cli; sys.exit(cli.run(sys.argv[2:]))"
+    command = [sys.executable, "-I", "-c", code, str(tmp_path / "installed"), "init"]
+    subprocess.run([*command, str(tmp_path / "project")], check=True)
+    for name, original in {"params.yaml": "presets/sdxl.yaml", "dvc.yaml": "dvc.yaml"}.items():
+        assert (tmp_path / "project" / name).read_bytes() == (REPO / original).read_bytes()
+    refused = subprocess.run([*command, "--preset", "tiny", str(tmp_path / "tiny")], capture_output=True, text=True)
+    assert refused.returncode == 2 and "clone" in refused.stderr

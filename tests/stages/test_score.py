@@ -1,0 +1,119 @@
+"""Stage score: candidates that are no pictures are marked, counted and never win."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from srpo.config.loader import Params, load_params
+from srpo.data import parquet
+from srpo.errors import UserError
+from srpo.rounds import RoundFiles
+from srpo.stages.base import pin_base
+from srpo.stages.generate import generate
+from srpo.stages.score import is_flat, score
+from srpo.stages.select import select
+
+
+@pytest.fixture
+def params(world: Path) -> Params:
+    pin_base(load_params(), world)
+    return load_params()
+
+
+def spoil(candidates: Path, change) -> None:
+    """Rewrite every shard with `change(row)` applied."""
+    for shard in parquet.shards(candidates):
+        rows = list(parquet.read_rows(shard))
+        for row in rows:
+            row["latents"] = parquet.latents_array(row).flatten()
+            change(row)
+        parquet.write_table(shard, rows, parquet.CANDIDATE_FIELDS)
+
+
+def test_black_pictures_and_nan_latents_never_win(params: Params, world: Path, caplog) -> None:
+    files = RoundFiles(world, "001")
+    generate(params, world, "001")
+    score(params, world, "001")
+    select(params, world, "001")
+    assert json.loads((files.winners / "selection.json").read_text())["rejected"] == 0
+    first = pl.read_parquet(parquet.shards(files.winners), columns=["candidate_id"])["candidate_id"].to_list()
+
+    def change(row: dict) -> None:
+        if row["candidate_id"] == first[0]:
+            row["image"] = parquet.encode_png(np.zeros((32, 32, 3), np.uint8))
+        if row["candidate_id"] == first[1]:
+            row["latents"][-1] = np.nan
+        if row["candidate_id"] == first[2]:
+            row["latents"][0] = np.inf
+
+    spoil(files.candidates, change)
+    with caplog.at_level("INFO", logger="srpo"):
+        score(params, world, "001")
+        select(params, world, "001")
+    table = pl.read_parquet(files.scores)
+    assert set(table.filter("rejected")["candidate_id"]) == set(first[:3])
+    assert table["reward"].is_finite().all(), "rejected candidates are scored all the same"
+    winners = pl.read_parquet(parquet.shards(files.winners), columns=["candidate_id", "loser_id"])
+    assert winners.height == 4 and not set(first[:3]) & {*winners["candidate_id"], *winners["loser_id"]}
+    assert json.loads((files.winners / "selection.json").read_text())["rejected"] == 3
+    assert "select 001: 3 candidates rejected as no pictures" in caplog.text
+
+
+def test_odd_rewards_are_counted_and_told(params: Params, world: Path, caplog) -> None:
+    files = RoundFiles(world, "001")
+    generate(params, world, "001")
+    score(params, world, "001")
+    table = pl.read_parquet(files.scores)
+    reward = pl.when(pl.col("prompt_id") == "train-0000").then(1.0).otherwise(pl.col("reward"))
+    reward = pl.when(pl.col("prompt_id") == "train-0001").then(float("nan")).otherwise(reward)
+    table.with_columns(reward.cast(pl.Float32).alias("reward")).write_parquet(files.scores)
+    select(params, world, "001")
+    summary = json.loads((files.winners / "selection.json").read_text())
+    assert (summary["prompts"], summary["winners"]) == (4, 3)
+    assert (summary["not_finite_reward"], summary["constant_prompts_reward"]) == (3, 1)
+    assert summary["candidates_reward"] == pytest.approx(
+        table.with_columns(reward.alias("reward")).filter(pl.col("reward").is_finite())["reward"].mean(), rel=1e-5
+    )
+    assert "select 001: reward is NaN or infinite for 3 candidates; reward is constant for 1 prompts" in caplog.text
+
+
+def test_a_round_of_black_pictures_is_an_error(params: Params, world: Path) -> None:
+    files = RoundFiles(world, "001")
+    generate(params, world, "001")
+    black = parquet.encode_png(np.zeros((32, 32, 3), np.uint8))
+    spoil(files.candidates, lambda row: row.update(image=black))
+    score(params, world, "001")
+    with pytest.raises(UserError, match=r"rounds\.001\.select: no winner is left of 12 candidates \(12 rejected\)"):
+        select(params, world, "001")
+
+
+def test_scores_of_an_older_version_are_asked_for_again(params: Params, world: Path) -> None:
+    files = RoundFiles(world, "001")
+    generate(params, world, "001")
+    score(params, world, "001")
+    pl.read_parquet(files.scores).drop("rejected").write_parquet(files.scores)
+    with pytest.raises(UserError, match="rerun score"):
+        select(params, world, "001")
+
+
+def test_one_colour_is_flat_and_one_other_pixel_is_not() -> None:
+    images = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
+    images[1] = torch.tensor([255, 0, 7]).view(3, 1, 1)
+    images[2, 1, 2, 3] = 1
+    assert is_flat(images).tolist() == [True, True, False]
+
+
+def test_broken_latents_are_found_across_row_groups_and_slices(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [{"candidate_id": f"c{i}", "latents": rng.normal(size=3 + i % 5).astype(np.float16)} for i in range(150)]
+    for i in (0, 63, 64, 149):
+        rows[i]["latents"][0 if i % 2 else -1] = np.nan
+    fields = {name: parquet.CANDIDATE_FIELDS[name] for name in ("candidate_id", "latents")}
+    parquet.write_table(tmp_path / "shard.parquet", rows, fields)
+    assert parquet.broken_latents(tmp_path) == {"c0", "c63", "c64", "c149"}

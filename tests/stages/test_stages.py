@@ -1,0 +1,287 @@
+"""The stages on a random-weight world: what their files hold, and what may not change them."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from srpo.config.loader import Params, load_params
+from srpo.data import parquet
+from srpo.lineage.record import WEIGHTS_FILE, read_gate, read_lineage, read_metrics, read_sweep
+from srpo.models.adapters import make_trainee
+from srpo.rounds import RoundFiles
+from srpo.sampling.sampler import Sampler
+from srpo.stages.base import pin_base
+from srpo.stages.evaluate import evaluate
+from srpo.stages.generate import generate
+from srpo.stages.report import report
+from srpo.stages.score import score
+from srpo.stages.select import select
+from srpo.stages.train import train
+from srpo.tracking.records import round_record
+
+
+@pytest.fixture
+def params(world: Path) -> Params:
+    pin_base(load_params(), world)
+    return load_params()
+
+
+def with_batch_size(params: Params, size: int) -> Params:
+    return params.model_copy(update={"runtime": params.runtime.model_copy(update={"batch_size": size})})
+
+
+def run_round(params: Params, root: Path, key: str) -> RoundFiles:
+    for stage in (generate, score, select, train):
+        stage(params, root, key)
+    return RoundFiles(root, key)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_candidates_do_not_depend_on_the_batch_size(params: Params, world: Path) -> None:
+    files, found = RoundFiles(world, "001"), []
+    for size in (1, 5, 16):
+        generate(with_batch_size(params, size), world, "001")
+        found.append(content(files.candidates))
+    assert found[0] == found[1] == found[2]
+    rows = list(parquet.read_rows(files.candidates))
+    assert len(rows) == 4 * 3
+    assert len({row["seed"] for row in rows}) == len({tuple(row["latents"]) for row in rows}) == len(rows)
+
+
+def test_out_of_memory_halves_the_batch_and_changes_nothing(
+    params: Params, world: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from srpo.sampling.sampler import Sampler
+
+    files, sizes, real = RoundFiles(world, "001"), [], Sampler.denoise
+    generate(with_batch_size(params, 6), world, "001")
+    undisturbed = content(files.candidates)
+
+    def small(self: Sampler, noise: torch.Tensor, *arguments, **options) -> torch.Tensor:
+        sizes.append(len(noise))
+        if len(noise) > 2:
+            raise torch.OutOfMemoryError
+        return real(self, noise, *arguments, **options)
+
+    monkeypatch.setattr(Sampler, "denoise", small)
+    generate(with_batch_size(params, 6), world, "001")
+    assert content(files.candidates) == undisturbed
+    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1] and "going on with 1" in caplog.text
+    monkeypatch.setattr(Sampler, "denoise", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(with_batch_size(params, 6), world, "001")
+
+
+def test_a_killed_generate_keeps_its_shards_and_ends_the_same(
+    params: Params, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = RoundFiles(world, "001")
+    generate(params, world, "001")
+    undisturbed = content(files.candidates)
+    written, real = [], parquet.write_table
+
+    def dies_at_second(path: Path, *args) -> None:
+        if written and not path.with_name("allowed").exists():
+            raise KeyboardInterrupt
+        real(path, *args)
+        written.append(path)
+
+    monkeypatch.setattr(parquet, "write_table", dies_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        generate(params, world, "001")
+    first = written[0]
+    stamp = first.stat().st_mtime_ns
+    monkeypatch.setattr(parquet, "write_table", real)
+    generate(params, world, "001")
+    assert content(files.candidates) == undisturbed
+    assert (files.candidates / first.name).stat().st_mtime_ns == stamp, "the finished shard was made again"
+
+
+def test_pictures_are_the_decoded_latents(params: Params, world: Path) -> None:
+    from srpo.sampling.sampler import Sampler
+
+    generate(params, world, "001")
+    rows = list(parquet.read_rows(RoundFiles(world, "001").candidates))[:3]
+    latents = torch.from_numpy(np.stack([parquet.latents_array(row) for row in rows]))
+    decoded = Sampler(params).decode(latents).numpy()
+    assert np.array_equal(decoded, parquet.pixels(row["image"] for row in rows))
+
+
+def test_sampling_agrees_with_the_diffusers_pipeline(params: Params, world: Path) -> None:
+    """The loop of our own must do what `StableDiffusionXLPipeline.__call__` does."""
+    from srpo.models.pipeline import load_pipeline
+    from srpo.sampling.sampler import Sampler
+
+    sampler, pipeline = Sampler(params), load_pipeline(params.model, torch.float32)
+    embeds, noise = sampler.encode(["a red circle", "a blue square"]), sampler.noise([1, 2], 32, 32)
+    for guidance in (1.0, 4.0):
+        ours = sampler.denoise(noise, embeds[[0, 1]], embeds[[-1]], num_inference_steps=5, guidance_scale=guidance)
+        theirs = pipeline(
+            prompt=["a red circle", "a blue square"],
+            latents=noise,
+            num_inference_steps=5,
+            guidance_scale=guidance,
+            height=32,
+            width=32,
+            output_type="latent",
+        ).images
+        assert torch.allclose(ours, theirs, atol=2e-4), (ours - theirs).abs().max()
+
+
+def test_loading_draws_no_bars_but_downloads_may(params: Params, world: Path, capfd: pytest.CaptureFixture) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    from srpo.models.pipeline import load_pipeline
+    from srpo.rewards import load_reward
+
+    load_pipeline(params.model, torch.float32)
+    load_reward(params.rewards["judge"], world, torch.device("cpu"))
+    assert capfd.readouterr().err == ""
+    assert not are_progress_bars_disabled()
+
+
+def test_datasets_open_with_pictures_in_hf_datasets(params: Params, world: Path) -> None:
+    import datasets as hf
+
+    files = RoundFiles(world, "001")
+    for stage in (generate, score, select):
+        stage(params, world, "001")
+    for folder, rows in ((files.candidates, 12), (files.winners, 4)):
+        pattern = str(folder / "*.parquet")
+        loaded = hf.load_dataset("parquet", data_files=pattern, split="train", cache_dir=str(world / "hf"))
+        assert loaded.num_rows == rows
+        assert loaded[0]["image"].size == (32, 32)
+
+
+def test_two_rounds_chain_and_their_adapters_open_in_plain_diffusers(params: Params, world: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+    from safetensors.torch import load_file
+
+    from srpo.sampling.sampler import Sampler
+
+    first, second = run_round(params, world, "001"), run_round(params, world, "002")
+    lineage = read_lineage(world, "002")
+    assert lineage["parent_adapter"] == read_lineage(world, "001")["adapter"]
+    assert lineage["base"] == read_lineage(world, "base")["base"]
+    one, two = (load_file(files.adapter / WEIGHTS_FILE) for files in (first, second))
+    assert one.keys() == two.keys()
+    plain = StableDiffusionXLPipeline.from_pretrained(world / "data" / "base")
+    plain.load_lora_weights(second.adapter)
+    noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    options = {"latents": noise, "num_inference_steps": 3, "guidance_scale": 1.0, "height": 32, "width": 32}
+    theirs = plain(prompt="a red circle", output_type="latent", **options).images
+    sampler = Sampler(params, second.adapter)
+    embeds = sampler.encode(["a red circle"])
+    ours = sampler.denoise(noise, embeds[[0]], embeds[[-1]], num_inference_steps=3, guidance_scale=1.0)
+    assert torch.allclose(ours, theirs, atol=2e-4)
+    untouched = Sampler(params).denoise(noise, embeds[[0]], embeds[[-1]], num_inference_steps=3, guidance_scale=1.0)
+    assert not torch.allclose(ours, untouched, atol=2e-4), "the adapter changes nothing"
+
+
+def test_training_twice_gives_the_same_bytes(params: Params, world: Path) -> None:
+    files, seen = run_round(params, world, "001"), []
+    before = content(files.adapter), files.training.read_bytes()
+    train(params, world, "001", lambda metrics, step: seen.append({"step": step} | metrics))
+    assert (content(files.adapter), files.training.read_bytes()) == before
+    assert seen == pl.read_csv(files.training).rows(named=True), "the live curve is not the file's"
+
+
+def test_evaluation_pairs_base_and_round(params: Params, world: Path) -> None:
+    evaluate(params, world, "base")
+    run_round(params, world, "001")
+    evaluate(params, world, "001")
+    base, tuned = read_metrics(world, "base"), read_metrics(world, "001")
+    assert base["verdict"] == "-" and tuned["verdict"] in ("pass", "fail")
+    assert read_sweep(world, "001").keys() == {"1.0", "2.0"}
+    assert not any(isinstance(value, dict | list) for value in tuned.values()), "dvc metrics show wants it flat"
+    gate, sweep = read_gate(world, "001"), read_sweep(world, "001")["2.0"]
+    assert {
+        "judge_win_rate",
+        "accuracy_win_rate",
+        "fid_ratio",
+        "kid_increase",
+        "diversity_ratio",
+        "unbacked_reward",
+    } < set(gate["rules"])
+    assert (
+        gate["verdict"] == tuned["verdict"] == ("pass" if all(r["passed"] for r in gate["rules"].values()) else "fail")
+    )
+    assert tuned["judge_win_rate_low"] == gate["win_rate"]["judge"]["best"]["low"]
+    assert all(tuned[name] == sweep[name] for name in ("images", "judge", "fid", "kid", "cmmd", "diversity"))
+    assert base["drift"] == base["drift_kid"] == 0 < tuned["drift"]
+    keys = ["prompt_id", "index", "guidance"]
+    tables = [
+        pl.read_parquet(RoundFiles(world, key).evaluation / "per_prompt.parquet").select(keys)
+        for key in ("base", "001")
+    ]
+    assert tables[0].equals(tables[1])
+    assert tables[0].height == 2 * 2 * 2
+
+    report(params, world, "001")  # their own tests are about a drawn campaign; this is a real one
+    record = round_record(params, world, "001")
+    told = {name for name, _, _ in record.points}
+    assert {"loss", "eval/fid", "eval/sweep/1.0/kid", "eval/gate/fid_ratio", "eval/win_rate/judge/best/low"} <= told
+    assert record.tags["srpo.verdict"] == tuned["verdict"]
+    assert {"index.html", "winners.png", "tuned.png", "lineage.json"} <= {path.name for path, _ in record.artifacts}
+
+
+def test_a_round_that_is_base_is_even_with_it(params: Params, world: Path) -> None:
+    evaluate(params, world, "base")
+    untrained = make_trainee(Sampler(params).unet, params, world, "001", keep=False, dtype=torch.float32)
+    untrained.save(RoundFiles(world, "001").adapter)  # a LoRA starts as no change
+    evaluate(params, world, "001")
+    base, same, gate = read_metrics(world, "base"), read_metrics(world, "001"), read_gate(world, "001")
+    assert same["drift_kid"] == 0 and same["drift"] < 1e-6 and same["fid"] == base["fid"]
+    for rates in gate["win_rate"].values():
+        assert all((rate["value"], rate["low"], rate["high"]) == (0.5, 0.5, 0.5) for rate in rates.values())
+    assert (gate["verdict"], gate["finding"]) == ("pass", None)
+    assert all(look["z"] == 0 for look in gate["looks"].values())
+
+
+def test_evaluation_does_not_depend_on_batch_size_or_cache(params: Params, world: Path, monkeypatch) -> None:
+    files, found = RoundFiles(world, "base"), []
+    for size in (1, 3):
+        evaluate(with_batch_size(params, size), world, "base")
+        found.append(content(files.evaluation))
+    shutil.rmtree(world / ".srpo" / "cache")
+    evaluate(params, world, "base")
+    assert found[0] == found[1] == content(files.evaluation)
+
+
+def test_evaluation_holds_one_batch_of_pictures(params: Params, world: Path, monkeypatch) -> None:
+    module, asked = sys.modules["srpo.stages.evaluate"], []
+    monkeypatch.setattr(module, "BATCH", 3)
+    real = module.sample_images
+    monkeypatch.setattr(module, "sample_images", lambda *a, **k: asked.append(len(a[2])) or real(*a, **k))
+    evaluate(params, world, "base")
+    assert asked == [3, 1, 3, 1]
+
+
+def test_a_judge_without_features_can_not_make_them(params: Params, world: Path) -> None:
+    from srpo.errors import UserError
+
+    settings = params.evaluate.model_copy(update={"clip_features": "accuracy"})
+    with pytest.raises(UserError, match=r"evaluate\.features: rewards\.accuracy has no image features"):
+        evaluate(params.model_copy(update={"evaluate": settings}), world, "base")
+
+
+def test_rank_can_not_change_between_parent_and_child(params: Params, world: Path) -> None:
+    from srpo.errors import UserError
+
+    run_round(params, world, "001")
+    for stage in (generate, score, select):
+        stage(params, world, "002")
+    text = (world / "params.yaml").read_text()
+    (world / "params.yaml").write_text(text.replace("rank: 2", "rank: 3"))
+    with pytest.raises(UserError, match=r"rounds\.002\.train"):
+        train(load_params(), world, "002")

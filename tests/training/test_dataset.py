@@ -1,0 +1,155 @@
+"""What training draws from: pooling, replay, and that ancestors' winners are those the lineage names. No models."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+import torch
+
+from srpo.config.loader import Params, load_params
+from srpo.data import parquet
+from srpo.errors import UserError
+from srpo.rounds import RoundFiles
+from srpo.stages.base import write_json
+from srpo.storage.hashing import digest
+from srpo.training.dataset import batches, load_winners
+
+REPO = Path(__file__).parents[2]
+FIELDS = {
+    "prompt": pa.string(),
+    "latents": parquet.LATENTS,
+    "latents_shape": pa.list_(pa.int32()),
+    "weight": pa.float32(),
+    "loser_latents": parquet.LATENTS,
+}
+COUNTS = {"001": 5, "002": 4, "003": 3}
+CODE = {"001": 100, "002": 200, "003": 300}
+
+
+def write_winners(root: Path, key: str, size: int = 2, losers: bool = True, alone: int = 0) -> None:
+    """Winner i of round k holds the number code(k) + i everywhere, its loser the negative of it."""
+    rows = []
+    for i in range(COUNTS[key]):
+        value = np.full(4 * size * size, CODE[key] + i, np.float16)
+        rows.append(
+            {"prompt": f"{key} {i}", "latents": value, "latents_shape": [4, size, size], "weight": 1.0 + i}
+            | {"loser_latents": None if i < alone else -value}
+        )
+    fields = FIELDS if losers else {name: kind for name, kind in FIELDS.items() if name != "loser_latents"}
+    parquet.write_table(RoundFiles(root, key).winners / "shard-00000.parquet", rows, fields)
+
+
+def write_lineages(root: Path) -> None:
+    for key, parent in (("001", "base"), ("002", "001")):
+        ancestors = {"001": digest(RoundFiles(root, "001").winners)} if key == "002" else {}
+        lineage = {"parent": parent, "winners": digest(RoundFiles(root, key).winners), "ancestors": ancestors}
+        write_json(RoundFiles(root, key).adapter / "lineage.json", lineage)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for key in COUNTS:
+        write_winners(tmp_path, key)
+    write_lineages(tmp_path)
+    return tmp_path
+
+
+def params(**train) -> Params:
+    loaded = load_params(REPO / "params.yaml")
+    return loaded.model_copy(update={"train": loaded.train.model_copy(update={"replay": 0.0} | train)})
+
+
+def codes(winners, rows: torch.Tensor) -> list[int]:
+    return winners.latents[rows][:, 0, 0, 0].int().tolist()
+
+
+def test_by_default_only_this_rounds_winners_with_mean_weight_one(root: Path) -> None:
+    winners = load_winners(params(), root, "003", pairs=False)
+    assert (list(winners.digests), winners.own, winners.losers) == (["003"], 3, None)
+    assert winners.digests["003"] == digest(RoundFiles(root, "003").winners)
+    assert winners.weights.tolist() == pytest.approx([0.5, 1.0, 1.5])
+    drawn = [
+        codes(winners, rows) for rows in itertools.islice(batches(winners, params(batch_size=3).train, (0, "003")), 9)
+    ]
+    assert all(sorted(batch) == [300, 301, 302] for batch in drawn), "every epoch is a permutation of all"
+    assert len({tuple(batch) for batch in drawn}) > 1
+
+
+def test_start_base_pools_all_rounds_alike_each_with_mean_weight_one(root: Path) -> None:
+    wanted = params(start="base", batch_size=4)
+    winners = load_winners(wanted, root, "003", pairs=True)
+    assert list(winners.digests) == ["003", "001", "002"]
+    assert [part.mean().item() for part in winners.weights.split([3, 5, 4])] == pytest.approx([1, 1, 1])
+    assert torch.equal(winners.losers, -winners.latents)
+    drawn = [codes(winners, rows) for rows in itertools.islice(batches(winners, wanted.train, (0, "003")), 3)]
+    everything = [CODE[key] + i for key in COUNTS for i in range(COUNTS[key])]
+    assert sorted(code for batch in drawn for code in batch) == everything
+
+
+@pytest.mark.parametrize("start", ["parent", "base"])
+@pytest.mark.parametrize(("replay", "size", "per_batch"), [(0.5, 4, {2}), (0.25, 8, {2}), (0.3, 4, {1, 2})])
+def test_replay_is_a_share_of_every_batch(root: Path, start: str, replay: float, size: int, per_batch: set) -> None:
+    wanted = params(start=start, replay=replay, batch_size=size)
+    winners = load_winners(wanted, root, "003", pairs=False)
+    stream = batches(winners, wanted.train, (0, "003"))
+    drawn = [codes(winners, rows) for rows in itertools.islice(stream, 20)]
+    earlier = [sum(code < 300 for code in batch) for batch in drawn]
+    assert all(len(batch) == size for batch in drawn)
+    assert set(earlier) == per_batch and sum(earlier) == round(replay * size * 20)
+    replayed = [code for batch in drawn for code in batch if code < 300]
+    assert len(set(replayed[:9])) == 9, "all of the ancestors' winners come before one comes again"
+    again = batches(winners, wanted.train, (0, "003"))
+    assert drawn == [codes(winners, rows) for rows in itertools.islice(again, 20)]
+
+
+def test_a_first_round_has_nothing_to_replay(root: Path) -> None:
+    wanted = params(replay=0.5, batch_size=4, start="base")
+    winners = load_winners(wanted, root, "001", pairs=False)
+    assert list(winners.digests) == ["001"]
+    assert len(next(batches(winners, wanted.train, (0, "001")))) == 4
+
+
+def test_ancestors_winners_must_be_those_of_the_lineage(root: Path) -> None:
+    wanted, folder = params(replay=0.5), RoundFiles(root, "001").winners
+    write_winners(root, "001", alone=1)
+    with pytest.raises(UserError, match=r"001/winners: not the winners that the adapter of round 002 came from"):
+        load_winners(wanted, root, "003", pairs=False)
+    folder.rename(root / "elsewhere")
+    with pytest.raises(UserError, match=r"rounds/001/winners: missing; `dvc pull select@001`"):
+        load_winners(wanted, root, "003", pairs=False)
+    write_json(RoundFiles(root, "002").adapter / "lineage.json", {"winners": "0"})
+    with pytest.raises(UserError, match=r"002/adapter/lineage\.json: does not name the winners of 001"):
+        load_winners(wanted, root, "003", pairs=False)
+    load_winners(params(), root, "003", pairs=False)  # who asks for no ancestors needs none
+
+
+def test_objectives_on_pairs_want_losers(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_winners(root, "003", alone=1)
+    winners = load_winners(params(), root, "003", pairs=True)
+    assert winners.prompts == ["003 1", "003 2"] and "1 winners are left out" in caplog.text
+    assert winners.weights.tolist() == pytest.approx([0.8, 1.2])
+    write_winners(root, "003", alone=3)
+    with pytest.raises(UserError, match="no winner has a loser"):
+        load_winners(params(), root, "003", pairs=True)
+    write_winners(root, "003", losers=False)
+    with pytest.raises(UserError, match="winners lack loser_latents, as older versions wrote them; rerun select"):
+        load_winners(params(), root, "003", pairs=True)
+    assert load_winners(params(), root, "003", pairs=False).own == 3
+
+
+def test_rounds_of_other_sizes_can_not_be_mixed(root: Path) -> None:
+    write_winners(root, "003", size=4)
+    with pytest.raises(UserError, match=r"rounds\.003\.train: .*several sizes \(4x2x2, 4x4x4\)"):
+        load_winners(params(replay=0.5), root, "003", pairs=False)
+
+
+def test_zero_weights_do_not_become_nan(root: Path) -> None:
+    shard = RoundFiles(root, "003").winners / "shard-00000.parquet"
+    pl.read_parquet(shard).with_columns(pl.lit(0.0).cast(pl.Float32).alias("weight")).write_parquet(shard)
+    with pytest.raises(UserError, match="weight"):
+        load_winners(params(), root, "003", pairs=False)

@@ -1,0 +1,117 @@
+"""A training that goes astray stops with one line, and its last good state is an adapter."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from srpo import cli
+from srpo.config.loader import Params
+from srpo.errors import UserError
+from srpo.rounds import RoundFiles
+from srpo.sampling.sampler import Sampler
+from srpo.stages.train import train
+from srpo.training.divergence import LossWatch
+from tests.training.helpers import contents, with_runtime, with_train, write_train
+
+
+def trips(losses, ratio: float | None = 10.0, batch_size: int = 32) -> int | None:
+    """The step at which the watch finds a problem."""
+    watch = LossWatch(ratio, batch_size)
+    return next((step for step, loss in enumerate(losses, 1) if watch.problem(loss, 1.0)), None)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+@pytest.mark.parametrize("seed", range(3))
+def test_diffusion_losses_with_random_timesteps_never_trip_it(batch_size: int, seed: int) -> None:
+    """Errors of a sample run over three orders of magnitude with the timestep, and fall slowly over the training."""
+    draw = np.random.default_rng(seed)
+    steps = 3000
+    timestep, noise = draw.random((steps, batch_size)), draw.lognormal(0, 0.5, (steps, batch_size))
+    losses = (noise * 10 ** (-3 * timestep)).mean(1) * np.linspace(1, 0.5, steps)
+    assert trips(losses, batch_size=batch_size) is None
+
+
+def test_a_loss_that_fell_far_may_rise_to_where_it_began() -> None:
+    assert trips([0.7] * 30 + [0.001] * 100 + [0.5] * 100) is None
+
+
+@pytest.mark.parametrize("after", [0, 3, 50, 500])
+def test_a_loss_that_explodes_trips_it_soon(after: int) -> None:
+    draw = np.random.default_rng(0)
+    steady = draw.lognormal(-1, 0.3, after)
+    found = trips([*steady, *(0.4 * 1.5**k for k in range(40))])
+    assert found is not None and found <= after + 20
+    assert trips([*steady, *[300.0] * 40]) is not None, "a plateau far above what predicting nothing would lose"
+
+
+def test_no_number_trips_it_at_once_and_null_only_then() -> None:
+    for bad in (math.nan, math.inf):
+        assert trips([0.3] * 4 + [bad]) == 5
+        watch = LossWatch(None, 32)
+        assert watch.problem(0.3, bad).startswith("train.learning_rate: the gradient is not a number")
+    assert trips([0.3] * 30 + [1e9] * 100, ratio=None) is None
+
+
+def test_a_rising_loss_is_told_before_it_is_a_problem() -> None:
+    watch = LossWatch(10.0, 32)
+    seen = [(watch.problem(loss, 1.0), watch.rising) for loss in [0.3] * 30 + [3.0 * 1.2**k for k in range(20)]]
+    stop = next(i for i, (problem, _) in enumerate(seen) if problem)
+    first = next(i for i, (_, rising) in enumerate(seen) if rising)
+    assert 30 <= first < stop
+
+
+def exploding(monkeypatch: pytest.MonkeyPatch, at: int, factor: float) -> None:
+    """Make the loss explode from step `at` on, as a bad batch would."""
+    import srpo.training.loop as loop
+
+    real = loop.TrainingLoop._draw
+
+    def draw(self, step, picks):
+        batch = real(self, step, picks)
+        if step >= at:
+            batch.weights.mul_(factor)
+        return batch
+
+    monkeypatch.setattr(loop.TrainingLoop, "_draw", draw)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("factor", "words"), [(math.nan, "the loss is not a number"), (1e4, "the mean loss of the last")]
+)
+def test_the_last_good_state_is_a_usable_adapter(
+    params: Params, root: Path, monkeypatch: pytest.MonkeyPatch, method: str, factor: float, words: str
+) -> None:
+    files, wanted = RoundFiles(root, "001"), with_train(params, method=method, batch_size=16, lr_schedule="constant")
+    before = contents(files)
+    train(with_train(wanted, steps=6, warmup_steps=0), root, "001")
+    expected = Sampler(params, files.adapter).unet.state_dict()
+    published = contents(files)
+    assert published != before
+    exploding(monkeypatch, 8, factor)
+    wanted = with_runtime(with_train(wanted, steps=40, warmup_steps=0), checkpoint_every=3)
+    with pytest.raises(UserError) as caught:
+        train(wanted, root, "001")
+    line = str(caught.value)
+    assert line.startswith("train.learning_rate: ") and words in line and "\n" not in line
+    assert "at step 8; lower it. The last good state, after step 6, is the adapter " in line
+    adapter = Path(line.rsplit(" ", 1)[1])
+    assert contents(files) == published, "what went astray was published"
+    found = Sampler(params, adapter).unet.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(UserError, match="at step 8"):  # again, from the last state
+        train(wanted, root, "001")
+
+
+def test_a_learning_rate_that_is_far_too_high_ends_the_command_with_status_2(
+    root: Path, capfd: pytest.CaptureFixture
+) -> None:
+    write_train(root, method="full", steps=30, learning_rate=1.0, batch_size=16)
+    assert cli.run(["train", "001"]) == 2
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("srpo: error:")]
+    assert len(told) == 1 and "train.learning_rate: the" in told[0] and "No state had been kept" in told[0]

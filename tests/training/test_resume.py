@@ -1,0 +1,157 @@
+"""A training killed anywhere and started again ends as if nothing had happened, on disk and in MLflow."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import multiprocessing
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from srpo import cli
+from srpo.config.loader import Params, load_params
+from srpo.rounds import RoundFiles
+from srpo.stages.train import train
+from tests.training.helpers import contents, with_runtime, with_train, write_train
+
+STEPS = 7
+
+
+def folder(root: Path) -> Path:
+    (found,) = (root / ".srpo" / "scratch").glob("train@001-*")
+    return found
+
+
+def note(told: list[int], metrics, step: int) -> None:
+    told.append(step)
+
+
+def interrupted(params: Params, root: Path, at: int) -> list[int]:
+    """Train 001 and die in the callback of step `at`; the steps that were told."""
+    told = []
+
+    def on_step(metrics, step: int) -> None:
+        told.append(step)
+        if step == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(params, root, "001", on_step)
+    return told
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"ema_decay": 0.9, "lr_schedule": "cosine", "warmup_steps": 3},
+        {"method": "full", "ema_decay": 0.9},
+        {"objective": "dpo"},
+    ],
+)
+def test_wherever_it_stops_it_ends_with_the_same_bytes(params: Params, root: Path, values: dict) -> None:
+    files = RoundFiles(root, "001")
+    wanted = with_runtime(with_train(params, steps=STEPS, **values), checkpoint_every=2)
+    train(wanted, root, "001")
+    undisturbed = contents(files)
+    for at in (1, 2, 3, 5, STEPS):
+        interrupted(wanted, root, at)
+        assert len(list(folder(root).glob("state-*.json"))) <= 2
+        told: list[int] = []
+        train(wanted, root, "001", functools.partial(note, told))
+        assert told == list(range(1, STEPS + 1))
+        assert contents(files) == undisturbed, f"stopped at step {at}"
+        assert not list((root / ".srpo" / "scratch").glob("train@*")), "states of a finished training stay"
+
+
+def test_several_stops_in_a_row_and_other_hardware_settings(params: Params, root: Path) -> None:
+    files, wanted = RoundFiles(root, "001"), with_train(params, steps=STEPS)
+    train(wanted, root, "001")
+    undisturbed = contents(files)
+    interrupted(with_runtime(wanted, checkpoint_every=1), root, 3)
+    interrupted(with_runtime(wanted, checkpoint_every=2, gradient_checkpointing=True), root, 6)
+    resumed = interrupted(with_runtime(wanted, checkpoint_every=3, batch_size=2), root, 5)
+    assert resumed == [1, 2, 3, 4, 5]
+    train(with_runtime(wanted, checkpoint_every=100), root, "001")
+    assert contents(files) == undisturbed
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "record", "other"])
+def test_a_damaged_state_falls_back_to_the_one_before(
+    params: Params, root: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    caplog.set_level(logging.INFO, "srpo")
+    files, wanted = RoundFiles(root, "001"), with_runtime(with_train(params, steps=STEPS), checkpoint_every=2)
+    train(wanted, root, "001")
+    undisturbed = contents(files)
+    interrupted(wanted, root, 6)
+    older, newer = sorted(folder(root).glob("state-*.safetensors"))
+    data = newer.read_bytes()
+    if damage == "flipped":
+        newer.write_bytes(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
+    elif damage == "truncated":
+        newer.write_bytes(data[: len(data) // 2])
+    elif damage == "record":
+        newer.with_suffix(".json").write_text('{"history": [')
+    else:
+        newer.write_bytes(older.read_bytes())
+    train(wanted, root, "001")
+    assert "state-000004.json: damaged" in caplog.text and "going on after step 2" in caplog.text
+    assert contents(files) == undisturbed
+
+
+def test_other_inputs_start_anew(params: Params, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "srpo")
+    wanted = with_runtime(with_train(params, steps=STEPS), checkpoint_every=1)
+    interrupted(wanted, root, 4)
+    train(with_train(wanted, learning_rate=2e-3), root, "001")
+    assert "going on" not in caplog.text
+
+
+def start_train() -> multiprocessing.Process:
+    """`srpo train 001` in a process of its own, forked so that it need not import everything again."""
+
+    def command() -> None:
+        torch.set_num_threads(1)  # the pool of threads did not come along
+        raise SystemExit(cli.run(["train", "001"]))
+
+    process = multiprocessing.get_context("fork").Process(target=command)
+    process.start()
+    return process
+
+
+def test_sigkill(root: Path, capfd: pytest.CaptureFixture) -> None:
+    """The command itself, killed by the kernel's hardest signal after its 2nd, 6th and 11th step."""
+    files = RoundFiles(root, "001")
+    write_train(root, steps=16)
+    text = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(text.replace("runtime:\n", "runtime:\n  checkpoint_every: 1\n"))
+    process = start_train()
+    process.join()
+    assert process.exitcode == 0
+    undisturbed = contents(files)
+    for at in (2, 6, 11):
+        process, deadline = start_train(), time.monotonic() + 120
+        pattern = "train@001-*/state-{:06d}.json"
+        while not list((root / ".srpo" / "scratch").glob(pattern.format(at))) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert contents(files) == undisturbed, "a killed training changed what was published"
+    capfd.readouterr()
+    process = start_train()
+    process.join()
+    assert process.exitcode == 0 and "train 001: going on after step" in capfd.readouterr().err
+    assert contents(files) == undisturbed
+
+    client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(load_params().tracking.experiment).experiment_id
+    (run,) = client.search_runs([experiment], "tags.`srpo.round` = '001'")
+    points = client.get_metric_history(run.info.run_id, "loss")
+    assert sorted(point.step for point in points) == list(range(1, 17)), "steps are missing or there twice"
+    assert run.info.status == "FINISHED"
