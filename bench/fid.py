@@ -24,12 +24,14 @@ from rich.console import Console
 from rich.table import Table
 
 from srpo.data import parquet
+from srpo.data.images import encode_png
+from srpo.data.schemas import IMAGE
 from srpo.evaluation.features import Extractor
 from srpo.evaluation.frechet import Moments, frechet_distance, gaussian
 from srpo.evaluation.inception import WEIGHTS_FILE, InceptionFeatures
 from srpo.evaluation.kernel import kernel_distance
 from srpo.evaluation.reference import load_reference
-from srpo.stages.score import BATCH, batched, to_tensor
+from srpo.rewards.batches import BATCH, batched, to_tensor
 
 SIZE = 256  # pixels of a picture's side
 
@@ -69,11 +71,11 @@ def from_files(count: int, folder: Path) -> list[tuple[str, tuple, tuple]]:
         rng = np.random.default_rng(seed)
         (folder / name).mkdir()
         small = rng.integers(0, 256, (count, SIZE // 16, SIZE // 16, 3), dtype=np.uint8)
-        cells = [parquet.encode_png(pixels.repeat(16, axis=0).repeat(16, axis=1)) for pixels in small]
+        cells = [encode_png(pixels.repeat(16, axis=0).repeat(16, axis=1)) for pixels in small]
         for i, cell in enumerate(cells):
             (folder / name / f"{i:05d}.png").write_bytes(cell["bytes"])
         rows = [{"image": cell} for cell in cells]
-        parquet.write_table(folder / f"{name}.parquet", rows, {"image": parquet.IMAGE})
+        parquet.write_table(folder / f"{name}.parquet", rows, {"image": IMAGE})
     theirs = timed(
         lambda: fid.compute_fid(
             str(folder / "new"), str(folder / "reference"), custom_feat_extractor=network.model, num_workers=0,

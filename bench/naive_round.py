@@ -26,6 +26,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from srpo.config.loader import Params, load_params
 from srpo.data import parquet
+from srpo.data.images import decode_image
 from srpo.data.prompts import Prompt, load_prompts
 
 Scorer = tuple[CLIPModel, CLIPProcessor]
@@ -141,14 +142,14 @@ def main() -> None:
         if spec.kind == "clip"
     }
     templates = [
-        (row["prompt"], np.asarray(parquet.decode_image(row["image"]), np.float32))
+        (row["prompt"], np.asarray(decode_image(row["image"]), np.float32))
         for row in parquet.read_rows(Path(params.rewards["accuracy"].model))
     ]
     prompts, held_out = load_prompts(Path(params.prompts.train)), load_prompts(Path(params.prompts.eval))
     finished("load")
     reference = np.stack(
         [
-            clip(scorers["judge"], parquet.decode_image(row["image"]))[1]
+            clip(scorers["judge"], decode_image(row["image"]))[1]
             for row in parquet.read_rows(Path(params.evaluate.reference), ["image"])
         ]
     )

@@ -29,6 +29,7 @@ from ruamel.yaml import YAML
 from bench.random_sdxl import SDXL, TINY, Configuration, save_pipeline, unet_flops
 from srpo.config.loader import PARAMS_FILE, Params, load_params
 from srpo.data import parquet
+from srpo.data.schemas import LATENTS
 from srpo.rounds import BASE, RoundFiles
 from srpo.runtime.device import pick_device, pick_dtype
 from srpo.sampling.sampler import Sampler, sample_images
@@ -47,7 +48,7 @@ def write_project(root: Path, configuration: Configuration, device: torch.device
     lineage.parent.mkdir(parents=True)
     lineage.write_text(json.dumps({"base": {"source": "random weights"}}))
     side, rng = configuration.size // 8, np.random.default_rng(0)
-    latents = {"latents": parquet.LATENTS, "loser_latents": parquet.LATENTS, "latents_shape": pa.list_(pa.int32())}
+    latents = {"latents": LATENTS, "loser_latents": LATENTS, "latents_shape": pa.list_(pa.int32())}
     fields = {"candidate_id": pa.string(), "prompt": pa.string(), "weight": pa.float32()} | latents
     rows = [
         {"candidate_id": str(i), "prompt": PROMPT, "weight": 1.0, "latents_shape": [4, side, side]}

@@ -30,7 +30,7 @@ from srpo.config.loader import PARAMS_FILE
 from srpo.config.schema import SelectParams
 from srpo.data import parquet
 from srpo.rounds import RoundFiles
-from srpo.stages.select import choose_winners
+from srpo.selection.best_of_n import choose_winners
 
 KEY = "001"
 WEIGHTS = {"first": 1.0, "second": 0.5}

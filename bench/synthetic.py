@@ -9,6 +9,8 @@ import polars as pl
 import pyarrow as pa
 
 from srpo.data import parquet
+from srpo.data.images import encode_png
+from srpo.data.schemas import CANDIDATE_FIELDS, IDENTITY_FIELDS, IMAGE, arrow_schema
 from srpo.rounds import RoundFiles
 
 PROMPTS_PER_SHARD = 1 << 15
@@ -16,7 +18,7 @@ PROMPTS_PER_SHARD = 1 << 15
 
 def write_candidates(files: RoundFiles, prompts: int, per_prompt: int, pictures: Sequence[np.ndarray]) -> None:
     """Write a round's candidates, a shard at a time: latents of 16 numbers, and these pictures in turn."""
-    cells = [parquet.encode_png(picture)["bytes"] for picture in pictures]
+    cells = [encode_png(picture)["bytes"] for picture in pictures]
     parts = _parts(prompts)
     for number, part in enumerate(parts):
         name = f"shard-{number:05d}-of-{len(parts):05d}.parquet"
@@ -51,14 +53,14 @@ def _candidates(key: str, prompts: range, per_prompt: int, cells: Sequence[bytes
     columns["seed"] = pa.array(rng.integers(0, 1 << 62, count))
     columns["image"] = pa.StructArray.from_arrays(
         [pa.array([cells[i % len(cells)] for i in range(count)]), pa.nulls(count, pa.string())],
-        fields=list(parquet.IMAGE),
+        fields=list(IMAGE),
     )
     values = pa.array(rng.normal(size=16 * count).astype(np.float16))
     columns["latents"] = pa.ListArray.from_arrays(pa.array(np.arange(0, 16 * count + 1, 16, dtype=np.int32)), values)
     shape = pa.array(np.tile(np.array([4, 2, 2], np.int32), count))
     columns["latents_shape"] = pa.ListArray.from_arrays(pa.array(np.arange(0, 3 * count + 1, 3, dtype=np.int32)), shape)
     columns |= {"steps": pa.repeat(30, count), "guidance": pa.repeat(5.0, count)}
-    schema = parquet.schema(parquet.CANDIDATE_FIELDS)
+    schema = arrow_schema(CANDIDATE_FIELDS)
     # a column unknown here is null
     arrays = [columns.get(field.name, pa.nulls(count, field.type)).cast(field.type) for field in schema]
     return pa.Table.from_arrays(arrays, schema=schema)
@@ -67,10 +69,10 @@ def _candidates(key: str, prompts: range, per_prompt: int, cells: Sequence[bytes
 def _scores(key: str, prompts: range, per_prompt: int, names: Sequence[str]) -> pa.Table:
     rows = _identity(key, prompts, per_prompt)
     rng = np.random.default_rng(prompts.start + 1)
-    fields = dict(parquet.IDENTITY_FIELDS)
+    fields = dict(IDENTITY_FIELDS)
     columns = [rows[name].to_arrow().cast(kind) for name, kind in fields.items()]
     for name in names:
         fields[name] = pa.float32()
         columns.append(pa.array(rng.normal(20, 1, rows.height).astype(np.float32)))
     columns.append(pa.array(rng.random(rows.height) < 0.001))
-    return pa.Table.from_arrays(columns, schema=parquet.schema(fields | {"rejected": pa.bool_()}))
+    return pa.Table.from_arrays(columns, schema=arrow_schema(fields | {"rejected": pa.bool_()}))

@@ -36,6 +36,7 @@ from bench.prompts import cut_prompts
 from srpo.config.loader import Params, load_params
 from srpo.data import parquet
 from srpo.data.prompts import load_prompts
+from srpo.data.schemas import CANDIDATE_FIELDS
 from srpo.rounds import RoundFiles
 from srpo.runtime.device import pick_device, pick_dtype
 from srpo.sampling.sampler import load_pipeline
@@ -120,7 +121,7 @@ def write_winners(params: Params, root: Path) -> None:
     files, pictures = RoundFiles(root, key), root / "pictures"
     generate(params, root, key)
     rows = [row | {"weight": 1.0} for row in parquet.read_rows(files.candidates) if row["index"] == 0]
-    fields = parquet.CANDIDATE_FIELDS | {"weight": pa.float32()}
+    fields = CANDIDATE_FIELDS | {"weight": pa.float32()}
     parquet.write_table(files.winners / "shard-00000.parquet", rows, fields)
     pictures.mkdir()
     for row in rows:

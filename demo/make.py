@@ -14,6 +14,8 @@ import typer
 
 from demo.scenes import Scene, all_scenes, miscaptioned, render
 from srpo.data import parquet
+from srpo.data.images import encode_png
+from srpo.data.schemas import IMAGE
 
 log = logging.getLogger("demo")
 WRONG = 0.15  # per part of a caption: about four captions in ten name something that is not there
@@ -64,8 +66,8 @@ def write_prompts(path: Path, scenes: list[Scene], prefix: str) -> None:
 
 def write_pictures(path: Path, pictures: list[tuple[Scene, np.ndarray]]) -> None:
     """A parquet file with columns image and prompt."""
-    rows = [{"image": parquet.encode_png(pixels), "prompt": scene.caption} for scene, pixels in pictures]
-    parquet.write_table(path, rows, {"image": parquet.IMAGE, "prompt": pa.string()})
+    rows = [{"image": encode_png(pixels), "prompt": scene.caption} for scene, pixels in pictures]
+    parquet.write_table(path, rows, {"image": IMAGE, "prompt": pa.string()})
 
 
 def _train_models(

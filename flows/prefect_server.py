@@ -29,7 +29,7 @@ from prefect.settings import (
 )
 
 from flows.process import end_group, is_running
-from srpo.runtime.fork_server import end_with_parent
+from srpo.runtime.processes import end_with_parent
 
 # on disk: this server ends before a lease does that a killed flow held, and the next server must know of it
 LEASES = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from srpo.runtime.fork_server import end_with_parent, signal_at_parents_end
+from srpo.runtime.processes import end_with_parent, signal_at_parents_end
 
 TERM_GRACE_SECONDS = 15
 PROGRESS_SECONDS = 30

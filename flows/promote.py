@@ -24,8 +24,8 @@ from pydantic import Field
 from flows import prefect_server
 from flows.errors import show_in_one_line
 from srpo.config.loader import load_params
+from srpo.data.records import read_gate, read_metrics
 from srpo.errors import UserError
-from srpo.lineage.record import read_gate, read_metrics
 from srpo.release import registry
 from srpo.reporting import table
 

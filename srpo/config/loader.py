@@ -23,7 +23,7 @@ from srpo.config.schema import (
     TrainParams,
 )
 from srpo.errors import UserError
-from srpo.rewards import FAMILIES, find_family
+from srpo.rewards.families import FAMILIES, find_family
 
 PARAMS_FILE = "params.yaml"
 STAGES_WITH_OVERRIDES = ("generate", "select", "train")

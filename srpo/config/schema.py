@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from srpo.errors import UserError
-from srpo.rewards import find_family
+from srpo.rewards.families import find_family
 
 INCEPTION = "inception"
 

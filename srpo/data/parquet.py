@@ -6,10 +6,7 @@ feature metadata is written into the Arrow schema; nothing here needs that libra
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, groupby
@@ -20,56 +17,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
+from srpo.data.schemas import arrow_schema
 from srpo.errors import UserError, one_line
 from srpo.storage import footers
 
 if TYPE_CHECKING:
     import polars as pl
 
-IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-LATENTS = pa.list_(pa.float16())
 # a row group is what is read at once: some twenty pictures of 1024 x 1024, thousands of small ones
 ROW_GROUP_BYTES, ROW_GROUP = 32 << 20, range(16, 1 << 16)
-
-IDENTITY_FIELDS = {"candidate_id": pa.string(), "prompt_id": pa.string(), "index": pa.int32()}
-CANDIDATE_FIELDS = {
-    "candidate_id": pa.string(),
-    "prompt_id": pa.string(),
-    "prompt": pa.string(),
-    "index": pa.int32(),
-    "seed": pa.int64(),
-    "image": IMAGE,
-    "latents": LATENTS,
-    "latents_shape": pa.list_(pa.int32()),
-    "steps": pa.int32(),
-    "guidance": pa.float32(),
-    # early rejection: one score per checkpoint reached; the steps done; the steps that it asks for, which are
-    # fewer than those done only where a prompt is audited. What was given up has neither image nor latents.
-    "preview_scores": pa.list_(pa.float32()),
-    "stopped_at": pa.int32(),
-    "would_stop_at": pa.int32(),
-    "audited": pa.bool_(),
-}
-_DTYPES = {
-    pa.string(): "string", pa.int32(): "int32", pa.int64(): "int64", pa.float16(): "float16", pa.float32(): "float32",
-    pa.bool_(): "bool",
-}  # fmt: skip
-
-
-def schema(fields: Mapping[str, pa.DataType]) -> pa.Schema:
-    """An Arrow schema carrying the metadata by which HF `datasets` knows the image column."""
-    features: dict[str, Any] = {}
-    for name, kind in fields.items():
-        if kind == IMAGE:
-            features[name] = {"_type": "Image"}
-        elif pa.types.is_list(kind):
-            features[name] = {"feature": {"dtype": _DTYPES[kind.value_type], "_type": "Value"}, "_type": "List"}
-        else:
-            features[name] = {"dtype": _DTYPES[kind], "_type": "Value"}
-    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    return pa.schema(list(fields.items()), metadata=metadata)
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], fields: Mapping[str, pa.DataType]) -> None:
@@ -77,7 +34,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]], fields: Mapping[s
 
     The same rows give the same bytes.
     """
-    write_arrow(path, [pa.Table.from_pylist([dict(row) for row in rows], schema=schema(fields))])
+    write_arrow(path, [pa.Table.from_pylist([dict(row) for row in rows], schema=arrow_schema(fields))])
 
 
 def write_arrow(path: Path, tables: Iterable[pa.Table]) -> None:
@@ -118,39 +75,6 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict
     for shard in shards(path):
         for group in _row_groups(shard, columns):
             yield from group.to_pylist()
-
-
-def publish(scratch: Path, out: Path) -> None:
-    """Move a finished scratch folder (or file) to its place under rounds/ in one rename.
-
-    What was there goes away whole, too: whoever looks finds the old, nothing, or the new.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not out.is_dir():
-        scratch.replace(out)
-        return
-    old = scratch.with_name(f"{scratch.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    out.replace(old)
-    scratch.replace(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def encode_png(pixels: np.ndarray) -> dict[str, Any]:
-    """An image cell from uint8 pixels [height, width, 3]. PNG level 1: 2.4 times faster than 6, same pixels."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
-def decode_image(cell: Mapping[str, Any]) -> Image.Image:
-    """The RGB picture of an image cell."""
-    return Image.open(io.BytesIO(cell["bytes"])).convert("RGB")
-
-
-def pixels(cells: Iterable[Mapping[str, Any]]) -> np.ndarray:
-    """uint8 [n, height, width, 3] from image cells of one size."""
-    return np.stack([np.asarray(decode_image(cell)) for cell in cells])
 
 
 def latents_array(row: Mapping[str, Any], column: str = "latents") -> np.ndarray:

@@ -16,7 +16,7 @@ from srpo.evaluation.frechet import Moments, frechet_distance
 from srpo.evaluation.image_stats import looks
 from srpo.evaluation.kernel import clip_distance, kernel_distance
 from srpo.evaluation.reference import Reference
-from srpo.rewards import Reward
+from srpo.rewards.protocol import Reward
 
 
 class Observation:

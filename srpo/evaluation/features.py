@@ -12,9 +12,10 @@ import torch
 
 from srpo.config.loader import Params
 from srpo.config.schema import INCEPTION
-from srpo.rewards import FAMILIES, FeatureReward, Pixels
+from srpo.lineage.identity import COMMIT
+from srpo.rewards.families import FAMILIES
+from srpo.rewards.protocol import FeatureReward, Pixels
 from srpo.runtime.device import pick_device, pick_reward_dtype
-from srpo.stages.base import COMMIT
 from srpo.storage.hashing import code_digest, digest, file_digest
 
 LIBRARIES = ("torch", "transformers", "numpy", "pillow")

@@ -14,7 +14,7 @@ from srpo.data import parquet
 from srpo.errors import UserError
 from srpo.evaluation.features import Extractor
 from srpo.evaluation.frechet import Gaussian, Moments
-from srpo.stages.score import BATCH, batched, to_tensor
+from srpo.rewards.batches import BATCH, batched, to_tensor
 from srpo.storage.checksummed import load_sealed, save_sealed
 from srpo.storage.hashing import digest, value_digest
 

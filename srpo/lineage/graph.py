@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel
 
 from srpo.errors import UserError
-from srpo.lineage.record import adapter_weights, read_dvc_lock, read_lineage
+from srpo.lineage.dvc_lock import read_dvc_lock
+from srpo.lineage.record import adapter_weights, read_lineage
 from srpo.rounds import BASE, RoundFiles
 from srpo.storage.hashing import digest, dvc_digest
 

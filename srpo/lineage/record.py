@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.metadata
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 from srpo.config.loader import STAGES_WITH_OVERRIDES, Params
 from srpo.errors import MissingFile, UserError
 from srpo.rounds import BASE, RoundFiles
-from srpo.stages.base import read_json, reading, write_json
 from srpo.storage.hashing import code_digest, digest, file_digest
+from srpo.storage.json_files import read_json, write_json
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 UNET_FILE = "diffusion_pytorch_model.safetensors"
@@ -126,35 +125,3 @@ def adapter_weights(adapter: Path) -> Path | None:
 def read_lineage(root: Path, key: str) -> dict[str, Any]:
     """The `lineage.json` of a round, or of `base`."""
     return read_json(RoundFiles(root, key).adapter / "lineage.json")
-
-
-def read_dvc_lock(root: Path) -> dict[str, Any]:
-    """The stages of dvc.lock by name (`train@001`), each with `outs` and maybe `deps`; empty without a lock file."""
-    from ruamel.yaml import YAML
-
-    lock = root / "dvc.lock"
-    if not lock.exists():
-        return {}
-    return (YAML(typ="safe").load(lock.read_text(encoding="utf-8")) or {}).get("stages") or {}
-
-
-def read_metrics(root: Path, key: str) -> dict[str, Any]:
-    """The evaluation's `metrics.json` of a round, or of `base`."""
-    path = RoundFiles(root, key).evaluation / "metrics.json"
-    found = read_json(path)
-    if "verdict" not in found:
-        raise UserError(f"{path}: damaged (no verdict); `dvc checkout` restores it")
-    return found
-
-
-def read_sweep(root: Path, key: str) -> dict[str, dict[str, float]]:
-    """The evaluation's `guidance.csv` of a round, or of `base`: all measures, by guidance scale."""
-    path = RoundFiles(root, key).evaluation / "guidance.csv"
-    with reading(path), path.open(newline="", encoding="utf-8") as file:
-        rows = [dict(row) for row in csv.DictReader(file)]
-        return {row.pop("guidance"): {name: float(value) for name, value in row.items()} for row in rows}
-
-
-def read_gate(root: Path, key: str) -> dict[str, Any]:
-    """The evaluation's `gate.json` of a round: rules, verdict, finding, win rates and looks."""
-    return read_json(RoundFiles(root, key).evaluation / "gate.json")

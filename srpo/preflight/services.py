@@ -13,8 +13,8 @@ from uuid import uuid4
 from srpo.config.loader import Params
 from srpo.config.schema import INCEPTION
 from srpo.errors import one_line, without_secrets
-from srpo.rewards import FAMILIES
-from srpo.stages.base import COMMIT, HUB_ID
+from srpo.lineage.identity import COMMIT, HUB_ID
+from srpo.rewards.families import FAMILIES
 
 if TYPE_CHECKING:
     import httpx

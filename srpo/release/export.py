@@ -8,13 +8,14 @@ from pathlib import Path
 
 from srpo.config.loader import Params
 from srpo.data import parquet
+from srpo.data.images import decode_image
 from srpo.errors import UserError
 from srpo.lineage import graph
 from srpo.lineage.record import UNET_FILE, WEIGHTS_FILE, read_lineage
 from srpo.release import model_card
 from srpo.rounds import RoundFiles
-from srpo.stages.base import write_json
 from srpo.storage.hashing import file_digest
+from srpo.storage.json_files import write_json
 
 PICTURES = 8
 MERGED = "merged"
@@ -112,5 +113,5 @@ def _write_pictures(root: Path, key: str, folder: Path) -> list[tuple[str, str]]
     )
     first = [row for row in rows if row["index"] == 0][:PICTURES]
     for row in first:
-        parquet.decode_image(row["image"]).save(folder / f"{row['prompt_id']}.png")
+        decode_image(row["image"]).save(folder / f"{row['prompt_id']}.png")
     return [(f"{row['prompt_id']}.png", row["prompt"]) for row in first]

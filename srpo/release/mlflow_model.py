@@ -9,7 +9,7 @@ from srpo.config.loader import Params
 from srpo.lineage import graph
 from srpo.lineage.record import WEIGHTS_FILE, read_lineage
 from srpo.rounds import RoundFiles
-from srpo.stages.base import write_json
+from srpo.storage.json_files import write_json
 
 
 def save_model(folder: Path, params: Params, root: Path, key: str, model_id: str, run_id: str | None) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 from srpo.config.loader import Params
 from srpo.data.prompts import load_prompts
+from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.evaluation.image_stats import LOOKS
-from srpo.lineage.record import read_gate, read_lineage, read_metrics, read_sweep
+from srpo.lineage.identity import HUB_ID
+from srpo.lineage.record import read_lineage
 from srpo.reporting.table import SET_MEASURES, show, verdict
 from srpo.rounds import BASE, ancestors
-from srpo.stages.base import HUB_ID
 
 LOWER_IS_BETTER = ("fid", "kid", "cmmd")
 

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srpo.config.loader import Params
+from srpo.data.records import read_gate
 from srpo.errors import UserError
 from srpo.lineage import graph
-from srpo.lineage.record import adapter_weights, read_dvc_lock, read_gate, read_lineage
+from srpo.lineage.dvc_lock import read_dvc_lock
+from srpo.lineage.record import adapter_weights, read_lineage
 from srpo.release.mlflow_model import save_model
 from srpo.release.model_card import licence_of
 from srpo.rounds import RoundFiles

@@ -9,8 +9,9 @@ from typing import Any
 
 from srpo import rounds as tree
 from srpo.config.loader import Params
+from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.errors import MissingFile, UserError
-from srpo.lineage.record import read_gate, read_lineage, read_metrics, read_sweep
+from srpo.lineage.record import read_lineage
 from srpo.reporting import charts, contact_sheets
 from srpo.reporting.html import chart, numbers, picture, render_page
 from srpo.reporting.table import CAMPAIGN_PAGE, SET_MEASURES

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from srpo.config.loader import Params
 from srpo.data import parquet
+from srpo.data.images import decode_image
 from srpo.errors import UserError
 from srpo.rounds import BASE, RoundFiles
 
@@ -94,7 +95,7 @@ def held_out(root: Path, keys: Sequence[str], count: int) -> list[tuple[str, dic
     for key, path in paths.items():
         for row in parquet.read_rows(path, ["prompt_id", "index", "image"]):
             if row["index"] == 0 and row["prompt_id"] in images:
-                image = parquet.decode_image(row["image"])  # kept no larger than it is shown
+                image = decode_image(row["image"])  # kept no larger than it is shown
                 images[row["prompt_id"]][key] = image if max(image.size) <= TINY else thumbnail(image)
     return [(prompts[-1][prompt], images[prompt]) for prompt in chosen]
 
@@ -147,7 +148,7 @@ def _pictures(path: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
     places = parquet.find_candidates(path, pl.Series(ids, dtype=pl.String))["place"].to_numpy()
     found = parquet.Places(path).take(places, ["candidate_id", "image"])
     rows = [row for table in found for row in table.to_pylist()]
-    pictures = {row["candidate_id"]: parquet.decode_image(row["image"]) for row in rows}
+    pictures = {row["candidate_id"]: decode_image(row["image"]) for row in rows}
     if missing := set(ids) - pictures.keys():
         raise UserError(f"{path}: lacks {sorted(missing)[0]!r}; candidates, scores and winners are not of one run")
     return pictures

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from srpo import rounds as tree
 from srpo.config.loader import PARAMS_FILE, Params, load_params
+from srpo.data.records import read_metrics
 from srpo.errors import without_secrets
-from srpo.lineage.record import read_metrics
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from srpo.data import parquet
+from srpo.data.images import decode_images
 from srpo.errors import UserError
 from srpo.rewards.protocol import Pixels
 
@@ -32,7 +33,7 @@ class TemplateReward:
         if not Path(model).is_file():
             raise UserError(f"{model!r} is no parquet file of templates")
         rows = list(parquet.read_rows(Path(model), ["image", "prompt"]))
-        pictures = torch.from_numpy(parquet.pixels(row["image"] for row in rows))
+        pictures = torch.from_numpy(decode_images(row["image"] for row in rows))
         self.templates = pictures.permute(0, 3, 1, 2).flatten(1).float().div(255).to(device)
         self.prompts = [row["prompt"] for row in rows]
         self.device = device

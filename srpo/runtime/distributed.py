@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srpo.errors import BlockedError, UserError
-from srpo.runtime.fork_server import signal_at_parents_end
+from srpo.runtime.processes import signal_at_parents_end
 
 if TYPE_CHECKING:
     from srpo.config.schema import RuntimeParams

@@ -23,9 +23,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from srpo.runtime.processes import end_with_parent
 
 SOCKET_VARIABLE = "SRPO_WARM"
 PRELOAD_VARIABLE = "SRPO_WARM_PRELOAD"
@@ -119,28 +121,6 @@ def run_here(argv: list[str]) -> int:
     module, function = {"srpo": ("srpo.cli", "run"), "dvc": ("dvc.cli", "main")}[argv[0]]
     sys.argv = list(argv)
     return getattr(importlib.import_module(module), function)(argv[1:])
-
-
-def signal_at_parents_end(number: int) -> Callable[[], None]:
-    """A function by which a process asks the kernel to send it signal `number` when its parent ends."""
-    if sys.platform != "linux":
-        return lambda: None
-    import ctypes  # here and not in a new child: importing between fork and exec can hang
-
-    pr_set_pdeathsig, prctl = 1, ctypes.CDLL(None).prctl
-    return lambda: prctl(pr_set_pdeathsig, number)
-
-
-def end_with_parent(number: int) -> Callable[[], None]:
-    """A function that a new child calls so that it gets signal `number` when its parent ends, or has ended already."""
-    request, parent = signal_at_parents_end(number), os.getpid()
-
-    def ask() -> None:
-        request()
-        if sys.platform == "linux" and os.getppid() != parent:
-            os.kill(os.getpid(), number)
-
-    return ask
 
 
 @dataclass(eq=False)

@@ -8,35 +8,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from srpo.config.schema import EarlyRejectionParams, GenerateParams
+from srpo.data.candidate import Candidate
 from srpo.errors import UserError
-from srpo.rewards import Reward
-from srpo.sampling.sampler import PromptEmbeds, Sampler
+from srpo.rewards.batches import BATCH, is_flat
+from srpo.rewards.protocol import Reward
+from srpo.sampling.conditioning import PromptEmbeds
+from srpo.sampling.sampler import Sampler
 from srpo.selection.audit import survivors
-from srpo.stages.score import BATCH, is_flat
 
 # those that keep nothing from step to step but its number, and draw no random numbers
 MEMORYLESS = ("EulerDiscreteScheduler", "DDIMScheduler")
-
-
-@dataclass(eq=False)
-class Candidate:
-    """One candidate; `image` uint8 [height, width, 3] and `latents` float16 are None when it was given up."""
-
-    row: int
-    index: int
-    seed: int
-    audited: bool = False
-    preview_scores: list[float] = field(default_factory=list)
-    stopped_at: int = 0
-    would_stop_at: int | None = None
-    latents: torch.Tensor | None = None
-    image: np.ndarray | None = None
 
 
 class EarlyRejection:

@@ -6,15 +6,15 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from srpo.lineage.identity import COMMIT
 from srpo.lineage.record import read_lineage
 from srpo.rounds import BASE
-from srpo.stages.base import COMMIT
+from srpo.sampling.conditioning import PromptEmbeds
 from srpo.storage.checksummed import load_sealed, save_sealed
 from srpo.storage.hashing import value_digest
 
@@ -22,17 +22,6 @@ if TYPE_CHECKING:
     from srpo.sampling.sampler import Sampler
 
 log = logging.getLogger("srpo")
-
-
-@dataclass(frozen=True)
-class PromptEmbeds:
-    """Text conditioning of n prompts: `tokens` [n, length, dim] and `pooled` [n, pooled_dim]."""
-
-    tokens: torch.Tensor
-    pooled: torch.Tensor
-
-    def __getitem__(self, rows: Sequence[int]) -> PromptEmbeds:
-        return PromptEmbeds(self.tokens[rows], self.pooled[rows])
 
 
 def prompt_embeds(sampler: Sampler, prompts: Sequence[str], root: Path) -> PromptEmbeds:

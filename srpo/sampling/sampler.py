@@ -23,7 +23,7 @@ from srpo.models.adapters import with_adapter
 from srpo.models.pipeline import TEXT_PARTS, load_pipeline
 from srpo.runtime.device import pick_device, pick_dtype, speed_up
 from srpo.sampling.batch_invariant import Tiles
-from srpo.sampling.prompt_cache import PromptEmbeds
+from srpo.sampling.conditioning import PromptEmbeds
 
 log = logging.getLogger("srpo")
 # rows of a tile on a CPU

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from srpo.data import parquet
 from srpo.data.parquet import Places
+from srpo.data.schemas import LATENTS, arrow_schema
 
 SHARD_BYTES = 256 << 20  # before compression
 
@@ -28,13 +29,13 @@ def write_winners(folder: Path, winners: pl.DataFrame, candidates: Path) -> None
     found = _placed(winners, candidates)
     rewards = [name for name in winners.columns if name not in (*own.schema.names, *MADE)]
     fields = {field.name: field.type for field in own.schema} | dict.fromkeys(rewards, pa.float32()) | MADE
-    schema = parquet.schema(fields)
+    schema = arrow_schema(fields)
     for number, shard in enumerate(_full(_rows(own, found, schema))):
         parquet.write_arrow(folder / f"shard-{number:05d}.parquet", [shard])
 
 
 MADE = dict.fromkeys(("selection_score", "margin", "weight"), pa.float32())
-MADE |= {"loser_id": pa.string(), "loser_latents": parquet.LATENTS}
+MADE |= {"loser_id": pa.string(), "loser_latents": LATENTS}
 
 
 def _placed(winners: pl.DataFrame, candidates: Path) -> pl.DataFrame:
@@ -65,7 +66,7 @@ def _latents(candidates: Places, places: pl.Series) -> pa.ChunkedArray:
     """The latents at these places, in their order; null where a place is."""
     sought = places.drop_nulls().unique().sort()
     parts = [table["latents"] for table in candidates.take(sought.to_numpy(), ["latents"])]
-    found = pa.chunked_array([chunk for part in parts for chunk in part.chunks], type=parquet.LATENTS)
+    found = pa.chunked_array([chunk for part in parts for chunk in part.chunks], type=LATENTS)
     return found.take(sought.search_sorted(places).set(places.is_null(), None).to_arrow())
 
 

@@ -16,7 +16,10 @@ from tqdm import tqdm
 
 from srpo.config.loader import Params
 from srpo.data import parquet
+from srpo.data.images import encode_png
 from srpo.data.prompts import Prompt, check_disjoint, load_prompts
+from srpo.data.records import read_sweep
+from srpo.data.schemas import IMAGE
 from srpo.errors import UserError
 from srpo.evaluation.accumulator import Observation
 from srpo.evaluation.bootstrap import Estimate, win_rate
@@ -25,14 +28,17 @@ from srpo.evaluation.frechet import frechet_distance, gaussian
 from srpo.evaluation.gate import appearance, best_guidance, judge_round
 from srpo.evaluation.kernel import paired_kernel_distance
 from srpo.evaluation.reference import load_reference
-from srpo.lineage.record import check_base, read_sweep, require_weights
+from srpo.lineage.record import check_base, require_weights
+from srpo.rewards.batches import BATCH, batched
+from srpo.rewards.loading import load_pinned_rewards
 from srpo.rounds import BASE, RoundFiles
+from srpo.sampling.conditioning import PromptEmbeds
 from srpo.sampling.prompt_cache import prompt_embeds
-from srpo.sampling.sampler import PromptEmbeds, Sampler, sample_images
-from srpo.stages.base import write_json
-from srpo.stages.score import BATCH, batched, load_pinned_rewards
+from srpo.sampling.sampler import Sampler, sample_images
 from srpo.storage.checksummed import load_sealed, save_sealed
+from srpo.storage.files import publish
 from srpo.storage.hashing import derive_seed
+from srpo.storage.json_files import write_json
 from srpo.storage.scratch import scratch_folder
 
 log = logging.getLogger("srpo")
@@ -90,7 +96,7 @@ def evaluate(params: Params, root: Path, key: str) -> None:
         write_json(scratch / "gate.json", gate)
     metrics = _headline(params, sweep[str(settings.guidance_scale)], drift, gate)
     write_json(scratch / "metrics.json", metrics)
-    parquet.publish(scratch, files.evaluation)
+    publish(scratch, files.evaluation)
     log.info("evaluate %s: %s", key, ", ".join(f"{name} {metrics[name]:.3f}" for name in [*rewards, "fid"]))
     if metrics["finding"] != "-":
         log.warning("evaluate %s: %s: the selecting reward rose and no judge followed", key, metrics["finding"])
@@ -199,7 +205,7 @@ def _samples(images: torch.Tensor, places: Sequence[Place], kept: set[str]) -> l
             "prompt_id": prompt.id,
             "prompt": prompt.prompt,
             "index": index,
-            "image": parquet.encode_png(image.permute(1, 2, 0).numpy()),
+            "image": encode_png(image.permute(1, 2, 0).numpy()),
         }
         for image, (prompt, index) in zip(images, places, strict=True)
         if prompt.id in kept
@@ -207,7 +213,7 @@ def _samples(images: torch.Tensor, places: Sequence[Place], kept: set[str]) -> l
 
 
 def _write_samples(path: Path, rows: list[dict[str, Any]]) -> None:
-    fields = {"prompt_id": pa.string(), "prompt": pa.string(), "index": pa.int32(), "image": parquet.IMAGE}
+    fields = {"prompt_id": pa.string(), "prompt": pa.string(), "index": pa.int32(), "image": IMAGE}
     parquet.write_table(path, rows, fields)
 
 

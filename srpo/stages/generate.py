@@ -15,17 +15,21 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from srpo.config.loader import Params
 from srpo.data import parquet
+from srpo.data.images import encode_png
 from srpo.data.prompts import Prompt, check_disjoint, load_prompts
+from srpo.data.schemas import CANDIDATE_FIELDS
 from srpo.lineage.record import check_base, require_weights
 from srpo.rounds import BASE, RoundFiles
 from srpo.runtime import distributed
 from srpo.runtime.background import Background
 from srpo.selection.audit import is_audited
+from srpo.storage.files import publish
 from srpo.storage.hashing import derive_seed, digest
 from srpo.storage.scratch import scratch_folder
 
 if TYPE_CHECKING:
-    from srpo.sampling.early_rejection import Candidate, EarlyRejection
+    from srpo.data.candidate import Candidate
+    from srpo.sampling.early_rejection import EarlyRejection
 
 log = logging.getLogger("srpo")
 
@@ -107,20 +111,20 @@ class Shards:
 
     def publish(self) -> None:
         """Move the finished shards to the round's candidates."""
-        parquet.publish(self.scratch, self.files.candidates)
+        publish(self.scratch, self.files.candidates)
 
     def _maker(self) -> Callable[[list[Prompt], Callable[[int], Any]], list[Candidate]]:
         """Load what makes a shard, and return what does."""
+        from srpo.rewards.loading import load_rewards
         from srpo.sampling.early_rejection import EarlyRejection
         from srpo.sampling.prompt_cache import prompt_embeds
         from srpo.sampling.sampler import Sampler
-        from srpo.stages.score import load_specs
 
         check_base(self.root)
         settings, rejection = self.settings, None
         sampler = Sampler(self.params, self.parent.adapter, fast=True)
         if rules := settings.early_rejection:
-            rewards = load_specs({rules.reward: self.params.rewards[rules.reward]}, self.params.runtime, self.root)
+            rewards = load_rewards({rules.reward: self.params.rewards[rules.reward]}, self.params.runtime, self.root)
             rejection = EarlyRejection(sampler, settings, rewards[rules.reward])
 
         def make(prompts: list[Prompt], on_images: Callable[[int], Any]) -> list[Candidate]:
@@ -132,7 +136,7 @@ class Shards:
         return make
 
     def _planned(self, prompts: list[Prompt]) -> list[Candidate]:
-        from srpo.sampling.early_rejection import Candidate
+        from srpo.data.candidate import Candidate
 
         rules, seed = self.settings.early_rejection, self.params.seed
         return [
@@ -171,7 +175,7 @@ class Shards:
     def _write(self, number: int, candidates: Sequence[Candidate]) -> None:
         rows = [self._row(self.parts[number][candidate.row], candidate) for candidate in candidates]
         path = self.paths[number]
-        parquet.write_table(path, rows, parquet.CANDIDATE_FIELDS)
+        parquet.write_table(path, rows, CANDIDATE_FIELDS)
         stopped = sum(candidate.image is None for candidate in candidates)
         also = f", {stopped} of them given up early" if stopped else ""
         log.info("generate %s: wrote %s, %d candidates%s", self.key, path.name, len(rows), also)
@@ -184,7 +188,7 @@ class Shards:
             "prompt": prompt.prompt,
             "index": candidate.index,
             "seed": candidate.seed,
-            "image": None if image is None else parquet.encode_png(image),
+            "image": None if image is None else encode_png(image),
             "latents": None if latents is None else latents.flatten().numpy(),
             "latents_shape": None if latents is None else list(latents.shape),
             "steps": self.settings.num_inference_steps,

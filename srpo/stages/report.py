@@ -9,13 +9,15 @@ import polars as pl
 
 from srpo.config.loader import Params
 from srpo.data import parquet
-from srpo.lineage.record import read_gate, read_lineage, read_metrics, read_sweep
+from srpo.data.records import read_gate, read_metrics, read_sweep
+from srpo.lineage.record import read_lineage
 from srpo.reporting import charts, contact_sheets
 from srpo.reporting.html import chart, numbers, picture, render_page
 from srpo.reporting.table import SET_MEASURES
 from srpo.rounds import BASE, RoundFiles
 from srpo.selection.audit import PREFIX
-from srpo.stages.base import read_json, reading
+from srpo.storage.files import publish
+from srpo.storage.json_files import read_json, reading
 from srpo.storage.scratch import scratch_folder
 
 
@@ -57,7 +59,7 @@ def report(params: Params, root: Path, key: str) -> None:
                 scratch / "winners.png")  # fmt: skip
     _save_sheet(tuned, f"Round {key}: held-out prompts, same noise", "the base model", f"after round {key}",
                 scratch / "tuned.png")  # fmt: skip
-    parquet.publish(scratch, files.report)
+    publish(scratch, files.report)
 
 
 def _training(path: Path) -> pl.DataFrame:

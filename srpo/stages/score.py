@@ -5,30 +5,24 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from tqdm import tqdm
 
 from srpo.config.loader import Params
-from srpo.config.schema import RewardParams, RuntimeParams
 from srpo.data import parquet
-from srpo.data.parquet import IDENTITY_FIELDS
-from srpo.lineage.record import check_pinned
-from srpo.rewards import Reward, load_reward
-from srpo.rewards.validated import CheckedReward, naming
-from srpo.rounds import BASE, RoundFiles
-from srpo.runtime.device import pick_device, pick_reward_dtype
+from srpo.data.schemas import IDENTITY_FIELDS, arrow_schema
+from srpo.rewards.batches import BATCH, batched, is_flat, score_batch, to_tensor
+from srpo.rewards.loading import load_pinned_rewards
+from srpo.rewards.protocol import Reward
+from srpo.rounds import RoundFiles
+from srpo.storage.files import publish
 from srpo.storage.scratch import scratch_folder
 
 log = logging.getLogger("srpo")
-
-# Scores may depend on the batch in the last bit, so its size is fixed here rather than set by hardware.
-BATCH = 64
 
 
 def score(params: Params, root: Path, key: str) -> None:
@@ -45,7 +39,7 @@ def score(params: Params, root: Path, key: str) -> None:
     rewards = load_pinned_rewards(params, root)
     broken = parquet.broken_latents(files.candidates)
     fields = IDENTITY_FIELDS | dict.fromkeys(rewards, pa.float32()) | {"rejected": pa.bool_()}
-    schema, counts = parquet.schema(fields), Counter()
+    schema, counts = arrow_schema(fields), Counter()
 
     def tables() -> Iterator[pa.Table]:
         with tqdm(unit="img", desc=f"score {key}", mininterval=2) as progress:
@@ -59,7 +53,7 @@ def score(params: Params, root: Path, key: str) -> None:
 
     unpublished = scratch_folder(root, "score", key, "redone from the start") / files.scores.name
     parquet.write_arrow(unpublished, tables())
-    parquet.publish(unpublished, files.scores)
+    publish(unpublished, files.scores)
     log.info(
         "score %s: %d candidates, %d given up early, %d rejected, rewards %s",
         key, counts["all"], counts["early"], counts["rejected"] - counts["early"], ", ".join(rewards),
@@ -96,57 +90,3 @@ def _score_rows(
             found[row["candidate_id"]] = values | {"rejected": flat[i] or row["candidate_id"] in broken}
     given_up = dict.fromkeys(rewards) | {"rejected": True}
     return [{name: row[name] for name in IDENTITY_FIELDS} | found.get(row["candidate_id"], given_up) for row in rows]
-
-
-def load_rewards(params: Params, root: Path) -> dict[str, Reward]:
-    """All reward models of the params, as `load_specs` loads them."""
-    return load_specs(params.rewards, params.runtime, root)
-
-
-def load_pinned_rewards(params: Params, root: Path) -> dict[str, Reward]:
-    """The same for a stage, which takes only what stage `base` found.
-
-    Raises:
-        UserError: one can't be loaded, or is another than stage `base` found.
-    """
-    for name in params.rewards:
-        check_pinned(root, RoundFiles(root, BASE).rewards, name, f"rewards.{name}.model")
-    return load_rewards(params, root)
-
-
-def load_specs(specs: Mapping[str, RewardParams], runtime: RuntimeParams, root: Path) -> dict[str, Reward]:
-    """The reward models of these sections, by name; their errors name them.
-
-    Raises:
-        UserError: one can't be loaded.
-    """
-    device = pick_device(runtime)
-    dtype = pick_reward_dtype(runtime, device)
-    rewards: dict[str, Reward] = {}
-    for name, spec in specs.items():
-        with naming(name, "loading"):
-            rewards[name] = CheckedReward(name, load_reward(spec, root, device, dtype))
-    return rewards
-
-
-def score_batch(rewards: Mapping[str, Reward], images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """float32 [n] per reward name, for uint8 [n, 3, height, width] and n prompts."""
-    return {name: reward.score(images, prompts) for name, reward in rewards.items()}
-
-
-def is_flat(images: torch.Tensor) -> torch.Tensor:
-    """bool [n]: every pixel of the picture has the same colour; from uint8 [n, 3, height, width]."""
-    return (images.amin(dim=(2, 3)) == images.amax(dim=(2, 3))).all(dim=1)
-
-
-def to_tensor(cells: Iterable[Mapping[str, Any]]) -> torch.Tensor:
-    """uint8 [n, 3, height, width] from image cells of one size."""
-    # left in the memory order of decoded pictures: torch resizes that 2.5 times faster
-    return torch.from_numpy(parquet.pixels(cells)).permute(0, 3, 1, 2)
-
-
-def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` items, the last one shorter."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
 from srpo.config.loader import Params
-from srpo.data import parquet
 from srpo.errors import UserError
 from srpo.lineage.record import check_base, write_lineage
 from srpo.models.adapters import make_trainee
@@ -20,6 +19,7 @@ from srpo.rounds import RoundFiles
 from srpo.runtime.device import pick_device, pick_dtype
 from srpo.sampling.prompt_cache import prompt_embeds
 from srpo.sampling.sampler import Sampler
+from srpo.storage.files import publish
 from srpo.storage.hashing import code_digest, digest
 from srpo.storage.scratch import scratch_folder
 from srpo.training.dataset import Winners, load_winners
@@ -65,8 +65,8 @@ def train(params: Params, root: Path, key: str, on_step: OnStep = lambda metrics
             writer = csv.DictWriter(file, fieldnames=FIELDS)
             writer.writeheader()
             writer.writerows(history)
-        parquet.publish(curve, files.training)
-        parquet.publish(adapter, files.adapter)
+        publish(curve, files.training)
+        publish(adapter, files.adapter)
         shutil.rmtree(scratch)
         last = [row["loss"] for row in history[-20:]]
         count = len(winners.latents)

@@ -17,7 +17,7 @@ from srpo.config.loader import PARAMS_FILE, load_params
 from srpo.config.schema import RewardParams, RuntimeParams
 from srpo.data.prompts import load_prompts
 from srpo.errors import UserError
-from srpo.rewards import FAMILIES, find_family
+from srpo.rewards.families import FAMILIES, find_family
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -160,9 +160,10 @@ def _score(
     import torch
     from tqdm import tqdm
 
-    from srpo.stages.score import is_flat, load_specs, score_batch
+    from srpo.rewards.batches import is_flat, score_batch
+    from srpo.rewards.loading import load_rewards
 
-    rewards = load_specs(specs, runtime, Path.cwd())
+    rewards = load_rewards(specs, runtime, Path.cwd())
     scored = []
     with tqdm(total=len(files), unit="img", desc="score-images", mininterval=2) as progress:
         for part, pixels in _batches(files):

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from srpo.config.loader import STAGES_WITH_OVERRIDES, Params
+from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.evaluation.image_stats import LOOKS
-from srpo.lineage.record import read_dvc_lock, read_gate, read_lineage, read_metrics, read_sweep
+from srpo.lineage.dvc_lock import read_dvc_lock
+from srpo.lineage.record import read_lineage
 from srpo.reporting.table import SET_MEASURES, verdict
 from srpo.rounds import BASE, RoundFiles, ancestors, order
 from srpo.storage.hashing import file_digest, value_digest

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 
-from srpo.stages.base import write_json
 from srpo.storage.hashing import file_digest
+from srpo.storage.json_files import write_json
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel

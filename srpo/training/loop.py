@@ -22,7 +22,7 @@ from tqdm import tqdm
 from srpo.config.schema import RuntimeParams, TrainParams
 from srpo.errors import UserError
 from srpo.models.adapters import Trainee
-from srpo.sampling.sampler import PromptEmbeds
+from srpo.sampling.conditioning import PromptEmbeds
 from srpo.storage.hashing import derive_seed
 from srpo.training.checkpoint import Row, TrainingState
 from srpo.training.dataset import Winners, batches

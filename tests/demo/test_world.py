@@ -69,7 +69,7 @@ def test_the_models_are_in_the_formats_that_srpo_reads(quick_world: Path) -> Non
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
     from srpo.config.schema import RewardParams
-    from srpo.rewards import load_reward
+    from srpo.rewards.loading import load_reward
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(quick_world / "base")
     assert isinstance(pipeline.vae, AutoencoderKL) and pipeline.vae_scale_factor == 8

@@ -10,10 +10,10 @@ import torch
 
 from srpo.config.loader import load_params
 from srpo.config.schema import GateParams
+from srpo.data.records import read_gate, read_metrics
 from srpo.evaluation.bootstrap import Estimate, win_rate
 from srpo.evaluation.gate import HACKING, appearance, best_guidance, judge_round, unbacked_gain
 from srpo.evaluation.image_stats import LOOKS, looks
-from srpo.lineage.record import read_gate, read_metrics
 from srpo.stages.base import pin_base
 from srpo.stages.evaluate import evaluate
 

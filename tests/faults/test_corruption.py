@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from srpo.data import parquet
+from srpo.data.images import encode_png
+from srpo.data.schemas import IMAGE, LATENTS
 from srpo.errors import UserError
 from tests.faults.helpers import command_of, contents, run
 
@@ -138,12 +140,12 @@ def test_a_damaged_cache_is_made_anew(project: Path, case: Case, damage: str) ->
 def test_no_flipped_bit_of_a_dataset_goes_unseen(tmp_path: Path) -> None:
     """One bit of every byte of the footer, and of every third byte before it; where it passes nothing was changed."""
     path = tmp_path / "table.parquet"
-    fields = {"candidate_id": pa.string(), "image": parquet.IMAGE, "latents": parquet.LATENTS, "reward": pa.float32()}
+    fields = {"candidate_id": pa.string(), "image": IMAGE, "latents": LATENTS, "reward": pa.float32()}
     rng = np.random.default_rng(0)
     rows = [
         {
             "candidate_id": f"001-{number}",
-            "image": parquet.encode_png(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)),
+            "image": encode_png(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)),
             "latents": rng.normal(size=4).astype(np.float16),
             "reward": float(number),
         }

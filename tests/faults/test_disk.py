@@ -107,7 +107,7 @@ def test_other_errors_keep_their_traceback(error: Exception) -> None:
 
 
 def test_a_file_size_limit_is_told(tmp_path: Path) -> None:
-    from srpo.stages.base import write_json
+    from srpo.storage.json_files import write_json
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))

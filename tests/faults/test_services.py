@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 from srpo.config.loader import Params, load_params
 from srpo.errors import UserError
 from srpo.release.registry import Decision, model_name, promote, versions
-from srpo.stages.base import write_json
 from srpo.stages.report import report
+from srpo.storage.json_files import write_json
 from srpo.tracking import sync
 from tests.support.campaign import build_campaign
 from tests.support.proxy import Proxy

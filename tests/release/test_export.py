@@ -21,13 +21,14 @@ from srpo.release.export import export
 from srpo.release.registry import Decision, promote
 from srpo.rounds import RoundFiles
 from srpo.sampling.sampler import Sampler, sample_images
-from srpo.stages.base import pin_base, write_json
+from srpo.stages.base import pin_base
 from srpo.stages.evaluate import evaluate
 from srpo.stages.generate import generate
 from srpo.stages.score import score
 from srpo.stages.select import select
 from srpo.stages.train import train
 from srpo.storage.hashing import file_digest
+from srpo.storage.json_files import write_json
 from tests.release.test_registry import load_model
 from tests.support.campaign import write_dvc_lock
 from tests.support.world import SIZE

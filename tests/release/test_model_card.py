@@ -10,11 +10,12 @@ import pytest
 from huggingface_hub import ModelCard
 
 from srpo.config.loader import Params
-from srpo.lineage.record import read_lineage, read_sweep
+from srpo.data.records import read_sweep
+from srpo.lineage.record import read_lineage
 from srpo.release.model_card import OPENRAIL, cell, licence_of, render_card
 from srpo.reporting.table import show
 from srpo.rounds import RoundFiles
-from srpo.stages.base import write_json
+from srpo.storage.json_files import write_json
 from tests.support.campaign import build_campaign
 
 LORA = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "tiny-002_kohya.safetensors"}

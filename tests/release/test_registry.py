@@ -18,8 +18,8 @@ from srpo.lineage import graph
 from srpo.lineage.record import WEIGHTS_FILE, read_lineage
 from srpo.release.registry import Decision, chain_of, check, look_up, promote, versions
 from srpo.rounds import RoundFiles
-from srpo.stages.base import write_json
 from srpo.storage.hashing import dvc_digest, file_digest
+from srpo.storage.json_files import write_json
 from tests.support.campaign import build_campaign, write_dvc_lock, write_training
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import pytest
 from srpo import cli
 from srpo.config.loader import load_params
 from srpo.release.registry import Decision, promote
-from srpo.stages.base import write_json
+from srpo.storage.json_files import write_json
 from tests.release.test_registry import dvc, keep_in_dvc
 from tests.support.campaign import build_campaign
 from tests.support.servers import free_port, mlflow_server

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from srpo import rewards
 from srpo.config.loader import load_params
+from srpo.data.images import decode_images
 from srpo.errors import UserError
+from srpo.rewards import families
+from srpo.rewards.loading import load_all_rewards
 from srpo.rewards.validated import CheckedReward
 from srpo.stages.base import pin_base
 from srpo.stages.generate import generate
-from srpo.stages.score import load_rewards, score
+from srpo.stages.score import score
 
 BRIGHTNESS = '''
 class Brightness:
@@ -49,16 +51,16 @@ def test_a_class_beside_params_yaml_scores_a_round(world: Path) -> None:
     score(params, world, "001")
     table = pl.read_parquet(RoundFiles(world, "001").scores)
     cells = [row["image"] for row in parquet.read_rows(RoundFiles(world, "001").candidates, ["image"])]
-    assert table["accuracy"].to_list() == pytest.approx([float(parquet.pixels([cell]).mean() / 255) for cell in cells])
+    assert table["accuracy"].to_list() == pytest.approx([float(decode_images([cell]).mean() / 255) for cell in cells])
     assert '"revision": "v1"' in (world / "rounds" / "base" / "rewards.json").read_text()
 
 
 def test_an_entry_point_is_a_kind(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (world / "my_rewards.py").write_text(BRIGHTNESS)
-    point = EntryPoint("brightness", "my_rewards:Brightness", rewards.ENTRY_POINTS)
-    monkeypatch.setattr(rewards, "entry_points", lambda group: [point] if group == "srpo.rewards" else [])
+    point = EntryPoint("brightness", "my_rewards:Brightness", families.ENTRY_POINTS)
+    monkeypatch.setattr(families, "entry_points", lambda group: [point] if group == "srpo.rewards" else [])
     with_judge(world, "kind: brightness")
-    found = load_rewards(load_params(), world)["accuracy"].score(IMAGES, ["", ""])
+    found = load_all_rewards(load_params(), world)["accuracy"].score(IMAGES, ["", ""])
     assert torch.allclose(found, IMAGES.float().div(255).mean(dim=(1, 2, 3)))
 
 
@@ -72,7 +74,7 @@ def test_an_entry_point_is_a_kind(world: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_class_that_is_not_there_is_named(world: Path, kind: str, expected: str) -> None:
     with_judge(world, f"kind: '{kind}'")
     with pytest.raises(UserError, match=r"rewards\.accuracy") as caught:
-        load_rewards(load_params(), world)
+        load_all_rewards(load_params(), world)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 
 from srpo.errors import UserError
-from srpo.rewards import FAMILIES
 from srpo.rewards.aesthetic import AestheticReward
 from srpo.rewards.clip import ClipReward
+from srpo.rewards.families import FAMILIES
 from srpo.rewards.hps import HpsV2, HpsV21
 from srpo.rewards.imagereward import ImageReward
 from srpo.rewards.pickscore import PickScore
@@ -175,7 +175,7 @@ def test_offline_and_not_cached_is_one_line(kind: str, tmp_path: Path, monkeypat
     import huggingface_hub.constants as hub
 
     from srpo.config.schema import RewardParams
-    from srpo.rewards import load_reward
+    from srpo.rewards.loading import load_reward
 
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from srpo.config.schema import RewardParams
 from srpo.errors import UserError
-from srpo.rewards import load_reward
+from srpo.rewards.loading import load_reward
 from tests.rewards import formulas
 from tests.rewards.checkpoints import PATCH, SIDE, clip_folder, llava_folder
 from tests.rewards.test_families import pictures, tensor

@@ -17,9 +17,10 @@ from srpo.data import parquet
 from srpo.errors import UserError
 from srpo.rounds import RoundFiles
 from srpo.selection.audit import audit, is_audited, survivors
-from srpo.stages.base import pin_base, write_json
+from srpo.stages.base import pin_base
 from srpo.stages.generate import generate
 from srpo.stages.score import score
+from srpo.storage.json_files import write_json
 
 RULES = {
     "reward": "reward",
@@ -138,7 +139,7 @@ def test_a_scheduler_with_history_is_refused(params: Params, world: Path) -> Non
 
 
 def test_flat_previews_have_no_score(params: Params, world: Path) -> None:
-    from srpo.rewards import load_reward
+    from srpo.rewards.loading import load_reward
     from srpo.sampling.early_rejection import EarlyRejection
     from srpo.sampling.sampler import Sampler
 

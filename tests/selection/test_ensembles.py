@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srpo.config.schema import SelectParams
-from srpo.stages.select import choose_winners, odd_scores
+from srpo.selection.best_of_n import choose_winners, odd_scores
 
 MODES = ["zscore", "rank", "beats_mean"]
 numbers = st.integers(-9, 9).map(float)

@@ -12,6 +12,8 @@ import pytest
 
 from srpo.config.loader import Params
 from srpo.data import parquet
+from srpo.data.images import encode_png
+from srpo.data.schemas import CANDIDATE_FIELDS
 from srpo.errors import UserError
 from srpo.rounds import RoundFiles
 from srpo.stages.select import select
@@ -34,7 +36,7 @@ def write_round(root: Path, rewards: dict[str, list[float | None]], params: Para
             name = f"{KEY}-{prompt}-{index:04d}"
             identity = {"candidate_id": name, "prompt_id": prompt, "index": index}
             latents = np.full(4, len(rows) + 1, np.float16)
-            image = parquet.encode_png(np.full((2, 2, 3), len(rows), np.uint8))
+            image = encode_png(np.full((2, 2, 3), len(rows), np.uint8))
             rows.append(
                 {"prompt": f"a {prompt}", "seed": len(rows), "image": image, "latents": latents}
                 | {"latents_shape": [1, 2, 2], "steps": 3, "guidance": 1.5}
@@ -42,8 +44,8 @@ def write_round(root: Path, rewards: dict[str, list[float | None]], params: Para
                 | odd.get(name.rpartition("-")[2] + prompt, {})
             )
             scores.append(identity | dict.fromkeys(params.rewards, value) | {"rejected": False})
-    parquet.write_table(files.candidates / "shard-00000.parquet", rows[:3], parquet.CANDIDATE_FIELDS)
-    parquet.write_table(files.candidates / "shard-00001.parquet", rows[3:], parquet.CANDIDATE_FIELDS)
+    parquet.write_table(files.candidates / "shard-00000.parquet", rows[:3], CANDIDATE_FIELDS)
+    parquet.write_table(files.candidates / "shard-00001.parquet", rows[3:], CANDIDATE_FIELDS)
     fields = {"candidate_id": pa.string(), "prompt_id": pa.string(), "index": pa.int32()}
     fields |= dict.fromkeys(params.rewards, pa.float32()) | {"rejected": pa.bool_()}
     parquet.write_table(files.scores, scores, fields)
@@ -105,7 +107,7 @@ def test_scores_of_other_candidates_are_an_error(campaign, lost: int) -> None:
     rows = write_round(root, {"p": [1.0, 2.0], "q": [2.0, 1.0]}, params)
     (files.candidates / "shard-00001.parquet").unlink()
     kept = [row for i, row in enumerate(rows) if i != lost]
-    parquet.write_table(files.candidates / "shard-00000.parquet", kept, parquet.CANDIDATE_FIELDS)
+    parquet.write_table(files.candidates / "shard-00000.parquet", kept, CANDIDATE_FIELDS)
     with pytest.raises(UserError, match=r"scores\.parquet.*rerun score"):
         select(params, root, KEY)
     assert not files.winners.exists()

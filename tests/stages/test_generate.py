@@ -19,9 +19,10 @@ from srpo.runtime.device import speed_up
 from srpo.sampling.batch_invariant import Tiles
 from srpo.sampling.prompt_cache import prompt_embeds
 from srpo.sampling.sampler import Sampler
-from srpo.stages.base import pin_base, write_json
+from srpo.stages.base import pin_base
 from srpo.stages.evaluate import evaluate
 from srpo.stages.generate import generate
+from srpo.storage.json_files import write_json
 
 PROMPTS = ["a red circle", "a blue square"]
 

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from srpo.config.loader import load_params
+from srpo.data.records import read_gate, read_sweep
 from srpo.errors import UserError
-from srpo.lineage.record import read_gate, read_lineage, read_sweep
+from srpo.lineage.record import read_lineage
 from srpo.reporting import charts, contact_sheets
 from srpo.reporting.table import campaign_table, render, show
 from srpo.rounds import RoundFiles

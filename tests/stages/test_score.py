@@ -12,11 +12,14 @@ import torch
 
 from srpo.config.loader import Params, load_params
 from srpo.data import parquet
+from srpo.data.images import encode_png
+from srpo.data.schemas import CANDIDATE_FIELDS
 from srpo.errors import UserError
+from srpo.rewards.batches import is_flat
 from srpo.rounds import RoundFiles
 from srpo.stages.base import pin_base
 from srpo.stages.generate import generate
-from srpo.stages.score import is_flat, score
+from srpo.stages.score import score
 from srpo.stages.select import select
 
 
@@ -33,7 +36,7 @@ def spoil(candidates: Path, change) -> None:
         for row in rows:
             row["latents"] = parquet.latents_array(row).flatten()
             change(row)
-        parquet.write_table(shard, rows, parquet.CANDIDATE_FIELDS)
+        parquet.write_table(shard, rows, CANDIDATE_FIELDS)
 
 
 def test_black_pictures_and_nan_latents_never_win(params: Params, world: Path, caplog) -> None:
@@ -46,7 +49,7 @@ def test_black_pictures_and_nan_latents_never_win(params: Params, world: Path, c
 
     def change(row: dict) -> None:
         if row["candidate_id"] == first[0]:
-            row["image"] = parquet.encode_png(np.zeros((32, 32, 3), np.uint8))
+            row["image"] = encode_png(np.zeros((32, 32, 3), np.uint8))
         if row["candidate_id"] == first[1]:
             row["latents"][-1] = np.nan
         if row["candidate_id"] == first[2]:
@@ -86,7 +89,7 @@ def test_odd_rewards_are_counted_and_told(params: Params, world: Path, caplog) -
 def test_a_round_of_black_pictures_is_an_error(params: Params, world: Path) -> None:
     files = RoundFiles(world, "001")
     generate(params, world, "001")
-    black = parquet.encode_png(np.zeros((32, 32, 3), np.uint8))
+    black = encode_png(np.zeros((32, 32, 3), np.uint8))
     spoil(files.candidates, lambda row: row.update(image=black))
     score(params, world, "001")
     with pytest.raises(UserError, match=r"rounds\.001\.select: no winner is left of 12 candidates \(12 rejected\)"):
@@ -114,6 +117,6 @@ def test_broken_latents_are_found_across_row_groups_and_slices(tmp_path: Path) -
     rows = [{"candidate_id": f"c{i}", "latents": rng.normal(size=3 + i % 5).astype(np.float16)} for i in range(150)]
     for i in (0, 63, 64, 149):
         rows[i]["latents"][0 if i % 2 else -1] = np.nan
-    fields = {name: parquet.CANDIDATE_FIELDS[name] for name in ("candidate_id", "latents")}
+    fields = {name: CANDIDATE_FIELDS[name] for name in ("candidate_id", "latents")}
     parquet.write_table(tmp_path / "shard.parquet", rows, fields)
     assert parquet.broken_latents(tmp_path) == {"c0", "c63", "c64", "c149"}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srpo.config.schema import SelectParams
-from srpo.stages.select import choose_winners
+from srpo.selection.best_of_n import choose_winners
 
 scores = st.one_of(st.integers(-5, 5).map(float), st.just(math.nan), st.just(math.inf), st.just(-math.inf))
 tables = st.dictionaries(st.sampled_from("abcdef"), st.lists(scores, min_size=1, max_size=6), min_size=1)

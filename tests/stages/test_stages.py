@@ -13,7 +13,9 @@ import torch
 
 from srpo.config.loader import Params, load_params
 from srpo.data import parquet
-from srpo.lineage.record import WEIGHTS_FILE, read_gate, read_lineage, read_metrics, read_sweep
+from srpo.data.images import decode_images
+from srpo.data.records import read_gate, read_metrics, read_sweep
+from srpo.lineage.record import WEIGHTS_FILE, read_lineage
 from srpo.models.adapters import make_trainee
 from srpo.rounds import RoundFiles
 from srpo.sampling.sampler import Sampler
@@ -114,7 +116,7 @@ def test_pictures_are_the_decoded_latents(params: Params, world: Path) -> None:
     rows = list(parquet.read_rows(RoundFiles(world, "001").candidates))[:3]
     latents = torch.from_numpy(np.stack([parquet.latents_array(row) for row in rows]))
     decoded = Sampler(params).decode(latents).numpy()
-    assert np.array_equal(decoded, parquet.pixels(row["image"] for row in rows))
+    assert np.array_equal(decoded, decode_images(row["image"] for row in rows))
 
 
 def test_sampling_agrees_with_the_diffusers_pipeline(params: Params, world: Path) -> None:
@@ -142,7 +144,7 @@ def test_loading_draws_no_bars_but_downloads_may(params: Params, world: Path, ca
     from huggingface_hub.utils import are_progress_bars_disabled
 
     from srpo.models.pipeline import load_pipeline
-    from srpo.rewards import load_reward
+    from srpo.rewards.loading import load_reward
 
     load_pipeline(params.model, torch.float32)
     load_reward(params.rewards["judge"], world, torch.device("cpu"))

@@ -15,14 +15,17 @@ from safetensors.numpy import save_file
 
 from srpo.config.loader import STAGES_WITH_OVERRIDES, Params, load_params
 from srpo.data import parquet
+from srpo.data.images import encode_png
+from srpo.data.records import read_sweep
+from srpo.data.schemas import CANDIDATE_FIELDS, IDENTITY_FIELDS, IMAGE
 from srpo.evaluation.bootstrap import Estimate
 from srpo.evaluation.gate import appearance, best_guidance, judge_round
 from srpo.evaluation.image_stats import LOOKS
-from srpo.lineage.record import WEIGHTS_FILE, read_lineage, read_sweep
+from srpo.lineage.record import WEIGHTS_FILE, read_lineage
 from srpo.rounds import BASE, RoundFiles, ancestors
-from srpo.stages.base import write_json
 from srpo.stages.select import select
 from srpo.storage.hashing import derive_seed, digest, dvc_digest, file_digest
+from srpo.storage.json_files import write_json
 
 REPO = Path(__file__).parents[2]
 PROMPTS = ["<script>alert(1)</script> & co", "a red circle", "a green square", "مرحبا 🎈", "a blue circle, " * 9]
@@ -129,7 +132,7 @@ def write_evaluation(params: Params, root: Path, key: str, size: int = 16, shift
     known = [{"prompt_id": f"eval-{i:04d}", "prompt": PROMPTS[i], "index": index} for i, index in places]
     samples = [row | {"image": _picture(i, 0.2 + 0.3 * depth, size, "eval", index)} for row, (i, index)
                in zip(known, places, strict=True)]  # fmt: skip
-    parquet.write_table(files.evaluation / "samples.parquet", samples, fields | {"image": parquet.IMAGE})
+    parquet.write_table(files.evaluation / "samples.parquet", samples, fields | {"image": IMAGE})
     scores = [row | {"guidance": float(guidance)} | {name: values[name] for name in params.rewards}
               for guidance, values in sweep.items() for row in known]  # fmt: skip
     fields |= dict.fromkeys(("guidance", *params.rewards), pa.float32())
@@ -164,8 +167,8 @@ def _write_candidates(params: Params, root: Path, key: str, size: int) -> None:
             scores.append(identity | judged | {"rejected": False})
     for number, start in enumerate(range(0, len(rows), 2 * CANDIDATES)):
         shard = files.candidates / f"shard-{number:05d}.parquet"
-        parquet.write_table(shard, rows[start : start + 2 * CANDIDATES], parquet.CANDIDATE_FIELDS)
-    fields = parquet.IDENTITY_FIELDS | dict.fromkeys(params.rewards, pa.float32()) | {"rejected": pa.bool_()}
+        parquet.write_table(shard, rows[start : start + 2 * CANDIDATES], CANDIDATE_FIELDS)
+    fields = IDENTITY_FIELDS | dict.fromkeys(params.rewards, pa.float32()) | {"rejected": pa.bool_()}
     parquet.write_table(files.scores, scores, fields)
 
 
@@ -199,7 +202,7 @@ def _picture(prompt: int, quality: float, size: int, *seed: str | int) -> dict:
     clean = np.where(shape[..., None], colour, 240)
     noise = _generator(prompt, *seed).integers(0, 255, (size, size, 3))
     quality = min(1.0, quality)
-    return parquet.encode_png((quality * clean + (1 - quality) * noise).astype(np.uint8))
+    return encode_png((quality * clean + (1 - quality) * noise).astype(np.uint8))
 
 
 def _generator(*parts: str | int) -> np.random.Generator:

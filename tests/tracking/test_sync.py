@@ -14,8 +14,8 @@ import pytest
 from mlflow import MlflowClient
 
 from srpo.config.loader import Params, load_params
-from srpo.stages.base import write_json
 from srpo.stages.report import report
+from srpo.storage.json_files import write_json
 from srpo.tracking import sync
 from tests.support.campaign import build_campaign, write_evaluation, write_training
 

@@ -13,19 +13,20 @@ import torch
 
 from srpo.config.loader import Params, load_params
 from srpo.data import parquet
+from srpo.data.schemas import LATENTS
 from srpo.errors import UserError
 from srpo.rounds import RoundFiles
-from srpo.stages.base import write_json
 from srpo.storage.hashing import digest
+from srpo.storage.json_files import write_json
 from srpo.training.dataset import batches, load_winners
 
 REPO = Path(__file__).parents[2]
 FIELDS = {
     "prompt": pa.string(),
-    "latents": parquet.LATENTS,
+    "latents": LATENTS,
     "latents_shape": pa.list_(pa.int32()),
     "weight": pa.float32(),
-    "loser_latents": parquet.LATENTS,
+    "loser_latents": LATENTS,
 }
 COUNTS = {"001": 5, "002": 4, "003": 3}
 CODE = {"001": 100, "002": 200, "003": 300}

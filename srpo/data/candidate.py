@@ -1,0 +1,25 @@
+"""One candidate image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+@dataclass(eq=False)
+class Candidate:
+    """One candidate; `image` uint8 [height, width, 3] and `latents` float16 are None when it was given up."""
+
+    row: int
+    index: int
+    seed: int
+    audited: bool = False
+    preview_scores: list[float] = field(default_factory=list)
+    stopped_at: int = 0
+    would_stop_at: int | None = None
+    latents: torch.Tensor | None = None
+    image: np.ndarray | None = None

@@ -1,0 +1,29 @@
+"""What identifies a model: the content digest of a local one, the pinned revision of one on the Hub."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from srpo.errors import UserError
+from srpo.storage.hashing import digest
+
+log = logging.getLogger(__name__)
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_identity(root: Path, key: str, source: str, revision: str | None) -> dict[str, str | None]:
+    local = root / source
+    if local.exists():
+        return {"source": source, "revision": None, "digest": digest(local)}
+    if not HUB_ID.fullmatch(source) or source.startswith("data/"):
+        raise UserError(
+            f"{key}: {source!r} is no folder here and no Hub id; `dvc pull data.dvc` brings the embedded ones"
+        )
+    if revision is None or not COMMIT.fullmatch(revision):
+        log.warning("%s: %s is not pinned to a commit; what it names may change under you", key, source)
+    return {"source": source, "revision": revision, "digest": None}
