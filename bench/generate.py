@@ -24,7 +24,7 @@ from bench.prompts import cut_prompts
 from srpo.config.loader import Params, load_params
 from srpo.data.prompts import load_prompts
 from srpo.models.pipeline import load_pipeline
-from srpo.rounds import BASE, RoundFiles
+from srpo.rounds import BASE, Round, RoundFiles
 from srpo.runtime.device import pick_device, pick_dtype
 from srpo.stages.generate import generate
 
@@ -51,7 +51,7 @@ def by_srpo(params: Params, root: Path) -> None:
     """The stage itself, from the start."""
     key = next(iter(params.rounds))
     shutil.rmtree(RoundFiles(root, key).folder, ignore_errors=True)
-    generate(params, root, key)
+    generate(Round.of(params, root, key))
 
 
 def main() -> None:

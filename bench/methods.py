@@ -23,7 +23,7 @@ import typer
 
 from bench.methods_shown import plot, show
 from srpo.config.loader import Params, load_params
-from srpo.rounds import BASE, RoundFiles
+from srpo.rounds import BASE, Round, RoundFiles
 from srpo.storage.hashing import value_digest
 
 # what an arm changes of params.yaml: sections for all rounds, or {"rounds": {number: sections}} for some
@@ -98,20 +98,20 @@ def run(project: Path, runs: Path, arm: str, seed: int, rounds: int, steps: int 
             shutil.copytree(known, files.candidates, copy_function=os.link)
         for out, stage in stages.items():
             if not out.exists():
-                stage(params, root, key)
+                stage(Round.of(params, root, key))
         if first and not known.exists():
             shutil.copytree(files.candidates, known, copy_function=os.link)
         if not (files.folder / "methods.json").exists():
             examined = params.evaluate.model_copy(update={"guidance_scales": [2.0, 3.0]})
-            evaluate(params.model_copy(update={"seed": 0, "evaluate": examined}), root, key)
+            evaluate(Round.of(params.model_copy(update={"seed": 0, "evaluate": examined}), root, key))
             _note(params, root, key, files.adapter)
 
 
 def _base(params: Params, root: Path, pin_base, evaluate) -> None:
     files = RoundFiles(root, BASE)
     if not (files.folder / "methods.json").exists():
-        pin_base(params, root)
-        evaluate(params, root, BASE)
+        pin_base(Round.of(params, root, "base"))
+        evaluate(Round.of(params, root, BASE))
         _note(params, root, BASE, files.adapter)
 
 

@@ -30,7 +30,7 @@ from bench.random_sdxl import SDXL, TINY, Configuration, save_pipeline, unet_flo
 from srpo.config.loader import PARAMS_FILE, Params, load_params
 from srpo.data import parquet
 from srpo.data.schemas import LATENTS
-from srpo.rounds import BASE, RoundFiles
+from srpo.rounds import BASE, Round, RoundFiles
 from srpo.runtime.device import pick_device, pick_dtype
 from srpo.sampling.sampler import Sampler, sample_images
 from srpo.stages.train import train
@@ -100,7 +100,7 @@ def training(root: Path, size: int, batches: list[int]) -> Iterator[tuple[str, f
             ends: list[float] = []
             _reset()
             try:
-                train(params, root, KEY, lambda metrics, step, ends=ends: ends.append(_now()))
+                train(Round.of(params, root, KEY), lambda metrics, step, ends=ends: ends.append(_now()))
             except torch.OutOfMemoryError:
                 ends = []
             speed = TRAIN_STEPS * batch / (ends[-1] - ends[WARM_UP - 1]) if ends else None

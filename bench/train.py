@@ -37,7 +37,7 @@ from srpo.config.loader import Params, load_params
 from srpo.data import parquet
 from srpo.data.prompts import load_prompts
 from srpo.data.schemas import CANDIDATE_FIELDS
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.runtime.device import pick_device, pick_dtype
 from srpo.sampling.sampler import load_pipeline
 from srpo.stages.base import pin_base
@@ -112,14 +112,14 @@ def by_hand(params: Params, root: Path, on_step: Callable[[], None]) -> None:
 
 def by_srpo(params: Params, root: Path, on_step: Callable[[], None]) -> None:
     """The stage itself, from the start."""
-    train(params, root, next(iter(params.rounds)), lambda metrics, step: on_step())
+    train(Round.of(params, root, next(iter(params.rounds))), lambda metrics, step: on_step())
 
 
 def write_winners(params: Params, root: Path) -> None:
     """The first candidate of each prompt as its winner, for `train` and as files."""
     key = next(iter(params.rounds))
     files, pictures = RoundFiles(root, key), root / "pictures"
-    generate(params, root, key)
+    generate(Round.of(params, root, key))
     rows = [row | {"weight": 1.0} for row in parquet.read_rows(files.candidates) if row["index"] == 0]
     fields = CANDIDATE_FIELDS | {"weight": pa.float32()}
     parquet.write_table(files.winners / "shard-00000.parquet", rows, fields)
@@ -146,7 +146,7 @@ def main() -> None:
             cut_prompts(project / path, root / path, arguments.prompts)
         if (project / params.model.base).is_dir():
             (root / params.model.base).symlink_to(project / params.model.base)
-        pin_base(params.model_copy(update={"rewards": {}}), root)
+        pin_base(Round.of(params.model_copy(update={"rewards": {}}), root, "base"))
         write_winners(params, root)
         count = len(load_prompts(root / params.prompts.train))
         ways = {"encoders in the loop": by_hand, "srpo train": by_srpo}

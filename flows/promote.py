@@ -28,6 +28,7 @@ from srpo.data.records import read_gate, read_metrics
 from srpo.errors import UserError
 from srpo.release import registry
 from srpo.reporting import table
+from srpo.rounds import Round, RoundFiles
 
 POLL_SECONDS = 10
 
@@ -42,7 +43,7 @@ class Approval(RunInput):
 @task(cache_policy=NO_CACHE)
 def register(key: str, decision: registry.Decision, adapter: str) -> str:
     """Make the round's adapter the champion; returns `<model> <version>`."""
-    version = registry.promote(load_params(), Path.cwd(), key, decision, adapter)
+    version = registry.promote(Round.of(load_params(), Path.cwd(), key), decision, adapter)
     return f"{version.name} {registry.number(version)}"
 
 
@@ -58,7 +59,7 @@ def srpo_promote(round: str, auto: bool = False, override: str | None = None, wa
     """
     show_in_one_line()
     try:
-        adapter = registry.check(load_params(), Path.cwd(), round, override)
+        adapter = registry.check(Round.of(load_params(), Path.cwd(), round), override)
         decision = registry.Decision("auto", "auto", override)
         if not auto:
             answer = _ask(round, adapter, override, wait_hours)
@@ -88,14 +89,15 @@ def _ask(key: str, adapter: str, override: str | None, hours: float) -> Approval
 
 def _told(key: str, adapter: str, override: str | None) -> str:
     """What the human should know, as Markdown."""
-    params, gate = load_params(), read_gate(Path.cwd(), key)
+    params, files = load_params(), RoundFiles(Path.cwd(), key)
+    gate = read_gate(files)
     rules = [
         f"| {name} | {table.show(rule['value'])} | {rule['sense']} {table.show(rule['limit'])} "
         f"| {'passed' if rule['passed'] else '**failed**'} |"
         for name, rule in gate["rules"].items()
     ]
     places = [f"- {name}: `{value}`" for name, value in table.addresses(params, key).items()]
-    lines = [f"Make round **{key}** the champion? The gate says: **{table.verdict(read_metrics(Path.cwd(), key))}**."]
+    lines = [f"Make round **{key}** the champion? The gate says: **{table.verdict(read_metrics(files))}**."]
     lines += (
         [f"It would be promoted in spite of the gate: {override}"] if override and gate["verdict"] != "pass" else []
     )
@@ -111,7 +113,9 @@ def main(
 ) -> None:
     """Run the flow here and now."""
     try:
-        registry.check(load_params(), Path.cwd(), round, override)  # before the seconds that Prefect takes to start
+        registry.check(
+            Round.of(load_params(), Path.cwd(), round), override
+        )  # before the seconds that Prefect takes to start
         if not auto and not PREFECT_API_URL.value():
             raise UserError(
                 "no Prefect server is configured, so nobody could approve; `prefect server start` and"

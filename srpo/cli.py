@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +14,9 @@ import typer
 from srpo import __version__
 from srpo.config.loader import PARAMS_FILE, Params, load_params
 from srpo.errors import UserError, hindrance
-from srpo.rounds import BASE
+from srpo.rounds import BASE, Round
 from srpo.runtime import distributed
-from srpo.runtime.round_lock import working_on
+from srpo.runtime.round_lock import lock_round
 
 app = typer.Typer(
     name="srpo",
@@ -25,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Round = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rounds` in params.yaml")]
+RoundKey = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rounds` in params.yaml")]
 RoundOrBase = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rounds` in params.yaml, or base")]
 
 
@@ -64,106 +64,93 @@ def run(argv: list[str]) -> int:
         raise
 
 
-def _load(key: str | None = None, *, base: bool = False) -> tuple[Params, Path]:
-    params, root = load_params(PARAMS_FILE), Path.cwd()
-    if key is not None and not (base and key == BASE):
-        params.for_round(key)
-    return params, root
+def _project() -> tuple[Params, Path]:
+    return load_params(PARAMS_FILE), Path.cwd()
 
 
 @contextmanager
-def _stage(name: str, key: str) -> Iterator[tuple[Params, Path]]:
-    params, root = _load(key, base=name in ("base", "evaluate"))
-    with working_on(root, key, name):
-        yield params, root
+def _round(key: str, stage: str | None = None) -> Iterator[Round]:
+    """Resolve a round of the project here and, for a stage, hold its lock."""
+    params, root = _project()
+    if key == BASE and stage not in ("base", "evaluate"):
+        params.for_round(key)  # refuses it
+    round = Round.of(params, root, key)
+    with lock_round(round.files, stage) if stage else nullcontext():
+        yield round
 
 
 @app.command()
 def base() -> None:
-    """Write down which base model and reward models these rounds stand on."""
+    """Record which base model and reward models these rounds use."""
     from srpo.stages.base import pin_base
 
-    with _stage("base", BASE) as (params, root):
-        pin_base(params, root)
+    with _round(BASE, "base") as round:
+        pin_base(round)
 
 
 @app.command()
 def generate(
-    key: Round,
-    shards: Annotated[str | None, typer.Option(hidden=True, help="only these shards, which all workers share")] = None,
+    key: RoundKey,
+    shards: Annotated[str | None, typer.Option(hidden=True, help="only these shards, shared by all workers")] = None,
 ) -> None:
-    """Make N candidate pictures for every train prompt."""
-    from srpo.stages.generate import Shards
+    """Make N candidate images for every train prompt."""
+    with _round(key, "generate") as round:
+        from srpo.stages.generate import generate
 
-    with _stage("generate", key) as (params, root):
-        work = Shards(params, root, key)
-        if distributed.is_parent(params.runtime) and work.unfinished():
-            distributed.run(
-                lambda: ["generate", key, "--shards", ",".join(map(str, work.unfinished()))],
-                min(params.runtime.processes, len(work.unfinished())),
-                attempts=3,
-            )
-        else:
-            work.make(None if shards is None else [int(number) for number in shards.split(",")])
-        if not distributed.is_worker():
-            work.publish()
+        generate(round, None if shards is None else [int(number) for number in shards.split(",")])
 
 
 @app.command()
-def score(key: Round) -> None:
+def score(key: RoundKey) -> None:
     """Score every candidate with every reward model."""
-    with _stage("score", key) as (params, root):
+    with _round(key, "score") as round:
         from srpo.stages.score import score
 
-        score(params, root, key)
+        score(round)
 
 
 @app.command()
-def select(key: Round) -> None:
+def select(key: RoundKey) -> None:
     """Keep the best candidate of every prompt."""
-    with _stage("select", key) as (params, root):
+    with _round(key, "select") as round:
         from srpo.stages.select import select
 
-        select(params, root, key)
+        select(round)
 
 
 @app.command()
-def train(key: Round) -> None:
+def train(key: RoundKey) -> None:
     """Fine-tune on the winners."""
-    with _stage("train", key) as (params, root):
-        if distributed.is_parent(params.runtime):
-            distributed.run(lambda: ["train", key], params.runtime.processes)
-            return
+    with _round(key, "train") as round:
         from srpo.data.parquet import shards
-        from srpo.rounds import RoundFiles
         from srpo.stages.train import train
         from srpo.tracking import sync
 
-        shards(RoundFiles(root, key).winners)  # else MLflow would hear of a training that can't be
-        with sync.live(params, root, key) as curve:
-            train(params, root, key, curve.log)
+        shards(round.files.winners)  # else MLflow would record a training that can't start
+        with sync.live(round) as curve:
+            train(round, curve.log)
 
 
 @app.command()
 def evaluate(key: RoundOrBase) -> None:
     """Sample the eval prompts and measure."""
-    with _stage("evaluate", key) as (params, root):
+    with _round(key, "evaluate") as round:
         from srpo.stages.evaluate import evaluate
         from srpo.tracking import sync
 
-        evaluate(params, root, key)
-        sync.project(params, root, key)
+        evaluate(round)
+        sync.project(round)
 
 
 @app.command()
-def report(key: Round) -> None:
+def report(key: RoundKey) -> None:
     """Write the round's report page."""
-    with _stage("report", key) as (params, root):
+    with _round(key, "report") as round:
         from srpo.stages.report import report
         from srpo.tracking import sync
 
-        report(params, root, key)
-        sync.project(params, root, key)
+        report(round)
+        sync.project(round)
 
 
 @app.command("score-images")
@@ -188,7 +175,7 @@ def score_images(
 @app.command()
 def track() -> None:
     """Rebuild all of MLflow's records from rounds/ and dvc.lock."""
-    params, root = _load()
+    params, root = _project()
     from srpo.tracking import sync
 
     if not sync.sync(params, root):
@@ -198,7 +185,7 @@ def track() -> None:
 @app.command()
 def campaign() -> None:
     """Write rounds/index.html: all evaluated rounds on one page."""
-    params, root = _load()
+    params, root = _project()
     from srpo.reporting.campaign_page import write_campaign
 
     print(write_campaign(params, root).relative_to(root))
@@ -207,7 +194,7 @@ def campaign() -> None:
 @app.command()
 def table() -> None:
     """Print all evaluated rounds, one line each, and where to look further."""
-    params, root = _load()
+    params, root = _project()
     from rich.console import Console
 
     from srpo.reporting.table import addresses, campaign_rows, render
@@ -235,7 +222,7 @@ def init(
 @app.command()
 def check() -> None:
     """Look for what would go wrong before hours are spent, and estimate hours, memory and disk."""
-    params, root = _load()
+    params, root = _project()
     from srpo.preflight.checks import check_project
 
     findings = check_project(params, root)
@@ -262,7 +249,7 @@ def lineage(
     check: Annotated[bool, typer.Option(help="hash what is on disk and mark what is missing or differs")] = True,
 ) -> None:
     """Print what a round or a registered version was made from, back to base and prompts."""
-    params, root = _load()
+    params, root = _project()
     from rich.console import Console
 
     from srpo.lineage import graph
@@ -283,7 +270,7 @@ def restore(
     to: Annotated[Path | None, typer.Option(help="folder to make; default restored/<version>")] = None,
 ) -> None:
     """Bring back exactly the adapter of a registered version from DVC."""
-    params, root = _load()
+    params, root = _project()
     from srpo.release.restore import restore
 
     print(restore(params, root, version, to))
@@ -291,12 +278,12 @@ def restore(
 
 @app.command()
 def export(
-    key: Round,
+    key: RoundKey,
     to: Annotated[Path, typer.Option(help="folder to make")],
     merged: Annotated[bool, typer.Option(help="write the whole pipeline, too, with the tuned weights in it")] = False,
 ) -> None:
     """Write a round for others to use: weights, pictures, model card."""
-    params, root = _load(key)
     from srpo.release.export import export
 
-    print(f"{to}: {', '.join(export(params, root, key, to, merged))}")
+    with _round(key) as round:
+        print(f"{to}: {', '.join(export(round, to, merged))}")

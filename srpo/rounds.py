@@ -1,4 +1,4 @@
-"""The tree of rounds: its order, its paths down to base, and where a round's files are."""
+"""Rounds: their tree, their files, and a round with all that its stages need to know."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from srpo.config.loader import Params
 
 BASE = "base"
 ROUND_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
@@ -66,6 +69,54 @@ class RoundFiles:
     @property
     def report(self) -> Path:
         return self.folder / "report"
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round, or base: its settings with its overrides applied, and where its files are.
+
+    Made once, where a command enters; stages pass it on.
+
+    Attributes:
+        key: a key of `rounds` in params.yaml, or `base`.
+        params: resolved for this round; base's are those of the file.
+        root: the project's folder, which holds params.yaml.
+    """
+
+    key: str
+    params: Params
+    root: Path
+
+    @classmethod
+    def of(cls, params: Params, root: Path, key: str) -> Round:
+        """Return the round `key` of these params.
+
+        Raises:
+            UserError: there is no such round.
+        """
+        return cls(key, params if key == BASE else params.for_round(key), root)
+
+    @property
+    def parent(self) -> str:
+        """The parent's key; base's parent is base."""
+        return BASE if self.key == BASE else self.params.rounds[self.key].parent
+
+    @property
+    def ancestors(self) -> list[str]:
+        """The rounds from the first after base down to the parent."""
+        return [] if self.key == BASE else ancestors(self.params.rounds, self.key)
+
+    @property
+    def files(self) -> RoundFiles:
+        return RoundFiles(self.root, self.key)
+
+    @property
+    def parent_files(self) -> RoundFiles:
+        return RoundFiles(self.root, self.parent)
+
+    @property
+    def base_files(self) -> RoundFiles:
+        return RoundFiles(self.root, BASE)
 
 
 def check_tree(parents: Mapping[str, str]) -> None:

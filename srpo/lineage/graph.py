@@ -67,7 +67,7 @@ def round_chain(root: Path, key: str) -> Node:
         raise UserError(f"rounds/{key}/adapter: no lineage.json; `dvc repro train@{key}` or `dvc pull train@{key}`")
     lock = read_dvc_lock(root)
     adapter = recorded(lock, f"train@{key}", "outs").get(f"rounds/{key}/adapter")
-    return _round(root, lock, key, adapter, read_lineage(root, key)["adapter"])
+    return _round(root, lock, key, adapter, read_lineage(RoundFiles(root, key))["adapter"])
 
 
 def verify(root: Path, node: Node) -> None:
@@ -98,7 +98,7 @@ def _round(root: Path, lock: Mapping[str, Any], key: str, adapter: str | None, s
     trained, selected, scored, generated = (
         recorded(lock, f"{stage}@{key}", "deps") for stage in ("train", "select", "score", "generate")
     )
-    lineage = read_lineage(root, key) if (files.adapter / "lineage.json").exists() else {}
+    lineage = read_lineage(RoundFiles(root, key)) if (files.adapter / "lineage.json").exists() else {}
     weights = adapter_weights(files.adapter)
     pieces = [
         Node(

@@ -6,9 +6,9 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
-from srpo.config.loader import STAGES_WITH_OVERRIDES, Params
+from srpo.config.loader import STAGES_WITH_OVERRIDES
 from srpo.errors import MissingFile, UserError
-from srpo.rounds import BASE, RoundFiles
+from srpo.rounds import BASE, Round, RoundFiles
 from srpo.storage.hashing import code_digest, digest, file_digest
 from srpo.storage.json_files import read_json, write_json
 
@@ -16,15 +16,14 @@ WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 
-def require_weights(root: Path, key: str) -> None:
+def require_weights(files: RoundFiles) -> None:
     """Check that a round has an adapter, so that it is never taken for base, which has none.
 
     Raises:
         UserError: its weights are missing.
     """
-    adapter = RoundFiles(root, key).adapter
-    if key != BASE and adapter_weights(adapter) is None:
-        raise MissingFile(f"{adapter}: holds no weights; run train of round {key}, or `dvc checkout`")
+    if files.key != BASE and adapter_weights(files.adapter) is None:
+        raise MissingFile(f"{files.adapter}: holds no weights; run train of round {files.key}, or `dvc checkout`")
 
 
 def check_weights(adapter: Path) -> None:
@@ -80,11 +79,11 @@ def winners_of_ancestors(root: Path, parent: str) -> dict[str, str]:
     """The digests of the winners that the parent and the rounds before it had, by round, as its lineage has them."""
     if parent == BASE:
         return {}
-    lineage = read_lineage(root, parent)
+    lineage = read_lineage(RoundFiles(root, parent))
     return lineage.get("ancestors", {}) | {parent: lineage["winners"]}
 
 
-def write_lineage(adapter: Path, params: Params, root: Path, key: str, winners: dict[str, str]) -> None:
+def write_lineage(adapter: Path, round: Round, winners: dict[str, str]) -> None:
     """Write `lineage.json` into a folder that already holds the adapter's weights.
 
     It names by sha256 the weights, the round's winners and those of all its ancestors, the parent's weights and the
@@ -94,21 +93,21 @@ def write_lineage(adapter: Path, params: Params, root: Path, key: str, winners: 
     Args:
         winners: digests of the winners it was trained on, by round.
     """
-    parent = params.rounds[key].parent
-    resolved = params.for_round(key)
-    parent_weights = adapter_weights(RoundFiles(root, parent).adapter)
+    parent = round.parent
+    resolved = round.params
+    parent_weights = adapter_weights(round.parent_files.adapter)
     write_json(
         adapter / "lineage.json",
         {
-            "round": key,
+            "round": round.key,
             "parent": parent,
-            "base": read_lineage(root, BASE)["base"],
+            "base": read_lineage(round.base_files)["base"],
             "parent_adapter": None if parent == BASE else file_digest(parent_weights),
-            "winners": winners[key],
-            "ancestors": winners_of_ancestors(root, parent),
+            "winners": winners[round.key],
+            "ancestors": winners_of_ancestors(round.root, parent),
             "trained_on": list(winners),
             "adapter": file_digest(adapter_weights(adapter)),
-            "params": {"seed": params.seed, "model": params.model.model_dump()}
+            "params": {"seed": round.params.seed, "model": round.params.model.model_dump()}
             | {stage: getattr(resolved, stage).model_dump() for stage in STAGES_WITH_OVERRIDES},
             "code": code_digest(),
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft")},
@@ -122,6 +121,6 @@ def adapter_weights(adapter: Path) -> Path | None:
     return next((path for path in found if path.exists()), None)
 
 
-def read_lineage(root: Path, key: str) -> dict[str, Any]:
+def read_lineage(files: RoundFiles) -> dict[str, Any]:
     """The `lineage.json` of a round, or of `base`."""
-    return read_json(RoundFiles(root, key).adapter / "lineage.json")
+    return read_json(files.adapter / "lineage.json")

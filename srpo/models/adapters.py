@@ -18,10 +18,9 @@ from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from srpo.config.loader import Params
 from srpo.errors import UserError, one_line
 from srpo.lineage.record import UNET_FILE, WEIGHTS_FILE, check_weights
-from srpo.rounds import BASE, RoundFiles
+from srpo.rounds import BASE, Round
 
 ONE_FILE = "1TB"  # the digest in lineage.json is one file's, so weights are never split
 
@@ -159,9 +158,7 @@ class FullTrainee(Trainee):
         self.unet.save_pretrained(folder, safe_serialization=True, max_shard_size=ONE_FILE)
 
 
-def make_trainee(
-    unet: UNet2DConditionModel, params: Params, root: Path, key: str, *, keep: bool, dtype: torch.dtype
-) -> Trainee:
+def make_trainee(unet: UNet2DConditionModel, round: Round, *, keep: bool, dtype: torch.dtype) -> Trainee:
     """What round `key` trains, as its training starts: with the parent's weights, or base's.
 
     Args:
@@ -172,21 +169,21 @@ def make_trainee(
     Raises:
         UserError: the parent's adapter is missing or does not fit.
     """
-    settings, parent = params.for_round(key).train, params.rounds[key].parent
-    folder = RoundFiles(root, parent).adapter if parent != BASE and settings.start == "parent" else None
+    settings, parent = round.params.train, round.parent
+    folder = round.parent_files.adapter if parent != BASE and settings.start == "parent" else None
     file = folder and folder / (UNET_FILE if settings.method == "full" else WEIGHTS_FILE)
     if file and not file.exists():
         raise UserError(f"{file}: missing; run train of round {parent} or `dvc checkout`")
     if settings.method == "full":
         device = unet.device
         return FullTrainee(with_adapter(unet, folder).to(device) if folder else unet, keep=keep, dtype=dtype)
-    trainee = LoraTrainee(unet, settings.rank, list(settings.target_modules), params.seed)
+    trainee = LoraTrainee(unet, settings.rank, list(settings.target_modules), round.params.seed)
     if file:
         check_weights(folder)
         try:
             trainee.load(file, keep=keep)
         except ValueError:
             raise UserError(
-                f"rounds.{key}.train: rank or target_modules differ from those of parent {parent}; keep them"
+                f"rounds.{round.key}.train: rank or target_modules differ from those of parent {parent}; keep them"
             ) from None
     return trainee

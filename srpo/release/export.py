@@ -13,7 +13,7 @@ from srpo.errors import UserError
 from srpo.lineage import graph
 from srpo.lineage.record import UNET_FILE, WEIGHTS_FILE, read_lineage
 from srpo.release import model_card
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.storage.hashing import file_digest
 from srpo.storage.json_files import write_json
 
@@ -21,7 +21,7 @@ PICTURES = 8
 MERGED = "merged"
 
 
-def export(params: Params, root: Path, key: str, to: Path, merged: bool = False) -> list[str]:
+def export(round: Round, to: Path, merged: bool = False) -> list[str]:
     """Write a round's weights, example pictures, lineage and model card into a new folder.
 
     A LoRA is written for diffusers (`pytorch_lora_weights.safetensors`, the adapter's own bytes) and under kohya's
@@ -38,23 +38,24 @@ def export(params: Params, root: Path, key: str, to: Path, merged: bool = False)
         UserError: the folder is not empty; the round has no adapter or no evaluation here; or it has no LoRA and
             `merged` is not asked for.
     """
-    params.for_round(key)
-    adapter = RoundFiles(root, key).adapter
+    adapter = round.files.adapter
     is_lora = (adapter / WEIGHTS_FILE).exists()
     if not is_lora and not (adapter / UNET_FILE).exists():
-        raise UserError(f"rounds/{key}/adapter: no weights; `dvc repro train@{key}` or `dvc pull train@{key}`")
-    if not is_lora and not merged:
-        raise UserError(f"round {key}: train.method is full, so there is no LoRA to export; add --merged")
-    if not (RoundFiles(root, key).evaluation / "gate.json").exists():
         raise UserError(
-            f"rounds/{key}/evaluation: not evaluated, so there is nothing to tell; `dvc repro evaluate@{key}`"
+            f"rounds/{round.key}/adapter: no weights; `dvc repro train@{round.key}` or `dvc pull train@{round.key}`"
+        )
+    if not is_lora and not merged:
+        raise UserError(f"round {round.key}: train.method is full, so there is no LoRA to export; add --merged")
+    if not (round.files.evaluation / "gate.json").exists():
+        raise UserError(
+            f"rounds/{round.key}/evaluation: not evaluated; `dvc repro evaluate@{round.key}` makes what the card needs"
         )
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"--to: {to} is there and not empty; name a new folder")
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as temporary:
         folder = Path(temporary) / "export"
-        _fill(folder, params, root, key, is_lora=is_lora, merged=merged)
+        _fill(folder, round, is_lora=is_lora, merged=merged)
         folder.replace(to)
     return sorted(path.name for path in to.iterdir())
 
@@ -77,21 +78,21 @@ def write_kohya(adapter: Path, path: Path) -> None:
     save_file({name: value.contiguous() for name, value in state.items()}, path, metadata=told)
 
 
-def _fill(folder: Path, params: Params, root: Path, key: str, *, is_lora: bool, merged: bool) -> None:
-    adapter, files = RoundFiles(root, key).adapter, {}
+def _fill(folder: Path, round: Round, *, is_lora: bool, merged: bool) -> None:
+    adapter, files = round.files.adapter, {}
     folder.mkdir()
     if is_lora:
-        files = {"diffusers": WEIGHTS_FILE, "kohya": f"{params.tracking.campaign}-{key}_kohya.safetensors"}
+        files = {"diffusers": WEIGHTS_FILE, "kohya": f"{round.params.tracking.campaign}-{round.key}_kohya.safetensors"}
         files["kohya"] = files["kohya"].replace("/", "-")
         shutil.copyfile(adapter / WEIGHTS_FILE, folder / WEIGHTS_FILE)
         write_kohya(adapter, folder / files["kohya"])
     if merged:
         files["merged"] = MERGED
-        _write_merged(params, adapter, folder / MERGED)
-    pictures = _write_pictures(root, key, folder / "pictures")
-    write_json(folder / "lineage.json", read_lineage(root, key))
-    write_json(folder / graph.FILE, graph.round_chain(root, key).model_dump())
-    text = model_card.render_card(params, root, key, files, [(f"pictures/{name}", prompt) for name, prompt in pictures])
+        _write_merged(round.params, adapter, folder / MERGED)
+    pictures = _write_pictures(round.root, round.key, folder / "pictures")
+    write_json(folder / "lineage.json", read_lineage(round.files))
+    write_json(folder / graph.FILE, graph.round_chain(round.root, round.key).model_dump())
+    text = model_card.render_card(round, files, [(f"pictures/{name}", prompt) for name, prompt in pictures])
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -8,11 +8,11 @@ from typing import Any
 from srpo.config.loader import Params
 from srpo.lineage import graph
 from srpo.lineage.record import WEIGHTS_FILE, read_lineage
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round
 from srpo.storage.json_files import write_json
 
 
-def save_model(folder: Path, params: Params, root: Path, key: str, model_id: str, run_id: str | None) -> None:
+def save_model(folder: Path, round: Round, model_id: str, run_id: str | None) -> None:
     """Write the model's folder: a LoRA's whole adapter folder under MLflow's diffusers flavour, and `chain.json`.
 
     Of a round that trained the whole UNet only lineage.json is in it: gigabytes stay in DVC, and no flavour fits.
@@ -22,12 +22,12 @@ def save_model(folder: Path, params: Params, root: Path, key: str, model_id: str
         model_id: of the LoggedModel that gets the folder.
         run_id: of the round's run, if there is one.
     """
-    adapter = RoundFiles(root, key).adapter
+    adapter = round.files.adapter
     if (adapter / WEIGHTS_FILE).exists():
-        _save_lora(folder, params, adapter, read_lineage(root, key)["base"], model_id, run_id)
+        _save_lora(folder, round.params, adapter, read_lineage(round.files)["base"], model_id, run_id)
     else:
-        write_json(folder / "lineage.json", read_lineage(root, key))
-    write_json(folder / graph.FILE, graph.round_chain(root, key).model_dump())
+        write_json(folder / "lineage.json", read_lineage(round.files))
+    write_json(folder / graph.FILE, graph.round_chain(round.root, round.key).model_dump())
 
 
 def _save_lora(

@@ -15,7 +15,7 @@ from srpo.evaluation.image_stats import LOOKS
 from srpo.lineage.identity import HUB_ID
 from srpo.lineage.record import read_lineage
 from srpo.reporting.table import SET_MEASURES, show, verdict
-from srpo.rounds import BASE, ancestors
+from srpo.rounds import BASE, Round
 
 LOWER_IS_BETTER = ("fid", "kid", "cmmd")
 
@@ -66,9 +66,7 @@ def licence_of(base: str) -> Licence:
     return LICENCES.get(base, UNKNOWN)
 
 
-def render_card(
-    params: Params, root: Path, key: str, files: dict[str, str], pictures: Sequence[tuple[str, str]]
-) -> str:
+def render_card(round: Round, files: dict[str, str], pictures: Sequence[tuple[str, str]]) -> str:
     """The card of a round's export: YAML front matter for the Hub, then Markdown.
 
     Args:
@@ -78,7 +76,7 @@ def render_card(
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    lineage = read_lineage(root, key)
+    lineage = read_lineage(round.files)
     source = lineage["base"]["source"]
     licence, on_hub = licence_of(source), lineage["base"]["digest"] is None and bool(HUB_ID.fullmatch(source))
     data = ModelCardData(
@@ -96,22 +94,22 @@ def render_card(
     )
     environment.filters |= {"cell": cell, "show": show}
     body = environment.get_template("model_card.md").render(
-        name=f"{params.tracking.campaign}-{key}",
-        round=key,
-        path=[BASE, *ancestors(params.rounds, key), key],
+        name=f"{round.params.tracking.campaign}-{round.key}",
+        round=round.key,
+        path=[BASE, *round.ancestors, round.key],
         base=lineage["base"],
         on_hub=on_hub,
         licence=licence,
         files=files,
         pictures=pictures,
-        params=params.for_round(key),
-        rewards={role: _models(params, role) for role in ("select", "judge")},
-        train_prompts=_count(root, params.prompts.train),
-        eval_prompts=_count(root, params.prompts.eval),
-        measures=_measures(params, root, key),
-        gate=read_gate(root, key),
-        verdict=verdict(read_metrics(root, key)),
-        hashes=_hashes(root, key, lineage),
+        params=round.params,
+        rewards={role: _models(round.params, role) for role in ("select", "judge")},
+        train_prompts=_count(round.root, round.params.prompts.train),
+        eval_prompts=_count(round.root, round.params.prompts.eval),
+        measures=_measures(round),
+        gate=read_gate(round.files),
+        verdict=verdict(read_metrics(round.files)),
+        hashes=_hashes(round.root, round.key, lineage),
     )
     return f"---\n{data.to_yaml().strip()}\n---\n\n{body}"
 
@@ -121,23 +119,23 @@ def cell(text: Any) -> str:
     return re.sub(r"([\\`*_\[\]<>|#~&!])", r"\\\1", " ".join(str(text).split()))
 
 
-def _measures(params: Params, root: Path, key: str) -> list[dict[str, str]]:
+def _measures(round: Round) -> list[dict[str, str]]:
     """Rows of the evaluation table: name, role, better, base, round; values with their 95 % intervals."""
-    ours, theirs = read_sweep(root, key), read_sweep(root, BASE)
-    guidance = str(read_metrics(root, key)["guidance"])
+    ours, theirs = read_sweep(round.files), read_sweep(round.base_files)
+    guidance = str(read_metrics(round.files)["guidance"])
     rows = []
-    for name in (*params.rewards, *SET_MEASURES, *LOOKS):
+    for name in (*round.params.rewards, *SET_MEASURES, *LOOKS):
         if name not in ours[guidance]:
             continue
         role = (
-            {"select": "chose the winners", "judge": "judge"}[params.rewards[name].role]
-            if name in params.rewards
+            {"select": "chose the winners", "judge": "judge"}[round.params.rewards[name].role]
+            if name in round.params.rewards
             else ""
         )
-        better = "lower" if name in LOWER_IS_BETTER else "higher" if name in params.rewards else ""
+        better = "lower" if name in LOWER_IS_BETTER else "higher" if name in round.params.rewards else ""
         values = {"base": _interval(theirs[guidance], name), "round": _interval(ours[guidance], name)}
         rows.append({"name": name, "role": role, "better": better} | values)
-    for name, rates in read_gate(root, key)["win_rate"].items():
+    for name, rates in read_gate(round.files)["win_rate"].items():
         best = rates["best"]
         told = {"name": f"{name}: win rate over base, each at its best guidance", "role": "", "better": "higher"}
         rows.append(told | {"base": "0.5", "round": _spread(best["value"], best["low"], best["high"])})

@@ -26,7 +26,7 @@ from srpo.lineage.dvc_lock import read_dvc_lock
 from srpo.lineage.record import adapter_weights, read_lineage
 from srpo.release.mlflow_model import save_model
 from srpo.release.model_card import licence_of
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round
 from srpo.storage.hashing import dvc_digest, file_digest
 from srpo.tracking import records as projection
 from srpo.tracking import sync
@@ -59,38 +59,39 @@ def model_name(params: Params) -> str:
     return re.sub(r"[/:%.\"']", "-", f"{params.tracking.experiment}-{params.tracking.campaign}")
 
 
-def check(params: Params, root: Path, key: str, override: str | None = None) -> str:
+def check(round: Round, override: str | None = None) -> str:
     """The sha256 of the round's adapter, when it may be promoted.
 
     Raises:
         UserError: no such round; its adapter is missing or is not what lineage.json and dvc.lock say; it was not
             evaluated as it is; or the gate failed it and `override` gives no reason.
     """
-    params.for_round(key)
-    files, stage = RoundFiles(root, key), f"train@{key}"
+    files, stage = round.files, f"train@{round.key}"
     weights = adapter_weights(files.adapter)
     if weights is None or not (files.adapter / "lineage.json").exists():
         raise UserError(
-            f"rounds/{key}/adapter: no adapter; `dvc repro {stage}` trains it, `dvc pull {stage}` brings it"
+            f"rounds/{round.key}/adapter: no adapter; `dvc repro {stage}` trains it, `dvc pull {stage}` brings it"
         )
-    adapter = read_lineage(root, key)["adapter"]
+    adapter = read_lineage(round.files)["adapter"]
     if file_digest(weights) != adapter:
-        raise UserError(f"rounds/{key}/adapter: not the weights of its lineage.json; `dvc checkout {stage}`")
-    lock, path = read_dvc_lock(root), f"rounds/{key}/adapter"
+        raise UserError(f"rounds/{round.key}/adapter: not the weights of its lineage.json; `dvc checkout {stage}`")
+    lock, path = read_dvc_lock(round.root), f"rounds/{round.key}/adapter"
     recorded = graph.recorded(lock, stage, "outs").get(path)
     if recorded != dvc_digest(files.adapter):
         raise UserError(f"{path}: not what dvc.lock says, so it could not be restored; `dvc repro {stage}`")
-    examined = graph.recorded(lock, f"evaluate@{key}", "deps").get(path)
+    examined = graph.recorded(lock, f"evaluate@{round.key}", "deps").get(path)
     if not (files.evaluation / "gate.json").exists() or examined != recorded:
-        raise UserError(f"rounds/{key}/evaluation: no verdict on this adapter; `dvc repro evaluate@{key}`")
-    gate = read_gate(root, key)
+        raise UserError(f"rounds/{round.key}/evaluation: no verdict on this adapter; `dvc repro evaluate@{round.key}`")
+    gate = read_gate(round.files)
     if gate["verdict"] != "pass" and not (override or "").strip():
         failed = ", ".join(name for name, rule in gate["rules"].items() if not rule["passed"])
-        raise UserError(f"round {key}: the gate failed it ({failed}); give `override` a reason to promote it anyway")
+        raise UserError(
+            f"round {round.key}: the gate failed it ({failed}); give `override` a reason to promote it anyway"
+        )
     return adapter
 
 
-def promote(params: Params, root: Path, key: str, decision: Decision, adapter: str | None = None) -> ModelVersion:
+def promote(round: Round, decision: Decision, adapter: str | None = None) -> ModelVersion:
     """Register the round's adapter, unless it is registered, and make it the champion.
 
     Args:
@@ -99,16 +100,16 @@ def promote(params: Params, root: Path, key: str, decision: Decision, adapter: s
     Raises:
         UserError: see `check`; the adapter is another by now; or MLflow can't be reached.
     """
-    found = check(params, root, key, decision.override)
+    found = check(round, decision.override)
     if adapter not in (None, found):
-        raise UserError(f"rounds/{key}/adapter: changed since it was decided on; promote it again")
-    sync.project(params, root, key)
-    with _records(params, root) as records:
-        client, name = records.client, model_name(params)
+        raise UserError(f"rounds/{round.key}/adapter: changed since it was decided on; promote it again")
+    sync.project(round)
+    with _records(round.params, round.root) as records:
+        client, name = records.client, model_name(round.params)
         version = _find(_versions(client, name), found)
-        approval = decision.tags(read_gate(root, key)["verdict"])
+        approval = decision.tags(read_gate(round.files)["verdict"])
         if version is None:
-            version = _register(records, name, key, approval)
+            version = _register(records, name, round.key, approval)
         else:
             for tag, value in approval.items():
                 client.set_model_version_tag(name, version.version, tag, value)
@@ -227,32 +228,32 @@ def _register(records: sync.Records, name: str, key: str, approval: dict[str, st
     client, params, root = records.client, records.params, records.root
     if not any(model.name == name for model in client.search_registered_models(f"name = '{name}'")):
         client.create_registered_model(name, description=f"Adapters of the campaign {params.tracking.campaign}.")
-    record = projection.round_record(params, root, key)
+    record = projection.round_record(Round.of(params, root, key))
     runs = records.children(key)
     run_id = runs[0].info.run_id if runs else None
     model = client.create_logged_model(
         records.experiment, f"round-{key}", source_run_id=run_id, params=record.params, model_type="LoRA adapter"
     )
     with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder) / "model", params, root, key, model.model_id, run_id)
+        save_model(Path(folder) / "model", Round.of(params, root, key), model.model_id, run_id)
         client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
     client.finalize_logged_model(model.model_id, "READY")
-    tags = version_tags(params, root, key, _versions(client, name)) | approval
+    tags = version_tags(Round.of(params, root, key), _versions(client, name)) | approval
     source = f"models:/{model.model_id}"
     note = f"Round {key} of the campaign {params.tracking.campaign}. The gate says: {tags['srpo.verdict']}."
     return client.create_model_version(name, source, run_id, tags, description=note, model_id=model.model_id)
 
 
-def version_tags(params: Params, root: Path, key: str, known: list[ModelVersion]) -> dict[str, str]:
+def version_tags(round: Round, known: list[ModelVersion]) -> dict[str, str]:
     """What a version says of its origin: hashes by DVC (`dvc.<output>`) and by sha256, Git revision, params, licence.
 
     Args:
         known: the versions there are; the one of the parent's adapter becomes `srpo.parent_version`.
     """
-    lineage = read_lineage(root, key)
+    lineage = read_lineage(round.files)
     parent = _find(known, lineage["parent_adapter"]) if lineage["parent_adapter"] else None
-    tags = projection.round_record(params, root, key).tags | {
-        "srpo.round": key,
+    tags = projection.round_record(round).tags | {
+        "srpo.round": round.key,
         "srpo.parent": lineage["parent"],
         "srpo.parent_version": number(parent) if parent else "none",
         "srpo.params": json.dumps(lineage["params"], sort_keys=True),

@@ -36,7 +36,7 @@ def write_campaign(params: Params, root: Path) -> Path:
     paths = tree.branches(params.rounds, keys)
     shown = [key for number, path in enumerate(paths) for key in path[bool(number) :]]
     measured = {key: _numbers(root, key) for key in shown}
-    lineages = {key: _optional(read_lineage, root, key) or {} for key in shown}
+    lineages = {key: _optional(read_lineage, RoundFiles(root, key)) or {} for key in shown}
     page = render_page(
         "campaign.html",
         name=params.tracking.campaign,
@@ -62,16 +62,16 @@ def write_campaign(params: Params, root: Path) -> Path:
     return out
 
 
-def _optional(read: Callable[[Path, str], Any], root: Path, key: str) -> Any:
+def _optional(read: Callable[[RoundFiles], Any], files: RoundFiles) -> Any:
     """What `read` finds, or None: the page shows whatever is checked out."""
     try:
-        return read(root, key)
+        return read(files)
     except MissingFile:
         return None
 
 
 def _numbers(root: Path, key: str) -> dict[str, Any]:
-    return numbers(key, read_metrics(root, key), _optional(read_sweep, root, key) or {})
+    return numbers(key, read_metrics(RoundFiles(root, key)), _optional(read_sweep, RoundFiles(root, key)) or {})
 
 
 def _depths(paths: Sequence[Sequence[str]]) -> dict[str, int]:
@@ -105,7 +105,7 @@ def _win_rates(root: Path, key: str, names: Mapping[str, str]) -> dict[str, floa
     """Win rates over base, each model at its own best guidance, with their intervals; base is even with itself."""
     if key == BASE:
         return dict.fromkeys(names, 0.5)
-    found = (_optional(read_gate, root, key) or {}).get("win_rate", {})
+    found = (_optional(read_gate, RoundFiles(root, key)) or {}).get("win_rate", {})
     rates = {name: rate["best"] for name, rate in found.items()}
     return {name: rate["value"] for name, rate in rates.items()} | {
         f"{name}_{end}": rate[end] for name, rate in rates.items() for end in ("low", "high")

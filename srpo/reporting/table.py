@@ -10,6 +10,7 @@ from srpo import rounds as tree
 from srpo.config.loader import PARAMS_FILE, Params, load_params
 from srpo.data.records import read_metrics
 from srpo.errors import without_secrets
+from srpo.rounds import RoundFiles
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,7 +28,7 @@ def campaign_rows(root: Path, params: Params) -> list[dict[str, Any]]:
     rows = []
     for key in (tree.BASE, *tree.order(params.rounds)):
         if (tree.RoundFiles(root, key).evaluation / "metrics.json").exists():
-            metrics = read_metrics(root, key)
+            metrics = read_metrics(RoundFiles(root, key))
             numbers = {name: metrics.get(name) for name in (*params.rewards, *SET_MEASURES)}
             rows.append({"round": key} | numbers | {"verdict": verdict(metrics)})
     return rows

@@ -18,8 +18,8 @@ GRACE_SECONDS = 2  # a process that was just killed may take a moment to be gone
 
 
 @contextmanager
-def working_on(root: Path, key: str, stage: str) -> Iterator[None]:
-    """Hold round `key` (or base) while the block runs; other rounds are free. `srpo <stage> <key>` is told to others.
+def lock_round(files: RoundFiles, stage: str) -> Iterator[None]:
+    """Hold a round (or base) while the block runs; other rounds are free. Others are told `srpo <stage> <key>`.
 
     Of a command in many processes the one that started them holds the round.
 
@@ -32,7 +32,7 @@ def working_on(root: Path, key: str, stage: str) -> Iterator[None]:
         return
     from filelock import FileLock
 
-    folder = root / ".srpo"
+    folder, key = files.root / ".srpo", files.key
     folder.mkdir(exist_ok=True)
     holder = folder / f"round@{key}.json"  # beside the lock, which some versions of the library empty
     lock = FileLock(folder / f"round@{key}.lock", timeout=GRACE_SECONDS)
@@ -41,7 +41,7 @@ def working_on(root: Path, key: str, stage: str) -> Iterator[None]:
     except TimeoutError:
         raise BlockedError(f"rounds/{key} is being worked on by {_told(holder)}; wait or end it") from None
     with lock:
-        _check_writable(RoundFiles(root, key).folder)
+        _check_writable(files.folder)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         me = {"pid": os.getpid(), "host": socket.gethostname(), "command": f"srpo {stage} {key}", "since": since}
         holder.write_text(json.dumps(me), encoding="utf-8")

@@ -13,7 +13,7 @@ import torch
 
 from srpo.lineage.identity import COMMIT
 from srpo.lineage.record import read_lineage
-from srpo.rounds import BASE
+from srpo.rounds import BASE, RoundFiles
 from srpo.sampling.conditioning import PromptEmbeds
 from srpo.storage.checksummed import load_sealed, save_sealed
 from srpo.storage.hashing import value_digest
@@ -48,7 +48,7 @@ def prompt_embeds(sampler: Sampler, prompts: Sequence[str], root: Path) -> Promp
 
 
 def _identity(root: Path, variant: str | None) -> str | None:
-    base = read_lineage(root, BASE).get("base") or {}
+    base = read_lineage(RoundFiles(root, BASE)).get("base") or {}
     revision = base.get("revision")
     pinned = base.get("digest") or (revision if revision and COMMIT.fullmatch(revision) else None)
     return value_digest([base["source"], pinned, variant])[:16] if pinned else None

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 import shutil
-from pathlib import Path
 
-from srpo.config.loader import Params
 from srpo.lineage.identity import model_identity
-from srpo.rounds import BASE, RoundFiles
+from srpo.rounds import Round
 from srpo.storage.files import publish
 from srpo.storage.json_files import write_json
 
 log = logging.getLogger("srpo")
 
 
-def pin_base(params: Params, root: Path) -> None:
+def pin_base(round: Round) -> None:
     """Write `rounds/base/adapter/lineage.json`, `rounds/base/rewards.json` and `rounds/base/preview.json`.
 
     Every other stage depends on one of them, so a changed model folder or revision reruns what it must. The last names
@@ -24,7 +22,8 @@ def pin_base(params: Params, root: Path) -> None:
     Raises:
         UserError: a model is neither a folder or file here nor shaped like a Hub id.
     """
-    files = RoundFiles(root, BASE)
+    files = round.files
+    params, root = round.params, round.root
     scratch = root / ".srpo" / "scratch" / "base"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

@@ -31,7 +31,7 @@ from srpo.evaluation.reference import load_reference
 from srpo.lineage.record import check_base, require_weights
 from srpo.rewards.batches import BATCH, batched
 from srpo.rewards.loading import load_pinned_rewards
-from srpo.rounds import BASE, RoundFiles
+from srpo.rounds import BASE, Round, RoundFiles
 from srpo.sampling.conditioning import PromptEmbeds
 from srpo.sampling.prompt_cache import prompt_embeds
 from srpo.sampling.sampler import Sampler, sample_images
@@ -46,7 +46,7 @@ Place = tuple[Prompt, int]
 """A prompt and the number of a picture among the prompt's."""
 
 
-def evaluate(params: Params, root: Path, key: str) -> None:
+def evaluate(round: Round) -> None:
     """Write `rounds/<key>/evaluation/`.
 
     metrics.json: flat headline numbers at the reported guidance, but win rates (over base, each model at its own
@@ -59,47 +59,47 @@ def evaluate(params: Params, root: Path, key: str) -> None:
     Raises:
         UserError: bad prompt files, no adapter, or a model, reward or reference that can't be read.
     """
-    files, settings = RoundFiles(root, key), params.evaluate
-    prompts = load_prompts(root / params.prompts.eval)
-    check_disjoint(load_prompts(root / params.prompts.train), prompts)
+    files, settings = round.files, round.params.evaluate
+    prompts = load_prompts(round.root / round.params.prompts.eval)
+    check_disjoint(load_prompts(round.root / round.params.prompts.train), prompts)
     if (len(prompts) - 1) * settings.images_per_prompt < 2:
-        raise UserError(f"{params.prompts.eval}: too few prompts for any interval; it needs at least 3")
-    require_weights(root, key)
-    rewards = load_pinned_rewards(params, root)
-    extractors = load_extractors(params, root, rewards)
+        raise UserError(f"{round.params.prompts.eval}: too few prompts for any interval; it needs at least 3")
+    require_weights(round.files)
+    rewards = load_pinned_rewards(round.params, round.root)
+    extractors = load_extractors(round.params, round.root, rewards)
     references = {
-        name: load_reference(root / settings.reference, extractor, root / ".srpo" / "cache")
+        name: load_reference(round.root / settings.reference, extractor, round.root / ".srpo" / "cache")
         for name, extractor in extractors.items()
     }
-    check_base(root)
-    sampler = Sampler(params, files.adapter, fast=True)
-    embeds = prompt_embeds(sampler, [prompt.prompt for prompt in prompts], root)
-    scratch = scratch_folder(root, "evaluate", key, "redone from the start")
+    check_base(round.root)
+    sampler = Sampler(round.params, files.adapter, fast=True)
+    embeds = prompt_embeds(sampler, [prompt.prompt for prompt in prompts], round.root)
+    scratch = scratch_folder(round.root, "evaluate", round.key, "redone from the start")
     rows, samples, sweep, drift = [], [], {}, {}
     total = len(prompts) * settings.images_per_prompt * len(settings.guidance_scales)
-    with tqdm(total=total, unit="img", desc=f"evaluate {key}", mininterval=2) as progress:
+    with tqdm(total=total, unit="img", desc=f"evaluate {round.key}", mininterval=2) as progress:
         for guidance in settings.guidance_scales:
             seen, reported = Observation(rewards, extractors, settings.features), guidance == settings.guidance_scale
-            for images, places in _sample(sampler, embeds, prompts, guidance, params, progress):
+            for images, places in _sample(sampler, embeds, prompts, guidance, round.params, progress):
                 seen.add(images, places)
                 if reported:
                     samples += _samples(images, places, {prompt.id for prompt in prompts[: settings.samples]})
             sweep[str(guidance)] = seen.measures(references, settings.clip_name)
             rows += [row | {"guidance": guidance} for row in seen.rows]
             if reported:
-                drift = _drift(root, key, seen.features(settings.features), scratch)
+                drift = _drift(round.root, round.key, seen.features(settings.features), scratch)
     _write_samples(scratch / "samples.parquet", samples)
     _write_scores(scratch / "per_prompt.parquet", rows, list(rewards))
     _write_sweep(scratch / "guidance.csv", sweep)
-    gate = None if key == BASE else _judge(params, root, key, sweep, pl.DataFrame(rows))
+    gate = None if round.key == BASE else _judge(round, sweep, pl.DataFrame(rows))
     if gate:
         write_json(scratch / "gate.json", gate)
-    metrics = _headline(params, sweep[str(settings.guidance_scale)], drift, gate)
+    metrics = _headline(round.params, sweep[str(settings.guidance_scale)], drift, gate)
     write_json(scratch / "metrics.json", metrics)
     publish(scratch, files.evaluation)
-    log.info("evaluate %s: %s", key, ", ".join(f"{name} {metrics[name]:.3f}" for name in [*rewards, "fid"]))
+    log.info("evaluate %s: %s", round.key, ", ".join(f"{name} {metrics[name]:.3f}" for name in [*rewards, "fid"]))
     if metrics["finding"] != "-":
-        log.warning("evaluate %s: %s: the selecting reward rose and no judge followed", key, metrics["finding"])
+        log.warning("evaluate %s: %s: the selecting reward rose and no judge followed", round.key, metrics["finding"])
 
 
 def _sample(
@@ -146,18 +146,16 @@ def _drift(root: Path, key: str, features: np.ndarray, scratch: Path) -> dict[st
     return {"drift": drift, "drift_kid": paired_kernel_distance(features, base)}
 
 
-def _judge(
-    params: Params, root: Path, key: str, sweep: Mapping[str, Mapping[str, float]], scores: pl.DataFrame
-) -> dict[str, Any]:
+def _judge(round: Round, sweep: Mapping[str, Mapping[str, float]], scores: pl.DataFrame) -> dict[str, Any]:
     """gate.json. Win rates are `best`: over base, each at its own best guidance; `base`, `parent`: at the reported."""
-    base_sweep, reported = read_sweep(root, BASE), params.evaluate.guidance_scale
-    columns = ["prompt_id", "index", "guidance", *params.rewards]
+    base_sweep, reported = read_sweep(round.base_files), round.params.evaluate.guidance_scale
+    columns = ["prompt_id", "index", "guidance", *round.params.rewards]
     base, parent = (
-        parquet.table(RoundFiles(root, rival).evaluation / "per_prompt.parquet", columns)
-        for rival in (BASE, params.rounds[key].parent)
+        parquet.table(RoundFiles(round.root, rival).evaluation / "per_prompt.parquet", columns)
+        for rival in (BASE, round.parent)
     )
     best, rates = {}, {}
-    for name in params.rewards:
+    for name in round.params.rewards:
         ours, theirs = float(best_guidance(sweep, name)), float(best_guidance(base_sweep, name))
         best[name] = _pair(scores, base, name, ours, theirs)
         rates[name] = {
@@ -165,8 +163,8 @@ def _judge(
             "base": _pair(scores, base, name, reported, reported)._asdict(),
             "parent": _pair(scores, parent, name, reported, reported)._asdict(),
         }
-    roles = ({name: best[name] for name in params.reward_names(role)} for role in ("judge", "select"))
-    return judge_round(params.gate, sweep, base_sweep, *roles) | {
+    roles = ({name: best[name] for name in round.params.reward_names(role)} for role in ("judge", "select"))
+    return judge_round(round.params.gate, sweep, base_sweep, *roles) | {
         "pictures_at": {
             "guidance": float(best_guidance(sweep, "fid")),
             "base_guidance": float(best_guidance(base_sweep, "fid")),

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from srpo.config.loader import Params
 from srpo.data import parquet
 from srpo.data.images import encode_png
 from srpo.data.prompts import Prompt, check_disjoint, load_prompts
 from srpo.data.schemas import CANDIDATE_FIELDS
 from srpo.lineage.record import check_base, require_weights
-from srpo.rounds import BASE, RoundFiles
+from srpo.rounds import Round
 from srpo.runtime import distributed
 from srpo.runtime.background import Background
 from srpo.selection.audit import is_audited
@@ -34,43 +32,55 @@ if TYPE_CHECKING:
 log = logging.getLogger("srpo")
 
 
-def generate(params: Params, root: Path, key: str) -> None:
-    """Write `rounds/<key>/candidates/`, one parquet shard per `prompts_per_shard` prompts, in this process.
+def generate(round: Round, numbers: Sequence[int] | None = None) -> None:
+    """Write `rounds/<key>/candidates/`, one parquet shard per `prompts_per_shard` prompts.
 
-    A shard that an interrupted run finished is kept.
+    A shard that an interrupted run finished is kept. With `runtime.processes` above 1 this process starts workers
+    that share the unfinished shards.
+
+    Args:
+        numbers: of a worker only: the shards that all workers share.
 
     Raises:
         UserError: bad prompt files, or a model that can't be loaded or used.
     """
-    shards = Shards(params, root, key)
-    shards.make()
-    shards.publish()
+    shards = Shards(round)
+    if distributed.is_parent(round.params.runtime) and shards.unfinished():
+        distributed.run(
+            lambda: ["generate", round.key, "--shards", ",".join(map(str, shards.unfinished()))],
+            min(round.params.runtime.processes, len(shards.unfinished())),
+            attempts=3,
+        )
+    else:
+        shards.make(numbers)
+    if not distributed.is_worker():
+        shards.publish()
 
 
 class Shards:
     """The shards of a round's candidates."""
 
-    def __init__(self, params: Params, root: Path, key: str) -> None:
+    def __init__(self, round: Round) -> None:
         """
         Raises:
             UserError: bad prompt files, or a parent without an adapter.
         """
-        self.params, self.root, self.key = params, root, key
-        self.settings = params.for_round(key).generate
-        self.files, self.parent = RoundFiles(root, key), RoundFiles(root, params.rounds[key].parent)
-        prompts = load_prompts(root / params.prompts.train)
-        check_disjoint(prompts, load_prompts(root / params.prompts.eval))
-        require_weights(root, params.rounds[key].parent)
+        self.params, self.root, self.key = round.params, round.root, round.key
+        self.settings = round.params.generate
+        self.files, self.parent = round.files, round.parent_files
+        prompts = load_prompts(round.root / round.params.prompts.train)
+        check_disjoint(prompts, load_prompts(round.root / round.params.prompts.eval))
+        require_weights(round.parent_files)
         inputs = {
-            "seed": params.seed,
-            "model": params.model.model_dump(),
+            "seed": round.params.seed,
+            "model": round.params.model.model_dump(),
             "generate": self.settings.model_dump(),
             "prompts": [vars(prompt) for prompt in prompts],
             "adapter": digest(self.parent.adapter),
         }
         if self.settings.early_rejection:
-            inputs["preview"] = digest(RoundFiles(root, BASE).preview)
-        self.scratch = scratch_folder(root, "generate", key, inputs)
+            inputs["preview"] = digest(round.base_files.preview)
+        self.scratch = scratch_folder(round.root, "generate", round.key, inputs)
         size = self.settings.prompts_per_shard
         self.parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
         self.paths = [

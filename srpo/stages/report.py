@@ -14,14 +14,14 @@ from srpo.lineage.record import read_lineage
 from srpo.reporting import charts, contact_sheets
 from srpo.reporting.html import chart, numbers, picture, render_page
 from srpo.reporting.table import SET_MEASURES
-from srpo.rounds import BASE, RoundFiles
+from srpo.rounds import BASE, Round, RoundFiles
 from srpo.selection.audit import PREFIX
 from srpo.storage.files import publish
 from srpo.storage.json_files import read_json, reading
 from srpo.storage.scratch import scratch_folder
 
 
-def report(params: Params, root: Path, key: str) -> None:
+def report(round: Round) -> None:
     """Write `rounds/<key>/report/`: index.html, winners.png and tuned.png.
 
     The page embeds its pictures and loads nothing. The same files give the same bytes. Of other rounds only
@@ -30,34 +30,37 @@ def report(params: Params, root: Path, key: str) -> None:
     Raises:
         UserError: a dataset of the round is missing or damaged.
     """
-    files, parent = RoundFiles(root, key), params.rounds[key].parent
-    learned, tuned = contact_sheets.winners_and_losers(params, files), contact_sheets.before_and_after(root, key)
-    sweeps = {name: read_sweep(root, name) for name in dict.fromkeys((BASE, parent, key))}
-    measured = {name: numbers(name, read_metrics(root, name), found) for name, found in sweeps.items()}
+    files, parent = round.files, round.parent
+    learned = contact_sheets.winners_and_losers(round.params, files)
+    tuned = contact_sheets.before_and_after(round.root, round.key)
+    sweeps = {name: read_sweep(RoundFiles(round.root, name)) for name in dict.fromkeys((BASE, parent, round.key))}
+    measured = {
+        name: numbers(name, read_metrics(RoundFiles(round.root, name)), found) for name, found in sweeps.items()
+    }
     training = _training(files.training)
     page = render_page(
         "report.html",
-        key=key,
+        key=round.key,
         parent=parent,
-        selects=params.reward_names("select"),
-        judges=params.reward_names("judge"),
-        metrics=measured[key],
-        gate=read_gate(root, key),
+        selects=round.params.reward_names("select"),
+        judges=round.params.reward_names("judge"),
+        metrics=measured[round.key],
+        gate=read_gate(round.files),
         rows=list(measured.values()),
-        names=[*params.rewards, *SET_MEASURES],
+        names=[*round.params.rewards, *SET_MEASURES],
         steps=training.height,
         tuned=[_figure(pair) for pair in tuned],
         learned=[_figure(pair) for pair in learned],
-        charts=_charts(params, files, measured, sweeps, training),
-        lineage=_lineage_rows(root, key),
+        charts=_charts(round.params, files, measured, sweeps, training),
+        lineage=_lineage_rows(files),
         selection=_selection(files),
-        rejection=_early_rejection(params, files),
+        rejection=_early_rejection(round.params, files),
     )  # fmt: skip
-    scratch = scratch_folder(root, "report", key, "redone from the start")
+    scratch = scratch_folder(round.root, "report", round.key, "redone from the start")
     (scratch / "index.html").write_text(page, encoding="utf-8")
-    _save_sheet(learned, f"Round {key}: what it learned from", "the winner", "the worst of its prompt",
+    _save_sheet(learned, f"Round {round.key}: what it learned from", "the winner", "the worst of its prompt",
                 scratch / "winners.png")  # fmt: skip
-    _save_sheet(tuned, f"Round {key}: held-out prompts, same noise", "the base model", f"after round {key}",
+    _save_sheet(tuned, f"Round {round.key}: held-out prompts, same noise", "the base model", f"after round {round.key}",
                 scratch / "tuned.png")  # fmt: skip
     publish(scratch, files.report)
 
@@ -100,8 +103,8 @@ def _charts(
     return {section: [(name, chart(svg)) for name, svg in found.items()] for section, found in drawn.items()}
 
 
-def _lineage_rows(root: Path, key: str) -> list[tuple[str, str]]:
-    lineage = read_lineage(root, key)
+def _lineage_rows(files: RoundFiles) -> list[tuple[str, str]]:
+    lineage = read_lineage(files)
     base = lineage["base"]
     return [
         ("this round's adapter", lineage["adapter"]),
@@ -122,7 +125,7 @@ def _selection(files: RoundFiles) -> dict[str, Any]:
 
 def _early_rejection(params: Params, files: RoundFiles) -> list[tuple[str, float | None]]:
     """What selection wrote about early rejection, as (what, value); empty when nothing was given up early."""
-    rules = params.for_round(files.key).generate.early_rejection
+    rules = params.generate.early_rejection
     if rules is None:
         return []
     path = files.winners / "selection.json"

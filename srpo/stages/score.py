@@ -5,27 +5,25 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from srpo.config.loader import Params
 from srpo.data import parquet
 from srpo.data.schemas import IDENTITY_FIELDS, arrow_schema
 from srpo.rewards.batches import BATCH, batched, is_flat, score_batch, to_tensor
 from srpo.rewards.loading import load_pinned_rewards
 from srpo.rewards.protocol import Reward
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round
 from srpo.storage.files import publish
 from srpo.storage.scratch import scratch_folder
 
 log = logging.getLogger("srpo")
 
 
-def score(params: Params, root: Path, key: str) -> None:
+def score(round: Round) -> None:
     """Write `rounds/<key>/scores.parquet`: one row a candidate, one float32 column a reward, raw units.
 
     The column `rejected` marks candidates that are no pictures: one flat colour (black is what a half precision
@@ -35,14 +33,14 @@ def score(params: Params, root: Path, key: str) -> None:
     Raises:
         UserError: candidates are missing or damaged, or a reward can't be loaded, raises or answers nonsense.
     """
-    files = RoundFiles(root, key)
-    rewards = load_pinned_rewards(params, root)
+    files = round.files
+    rewards = load_pinned_rewards(round.params, round.root)
     broken = parquet.broken_latents(files.candidates)
     fields = IDENTITY_FIELDS | dict.fromkeys(rewards, pa.float32()) | {"rejected": pa.bool_()}
     schema, counts = arrow_schema(fields), Counter()
 
     def tables() -> Iterator[pa.Table]:
-        with tqdm(unit="img", desc=f"score {key}", mininterval=2) as progress:
+        with tqdm(unit="img", desc=f"score {round.key}", mininterval=2) as progress:
             rows = parquet.read_rows(files.candidates, [*IDENTITY_FIELDS, "prompt", "image"])
             for part in batched(_scored(rows, rewards, broken, progress.update), parquet.ROW_GROUP.stop):
                 table = pa.Table.from_pylist(part, schema=schema)
@@ -51,12 +49,12 @@ def score(params: Params, root: Path, key: str) -> None:
                 counts["rejected"] += pc.sum(table["rejected"]).as_py()
                 yield table
 
-    unpublished = scratch_folder(root, "score", key, "redone from the start") / files.scores.name
+    unpublished = scratch_folder(round.root, "score", round.key, "redone from the start") / files.scores.name
     parquet.write_arrow(unpublished, tables())
     publish(unpublished, files.scores)
     log.info(
         "score %s: %d candidates, %d given up early, %d rejected, rewards %s",
-        key, counts["all"], counts["early"], counts["rejected"] - counts["early"], ", ".join(rewards),
+        round.key, counts["all"], counts["early"], counts["rejected"] - counts["early"], ", ".join(rewards),
     )  # fmt: skip
 
 

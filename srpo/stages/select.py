@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import polars as pl
 
-from srpo.config.loader import Params
 from srpo.data import parquet
 from srpo.errors import UserError
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round
 from srpo.selection.audit import AUDITED_COLUMNS, audit
 from srpo.selection.best_of_n import choose_winners, odd_scores
 from srpo.selection.winners import write_winners
@@ -22,7 +20,7 @@ from srpo.storage.scratch import scratch_folder
 log = logging.getLogger("srpo")
 
 
-def select(params: Params, root: Path, key: str) -> None:
+def select(round: Round) -> None:
     """Write `rounds/<key>/winners/`: the winners with all that training needs, and `selection.json`.
 
     `selection.json` also counts what could not win or had no say: rejected candidates, unfinished ones (a selecting
@@ -32,22 +30,22 @@ def select(params: Params, root: Path, key: str) -> None:
     Raises:
         UserError: no candidate is left, or scores and candidates do not belong together.
     """
-    files, settings = RoundFiles(root, key), params.for_round(key).select
-    weights = {name: params.rewards[name].weight for name in params.reward_names("select")}
+    files, settings = round.files, round.params.select
+    weights = {name: round.params.rewards[name].weight for name in round.params.reward_names("select")}
     if "rejected" not in parquet.Places(files.scores).schema.names:
         raise UserError(f"{files.scores}: has no column `rejected`, as older versions wrote it; rerun score")
-    scores = parquet.scan(files.scores, ["candidate_id", "prompt_id", "index", *params.rewards, "rejected"])
+    scores = parquet.scan(files.scores, ["candidate_id", "prompt_id", "index", *round.params.rewards, "rejected"])
     sound = scores.filter(pl.col("rejected").not_().fill_null(True)).drop("rejected")
     summary = _counts(scores, weights)
     oddities = odd_scores(sound, weights)
-    _report_oddities(key, summary["rejected"], oddities, weights)
-    winners = choose_winners(sound, weights, settings, params.seed)
+    _report_oddities(round.key, summary["rejected"], oddities, weights)
+    winners = choose_winners(sound, weights, settings, round.params.seed)
     if winners.is_empty():
         raise UserError(
-            f"rounds.{key}.select: no winner is left of {summary['candidates']} candidates ({summary['rejected']}"
+            f"rounds.{round.key}.select: no winner is left of {summary['candidates']} candidates ({summary['rejected']}"
             " rejected); loosen min_margin or combine, or look at the scores"
         )
-    scratch = scratch_folder(root, "select", key, "redone from the start")
+    scratch = scratch_folder(round.root, "select", round.key, "redone from the start")
     for left in scratch.iterdir():  # by a killed run that may have made more shards
         left.unlink()
     try:
@@ -57,16 +55,16 @@ def select(params: Params, root: Path, key: str) -> None:
             f"{files.scores}: scores of other candidates than {files.candidates} holds; rerun score"
         ) from None
     summary |= {"winners": winners.height} | oddities
-    summary |= {f"candidates_{name}": value for name, value in _means(scores, params.rewards).items()}
-    summary |= {f"winners_{name}": value for name, value in _means(winners.lazy(), params.rewards).items()}
-    generated = params.for_round(key).generate
+    summary |= {f"candidates_{name}": value for name, value in _means(scores, round.params.rewards).items()}
+    summary |= {f"winners_{name}": value for name, value in _means(winners.lazy(), round.params.rewards).items()}
+    generated = round.params.generate
     if generated.early_rejection:
         summary |= audit(parquet.scan(files.candidates, AUDITED_COLUMNS), scores.collect(), generated)
     write_json(scratch / "selection.json", summary)
     publish(scratch, files.winners)
     log.info(
         "select %s: %d winners of %d candidates for %d prompts",
-        *(key, winners.height, summary["candidates"], summary["prompts"]),
+        *(round.key, winners.height, summary["candidates"], summary["prompts"]),
     )
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import csv
 import logging
 import shutil
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
-from srpo.config.loader import Params
 from srpo.errors import UserError
 from srpo.lineage.record import check_base, write_lineage
 from srpo.models.adapters import make_trainee
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round
+from srpo.runtime import distributed
 from srpo.runtime.device import pick_device, pick_dtype
 from srpo.sampling.prompt_cache import prompt_embeds
 from srpo.sampling.sampler import Sampler
@@ -30,7 +29,7 @@ log = logging.getLogger("srpo")
 FIELDS = ["step", "loss", "learning_rate", "grad_norm"]
 
 
-def train(params: Params, root: Path, key: str, on_step: OnStep = lambda metrics, step: None) -> None:
+def train(round: Round, on_step: OnStep = lambda metrics, step: None) -> None:
     """Write `rounds/<key>/adapter/` and `rounds/<key>/training.csv`.
 
     A killed run goes on at its last state and ends with the same bytes. Among several processes (`RANK` and
@@ -43,24 +42,27 @@ def train(params: Params, root: Path, key: str, on_step: OnStep = lambda metrics
     Raises:
         UserError: no winners, a parent adapter that does not fit, or a loss that went astray.
     """
-    settings, files = params.for_round(key).train, RoundFiles(root, key)
-    accelerator = Accelerator(cpu=pick_device(params.runtime).type == "cpu", mixed_precision="no")
+    settings, files = round.params.train, round.files
+    if distributed.is_parent(round.params.runtime):
+        distributed.run(lambda: ["train", round.key], round.params.runtime.processes)
+        return
+    accelerator = Accelerator(cpu=pick_device(round.params.runtime).type == "cpu", mixed_precision="no")
     if accelerator.num_processes > settings.batch_size:
         raise UserError(
             f"runtime.processes: {accelerator.num_processes} can't share a batch of {settings.batch_size};"
             " have fewer processes or a larger train.batch_size"
         )
     objective = make_objective(settings)
-    winners = load_winners(params, root, key, pairs=objective.pairs)
-    loop = _prepare(params, root, key, winners, objective, accelerator)
+    winners = load_winners(round, pairs=objective.pairs)
+    loop = _prepare(round, winners, objective, accelerator)
     with accelerator.main_process_first():
-        scratch = scratch_folder(root, "train", key, _inputs(params, root, key, winners))
+        scratch = scratch_folder(round.root, "train", round.key, _inputs(round, winners))
     history = loop.run(scratch, on_step)
     if accelerator.is_main_process:
         adapter, curve = scratch / "adapter", scratch / files.training.name
         shutil.rmtree(adapter, ignore_errors=True)
         loop.trainee.save(adapter)
-        write_lineage(adapter, params, root, key, winners.digests)
+        write_lineage(adapter, round, winners.digests)
         with curve.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=FIELDS)
             writer.writeheader()
@@ -70,45 +72,45 @@ def train(params: Params, root: Path, key: str, on_step: OnStep = lambda metrics
         shutil.rmtree(scratch)
         last = [row["loss"] for row in history[-20:]]
         count = len(winners.latents)
-        log.info("train %s: %d steps on %d winners, loss %.4f", key, len(history), count, sum(last) / len(last))
+        log.info("train %s: %d steps on %d winners, loss %.4f", round.key, len(history), count, sum(last) / len(last))
     accelerator.wait_for_everyone()
 
 
-def _inputs(params: Params, root: Path, key: str, winners: Winners) -> dict:
+def _inputs(round: Round, winners: Winners) -> dict:
     """What a state of an interrupted run must have in common with this one."""
     return {
-        "seed": params.seed,
-        "model": params.model.model_dump(),
-        "train": params.for_round(key).train.model_dump(),
+        "seed": round.params.seed,
+        "model": round.params.model.model_dump(),
+        "train": round.params.train.model_dump(),
         "winners": winners.digests,
-        "parent": digest(RoundFiles(root, params.rounds[key].parent).adapter),
+        "parent": digest(round.parent_files.adapter),
         "code": code_digest(),
     }
 
 
-def _prepare(
-    params: Params, root: Path, key: str, winners: Winners, objective: Objective, accelerator: Accelerator
-) -> TrainingLoop:
-    settings, sampling = params.for_round(key).train, params
+def _prepare(round: Round, winners: Winners, objective: Objective, accelerator: Accelerator) -> TrainingLoop:
+    settings, sampling = round.params.train, round.params
     if settings.method == "full":  # float32 weights, and what is computed in is chosen pass by pass
-        sampling = params.model_copy(update={"runtime": params.runtime.model_copy(update={"dtype": "float32"})})
-    check_base(root)
+        sampling = round.params.model_copy(
+            update={"runtime": round.params.runtime.model_copy(update={"dtype": "float32"})}
+        )
+    check_base(round.root)
     sampler = Sampler(sampling)
-    dtype = pick_dtype(params.runtime, sampler.device)
+    dtype = pick_dtype(round.params.runtime, sampler.device)
     distinct = sorted(set(winners.prompts))
     position = {prompt: row for row, prompt in enumerate(distinct)}
     return TrainingLoop(
         accelerator=accelerator,
-        trainee=make_trainee(sampler.unet, params, root, key, keep=objective.pairs, dtype=dtype),
+        trainee=make_trainee(sampler.unet, round, keep=objective.pairs, dtype=dtype),
         objective=objective,
         winners=winners,
-        embeds=prompt_embeds(sampler, distinct, root),
+        embeds=prompt_embeds(sampler, distinct, round.root),
         rows=torch.tensor([position[prompt] for prompt in winners.prompts]),
         time_ids=sampler.time_ids(*winners.latents.shape[-2:]),
         schedule=DDPMScheduler.from_config(sampler.pipeline.scheduler.config),
         settings=settings,
-        runtime=params.runtime,
-        seed=(params.seed, key),
+        runtime=round.params.runtime,
+        seed=(round.params.seed, round.key),
         device=sampler.device,
         dtype=dtype,
     )

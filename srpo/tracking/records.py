@@ -15,7 +15,7 @@ from srpo.evaluation.image_stats import LOOKS
 from srpo.lineage.dvc_lock import read_dvc_lock
 from srpo.lineage.record import read_lineage
 from srpo.reporting.table import SET_MEASURES, verdict
-from srpo.rounds import BASE, RoundFiles, ancestors, order
+from srpo.rounds import BASE, Round, RoundFiles, ancestors, order
 from srpo.storage.hashing import file_digest, value_digest
 
 ARTIFACTS_TAG = "srpo.artifacts"
@@ -48,7 +48,7 @@ def campaign_points(params: Params, root: Path) -> list[Point]:
         taken.add(depth)
         if not (RoundFiles(root, key).evaluation / "metrics.json").exists():
             continue
-        metrics = read_metrics(root, key)
+        metrics = read_metrics(RoundFiles(root, key))
         rates = [f"{judge}_win_rate{end}" for judge in params.reward_names("judge") for end in ("", "_low")]
         names = (*params.rewards, *SET_MEASURES, "drift_kid", *rates)
         values = {name: metrics[name] for name in names if name in metrics} | _selection(root, key)
@@ -56,24 +56,24 @@ def campaign_points(params: Params, root: Path) -> list[Point]:
     return points
 
 
-def round_record(params: Params, root: Path, key: str) -> RoundRecord:
+def round_record(round: Round) -> RoundRecord:
     """Everything there is of one round (or base) on disk."""
-    files, record = RoundFiles(root, key), RoundRecord()
-    hashes = round_hashes(root, key)
+    files, record = round.files, RoundRecord()
+    hashes = round_hashes(round.root, round.key)
     record.tags = {f"dvc.{name}": value for name, value in hashes.items()}
     record.datasets = {name: hashes[name] for name in ("candidates", "winners") if name in hashes}
-    if revision := _git_revision(root):
+    if revision := _git_revision(round.root):
         record.tags["srpo.git_revision"] = revision
-    if key != BASE:
-        resolved = params.for_round(key)
+    if round.key != BASE:
+        resolved = round.params
         record.params = _flat({stage: getattr(resolved, stage).model_dump() for stage in STAGES_WITH_OVERRIDES})
-        record.params |= {"seed": str(params.seed), "parent": params.rounds[key].parent}
-    record.params |= _flat({"model": params.model.model_dump()})
+        record.params |= {"seed": str(round.params.seed), "parent": round.parent}
+    record.params |= _flat({"model": round.params.model.model_dump()})
     if (files.adapter / "lineage.json").exists():
-        lineage = read_lineage(root, key)
+        lineage = read_lineage(round.files)
         base = lineage["base"]
         record.tags["srpo.base"] = f"{base['source']} {base['digest'] or base['revision'] or 'not pinned'}"
-        if key != BASE:
+        if round.key != BASE:
             record.tags["srpo.adapter"] = lineage["adapter"]
             record.tags["srpo.parent_adapter"] = lineage["parent_adapter"] or "none"
             record.tags["srpo.winners"] = lineage["winners"]
@@ -84,16 +84,16 @@ def round_record(params: Params, root: Path, key: str) -> RoundRecord:
             for row in csv.DictReader(file):
                 step = int(row.pop("step"))
                 record.points += [(name, float(value), step) for name, value in row.items()]
-    record.points += [(name, float(value), 0) for name, value in _selection(root, key).items()]
+    record.points += [(name, float(value), 0) for name, value in _selection(round.root, round.key).items()]
     if (files.evaluation / "metrics.json").exists():
-        metrics = read_metrics(root, key)
-        swept = (*params.rewards, "fid", "kid", "cmmd", "diversity", *LOOKS)
-        sweep = {at: {name: values[name] for name in swept} for at, values in read_sweep(root, key).items()}
+        metrics = read_metrics(round.files)
+        swept = (*round.params.rewards, "fid", "kid", "cmmd", "diversity", *LOOKS)
+        sweep = {at: {name: values[name] for name in swept} for at, values in read_sweep(round.files).items()}
         measured = metrics | {"sweep": sweep}
         record.tags["srpo.verdict"] = verdict(metrics)
         record.artifacts.append((files.evaluation / "metrics.json", None))
-        if key != BASE:
-            gate = read_gate(root, key)
+        if round.key != BASE:
+            gate = read_gate(round.files)
             rules = {name: rule["value"] for name, rule in gate["rules"].items()}
             measured |= {"gate": rules, "win_rate": gate["win_rate"]}
             record.artifacts.append((files.evaluation / "gate.json", None))

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 from srpo.config.loader import Params
 from srpo.errors import one_line, without_secrets
-from srpo.rounds import BASE, RoundFiles, ancestors, order
+from srpo.rounds import BASE, Round, RoundFiles, ancestors, order
 from srpo.runtime import distributed
 from srpo.storage.hashing import file_digest, value_digest
 from srpo.tracking import records as projection
@@ -99,25 +99,25 @@ class Curve:
 
 
 @contextlib.contextmanager
-def live(params: Params, root: Path, key: str) -> Iterator[Curve]:
+def live(round: Round) -> Iterator[Curve]:
     """A curve in a fresh child run of this round; an earlier one of the same round goes to MLflow's bin.
 
     Among several processes only the first has one; what the others log goes nowhere.
     """
     curve, status = Curve(), "FINISHED"
-    if distributed.rank():
+    if distributed.rank() or distributed.is_parent(round.params.runtime):
         yield curve
         return
     with contextlib.ExitStack() as stack:
 
         def open_run() -> None:
             # while this is held, MLflow knows more than the round's files, and `project` leaves the round alone
-            stack.enter_context(_lock(root, f"live@{key}", timeout=0))
-            with opened(params, root) as records:
+            stack.enter_context(_lock(round.root, f"live@{round.key}", timeout=0))
+            with opened(round.params, round.root) as records:
                 campaign = records.campaign()
-                for run in records.children(key):
+                for run in records.children(round.key):
                     records.client.delete_run(run.info.run_id)
-                curve._open(records.client, records.uri, records.create_child(key, campaign))
+                curve._open(records.client, records.uri, records.create_child(round.key, campaign))
 
         _attempt("live curve", open_run)
         try:
@@ -129,9 +129,9 @@ def live(params: Params, root: Path, key: str) -> Iterator[Curve]:
             curve._close(status)
 
 
-def project(params: Params, root: Path, key: str) -> bool:
+def project(round: Round) -> bool:
     """Bring MLflow's records of one round (or of base) up to date; False when that failed, with a warning."""
-    return _project(params, root, [key])
+    return _project(round.params, round.root, [round.key])
 
 
 def sync(params: Params, root: Path) -> bool:
@@ -192,7 +192,7 @@ class Records:
         return run_id
 
     def project_round(self, key: str, campaign: str) -> None:
-        files, wanted = RoundFiles(self.root, key), projection.round_record(self.params, self.root, key)
+        files, wanted = RoundFiles(self.root, key), projection.round_record(Round.of(self.params, self.root, key))
         if _is_locked(self.root, f"live@{key}"):
             return
         sheets = [path for path, _ in wanted.artifacts if path.suffix == ".png"]

@@ -11,12 +11,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from srpo.config.loader import Params
 from srpo.config.schema import TrainParams
 from srpo.data import parquet
 from srpo.errors import UserError
 from srpo.lineage.record import winners_of_ancestors
-from srpo.rounds import RoundFiles, ancestors
+from srpo.rounds import Round, RoundFiles
 from srpo.storage.hashing import derive_seed, digest
 
 log = logging.getLogger("srpo")
@@ -42,7 +41,7 @@ class Winners:
     digests: dict[str, str]
 
 
-def load_winners(params: Params, root: Path, key: str, *, pairs: bool) -> Winners:
+def load_winners(round: Round, *, pairs: bool) -> Winners:
     """The winners that the round's `train.start` and `train.replay` ask for.
 
     Args:
@@ -51,13 +50,13 @@ def load_winners(params: Params, root: Path, key: str, *, pairs: bool) -> Winner
     Raises:
         UserError: winners are missing, have no losers, are of several sizes, or are not those an ancestor trained on.
     """
-    digests = {key: digest(RoundFiles(root, key).winners)} | _checked_ancestors(params, root, key)
-    found = [_read_round(RoundFiles(root, name).winners, pairs) for name in digests]
+    digests = {round.key: digest(round.files.winners)} | _checked_ancestors(round)
+    found = [_read_round(RoundFiles(round.root, name).winners, pairs) for name in digests]
     shapes = {winners.latents.shape[1:] for winners in found}
     if len(shapes) > 1:
         sizes = ", ".join(sorted("x".join(str(side) for side in shape) for shape in shapes))
         raise UserError(
-            f"rounds.{key}.train: winners of {', '.join(digests)} have latents of several sizes ({sizes});"
+            f"rounds.{round.key}.train: winners of {', '.join(digests)} have latents of several sizes ({sizes});"
             " start from the parent without replay"
         )
     return Winners(
@@ -97,17 +96,17 @@ def _shuffled(rows: range, seed: tuple[int, str], name: str) -> Iterator[int]:
         epoch += 1
 
 
-def _checked_ancestors(params: Params, root: Path, key: str) -> dict[str, str]:
+def _checked_ancestors(round: Round) -> dict[str, str]:
     """The digests of the ancestors' winners, where they are asked for: those that the parent's lineage names."""
-    settings, path = params.for_round(key).train, ancestors(params.rounds, key)
+    settings, path = round.params.train, round.ancestors
     if not path or (settings.start == "parent" and not settings.replay):
         return {}
-    parent, known = path[-1], winners_of_ancestors(root, path[-1])
+    parent, known = path[-1], winners_of_ancestors(round.root, path[-1])
     for name in path:
-        folder = RoundFiles(root, name).winners
+        folder = RoundFiles(round.root, name).winners
         if name not in known:
             raise UserError(
-                f"{RoundFiles(root, parent).adapter / 'lineage.json'}: does not name the winners of {name},"
+                f"{round.parent_files.adapter / 'lineage.json'}: does not name the winners of {name},"
                 f" as older versions wrote it; rerun train of round {parent}"
             )
         if not folder.is_dir():

@@ -14,6 +14,7 @@ from srpo.data.records import read_gate, read_metrics
 from srpo.evaluation.bootstrap import Estimate, win_rate
 from srpo.evaluation.gate import HACKING, appearance, best_guidance, judge_round, unbacked_gain
 from srpo.evaluation.image_stats import LOOKS, looks
+from srpo.rounds import Round, RoundFiles
 from srpo.stages.base import pin_base
 from srpo.stages.evaluate import evaluate
 
@@ -137,12 +138,12 @@ def test_a_model_that_learned_to_saturate_is_refused(world: Path, monkeypatch: p
     import sys
 
     params = load_params()
-    pin_base(params, world)
+    pin_base(Round.of(params, world, "base"))
     module = sys.modules["srpo.stages.evaluate"]
     stand_ins = {"reward": Saturation(), "judge": Indifferent(), "accuracy": Indifferent()}
     monkeypatch.setattr(module, "load_pinned_rewards", lambda params, root: stand_ins)
-    monkeypatch.setattr(module, "require_weights", lambda root, key: None)  # base's own pictures, saturated below
-    evaluate(params, world, "base")
+    monkeypatch.setattr(module, "require_weights", lambda files: None)  # base's own pictures, saturated below
+    evaluate(Round.of(params, world, "base"))
     real = module.sample_images
 
     def saturated(*args, **options):
@@ -151,8 +152,8 @@ def test_a_model_that_learned_to_saturate_is_refused(world: Path, monkeypatch: p
         return latents, (grey + 3 * (images.float() - grey)).clamp(0, 255).to(torch.uint8)
 
     monkeypatch.setattr(module, "sample_images", saturated)
-    evaluate(params, world, "001")
-    metrics, gate = read_metrics(world, "001"), read_gate(world, "001")
+    evaluate(Round.of(params, world, "001"))
+    metrics, gate = read_metrics(RoundFiles(world, "001")), read_gate(RoundFiles(world, "001"))
     assert gate["win_rate"]["reward"]["best"]["low"] > 0.5
     assert (metrics["verdict"], metrics["finding"]) == ("fail", HACKING)
     broken = {name for name, rule in gate["rules"].items() if not rule["passed"]}

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from srpo.errors import BlockedError
+from srpo.rounds import RoundFiles
 from srpo.runtime import distributed
-from srpo.runtime.round_lock import working_on
+from srpo.runtime.round_lock import lock_round
 from tests.faults.helpers import SERVER, contents, ended, run, start, take_away, wait_for
 
 
 def hold(root: Path, key: str) -> None:
-    with working_on(root, key, "train"):
+    with lock_round(RoundFiles(root, key), "train"):
         (root / f"held-{key}").touch()
         signal.pause()
 
@@ -32,7 +33,7 @@ def test_the_second_is_told_who_holds_the_round_and_changes_nothing(project: Pat
         who = f"process {holder.pid} on host {socket.gethostname()} (srpo train 001, since "
         assert f"srpo: error: rounds/001 is being worked on by {who}" in told and "wait or end it" in told
         assert contents(project, "select") == before
-        with working_on(project, "002", "generate"):  # another round is free
+        with lock_round(RoundFiles(project, "002"), "generate"):  # another round is free
             pass
     code, told = run(project, "select", "001")  # it was killed, and the kernel freed the lock
     assert code == 0, told
@@ -56,10 +57,13 @@ def test_workers_of_a_command_leave_the_lock_to_who_started_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("srpo.runtime.round_lock.GRACE_SECONDS", 0)
-    with working_on(tmp_path, "001", "train"):
-        with pytest.raises(BlockedError, match=f"process {os.getpid()} on host"), working_on(tmp_path, "001", "train"):
+    with lock_round(RoundFiles(tmp_path, "001"), "train"):
+        with (
+            pytest.raises(BlockedError, match=f"process {os.getpid()} on host"),
+            lock_round(RoundFiles(tmp_path, "001"), "train"),
+        ):
             pass
         monkeypatch.setenv(distributed.PARENT_VARIABLE, str(os.getpid()))
-        with working_on(tmp_path, "001", "train"):
+        with lock_round(RoundFiles(tmp_path, "001"), "train"):
             pass
     assert not list((tmp_path / ".srpo").glob("*.json"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from srpo import cli
+from srpo.rounds import Round
 from tests.faults.project import content, param
 from tests.support.campaign import build_campaign
 
@@ -82,8 +83,8 @@ def test_tokens_of_the_environment_are_written_nowhere(
     params = load_params()
     for name in ("base", "reward", "judge", "templates.parquet"):
         content(f"data/{name}", "a model")(project)
-    pin_base(load_params(), project)
-    write_lineage(RoundFiles(project, "001").adapter, params, project, "001", {"001": "0" * 64})
+    pin_base(Round.of(load_params(), project, "base"))
+    write_lineage(RoundFiles(project, "001").adapter, Round.of(params, project, "001"), {"001": "0" * 64})
     for argv in (["report", "001"], ["campaign"], ["table"], ["track"]):
         assert cli.run(argv) == 0
     assert (project / "mlflow.db").exists() and (project / "rounds" / "001" / "report" / "index.html").exists()

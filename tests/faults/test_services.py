@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from srpo.config.loader import Params, load_params
 from srpo.errors import UserError
 from srpo.release.registry import Decision, model_name, promote, versions
+from srpo.rounds import Round
 from srpo.stages.report import report
 from srpo.storage.json_files import write_json
 from srpo.tracking import sync
@@ -38,7 +39,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("campaign") / "project"
     params = build_campaign(root, size=8)
     for key in ("001", "002"):
-        report(params, root, key)
+        report(Round.of(params, root, key))
     return root
 
 
@@ -111,17 +112,17 @@ def test_whenever_answers_are_lost_the_next_run_tells_all_and_nothing_twice(
 
 def test_whenever_answers_are_lost_a_repeated_promotion_makes_one_version(line: Proxy, project: Path, wanted) -> None:
     params, before = params_for(project, line, "promotion"), line.answers
-    promote(params, project, "001", AUTO)
+    promote(Round.of(params, project, "001"), AUTO)
     for moment in moments(line.answers - before):
         params, before = params_for(project, line, f"promotion {moment}"), line.answers
         line.loses = lambda number, at=before + moment: number == at
         try:
-            promote(params, project, "001", AUTO)
+            promote(Round.of(params, project, "001"), AUTO)
         except UserError as error:
             assert "\n" not in str(error) and str(error).startswith("tracking.uri: ")
         line.loses = lambda number: False
-        promote(params, project, "001", AUTO)
-        promote(params, project, "002", AUTO)
+        promote(Round.of(params, project, "001"), AUTO)
+        promote(Round.of(params, project, "002"), AUTO)
         found = {str(version.version): version.aliases for version in versions(params, project)}
         assert found == {"1": ["previous"], "2": ["champion"]}, f"answer {moment}"
         client = MlflowClient(tracking_uri=params.tracking.uri)

@@ -224,5 +224,5 @@ def test_what_families_load_is_what_is_looked_for() -> None:
 
 def test_the_presets_prompts_are_sound() -> None:
     for name in ("train", "eval"):
-        lines = (REPO / "srpo" / "project" / "prompts" / f"{name}.jsonl").read_text().splitlines()
+        lines = (REPO / "srpo" / "scaffold" / "project" / "prompts" / f"{name}.jsonl").read_text().splitlines()
         assert all({"id", "prompt"} <= json.loads(line).keys() for line in lines)

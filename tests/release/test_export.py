@@ -19,7 +19,7 @@ from srpo.config.loader import Params, load_params
 from srpo.lineage.record import UNET_FILE, WEIGHTS_FILE, read_lineage
 from srpo.release.export import export
 from srpo.release.registry import Decision, promote
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.sampling.sampler import Sampler, sample_images
 from srpo.stages.base import pin_base
 from srpo.stages.evaluate import evaluate
@@ -43,11 +43,11 @@ def project(shared_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     shutil.copytree(shared_world, root)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        pin_base(load_params(), root)
+        pin_base(Round.of(load_params(), root, "base"))
         for stage in (generate, score, select, train):
-            stage(load_params(), root, "001")
+            stage(Round.of(load_params(), root, "001"))
         for key in ("base", "001"):
-            evaluate(load_params(), root, key)
+            evaluate(Round.of(load_params(), root, key))
         # three steps hardly move a LoRA: make it one that can be seen
         adapter = RoundFiles(root, "001").adapter
         torch.manual_seed(0)
@@ -132,7 +132,7 @@ def test_the_merged_pipeline_is_the_sampler_to_the_byte(exported: Path, params: 
 
 
 def test_the_registry_gives_the_same_picture(params: Params, project: Path, expected) -> None:
-    version = promote(params, project, "001", Decision("auto", "test", override="random weights"))
+    version = promote(Round.of(params, project, "001"), Decision("auto", "test", override="random weights"))
     pipeline = load_model(project, f"models:/{version.name}@champion").load_pipeline(device="cpu")
     assert np.abs(picture_by(pipeline) - expected).max() <= 1
 
@@ -180,9 +180,9 @@ def test_a_round_that_trained_the_whole_unet_is_a_merged_pipeline(
     (adapter / WEIGHTS_FILE).unlink()
     for name in (UNET_FILE, "config.json"):
         shutil.copy(exported / "merged" / "unet" / name, adapter)
-    lineage = read_lineage(root, "001") | {"adapter": file_digest(adapter / UNET_FILE)}
+    lineage = read_lineage(RoundFiles(root, "001")) | {"adapter": file_digest(adapter / UNET_FILE)}
     write_json(adapter / "lineage.json", lineage)
     with pytest.raises(cli.UserError, match=r"round 001: train\.method is full, so there is no LoRA.*--merged"):
-        export(params, root, "001", root / "out")
-    assert "merged" in export(params, root, "001", root / "out", merged=True)
+        export(Round.of(params, root, "001"), root / "out")
+    assert "merged" in export(Round.of(params, root, "001"), root / "out", merged=True)
     assert np.abs(picture_by(StableDiffusionXLPipeline.from_pretrained(root / "out" / "merged")) - expected).max() <= 1

@@ -14,7 +14,7 @@ from srpo.data.records import read_sweep
 from srpo.lineage.record import read_lineage
 from srpo.release.model_card import OPENRAIL, cell, licence_of, render_card
 from srpo.reporting.table import show
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.storage.json_files import write_json
 from tests.support.campaign import build_campaign
 
@@ -33,7 +33,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Params, Path]:
 
 
 def card(project: tuple[Params, Path], key: str, files: dict[str, str]) -> ModelCard:
-    return ModelCard(render_card(*project, key, files, PICTURES))
+    return ModelCard(render_card(Round.of(*project, key), files, PICTURES))
 
 
 def test_the_front_matter_is_the_hubs(project) -> None:
@@ -64,12 +64,12 @@ def test_the_tables_hold_the_evaluations_numbers(project) -> None:
     rows = dict(re.findall(r"^\| (\w+) \|(.*)$", text, re.MULTILINE))
     for name in ("judge", "kid"):
         for key in ("base", "002"):
-            values = read_sweep(root, key)[str(params.evaluate.guidance_scale)]
+            values = read_sweep(RoundFiles(root, key))[str(params.evaluate.guidance_scale)]
             low, value, high = (show(values[f"{name}{end}"]) for end in ("_low", "", "_high"))
             assert f" {value} ({low} to {high}) " in rows[name]
     assert "chose the winners" in rows["reward"] and "| judge |" in f"|{rows['judge']}"
     assert "The gate says: pass" in text and "| at least 0.400 | passed |" in text
-    assert read_lineage(root, "002")["adapter"] in text
+    assert read_lineage(RoundFiles(root, "002"))["adapter"] in text
 
 
 def test_prompts_bring_no_markup(project) -> None:

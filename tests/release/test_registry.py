@@ -17,7 +17,7 @@ from srpo.errors import UserError
 from srpo.lineage import graph
 from srpo.lineage.record import WEIGHTS_FILE, read_lineage
 from srpo.release.registry import Decision, chain_of, check, look_up, promote, versions
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.storage.hashing import dvc_digest, file_digest
 from srpo.storage.json_files import write_json
 from tests.support.campaign import build_campaign, write_dvc_lock, write_training
@@ -86,15 +86,15 @@ def fail_the_gate(params: Params, root: Path, key: str) -> None:
 
 
 def test_champion_moves_and_the_same_adapter_is_one_version(params: Params, project: Path) -> None:
-    first, second = promote(params, project, "001", AUTO), promote(params, project, "002", AUTO)
+    first, second = promote(Round.of(params, project, "001"), AUTO), promote(Round.of(params, project, "002"), AUTO)
     assert (str(first.version), str(second.version)) == ("1", "2")
     assert {str(v.version): v.aliases for v in versions(params, project)} == {"1": ["previous"], "2": ["champion"]}
-    again = promote(params, project, "002", AUTO)
+    again = promote(Round.of(params, project, "002"), AUTO)
     assert str(again.version) == "2" and again.aliases == ["champion"]
-    promote(params, project, "001", AUTO)
+    promote(Round.of(params, project, "001"), AUTO)
     assert {str(v.version): v.aliases for v in versions(params, project)} == {"1": ["champion"], "2": ["previous"]}
 
-    tags, lineage = second.tags, read_lineage(project, "002")
+    tags, lineage = second.tags, read_lineage(RoundFiles(project, "002"))
     adapter = RoundFiles(project, "002").adapter
     assert tags["srpo.adapter"] == file_digest(adapter / WEIGHTS_FILE) and tags["srpo.winners"] == lineage["winners"]
     for name in ("candidates", "winners", "adapter"):
@@ -119,7 +119,7 @@ def test_a_hub_base_is_pinned_to_the_revision_it_was_trained_on(params: Params, 
         base = {"source": "stabilityai/stable-diffusion-xl-base-1.0", "revision": "46" * 20, "digest": None}
         write_json(path, json.loads(path.read_text()) | {"base": base})
     write_dvc_lock(params, project, ("001",))
-    version = promote(params, project, "001", AUTO)
+    version = promote(Round.of(params, project, "001"), AUTO)
     loaded = load_model(project, f"models:/{version.name}/1")
     assert (loaded.base_model, loaded.base_model_revision) == (base["source"], base["revision"])
     assert version.tags["srpo.licence"] == "openrail++"
@@ -129,36 +129,36 @@ def test_a_failed_gate_needs_a_reason_that_is_recorded(params: Params, project: 
     fail_the_gate(params, project, "001")
     for override in (None, " "):
         with pytest.raises(UserError, match=r"^round 001: the gate failed it \(fid_ratio\); give `override` a reason"):
-            promote(params, project, "001", Decision("auto", "", override))
+            promote(Round.of(params, project, "001"), Decision("auto", "", override))
     assert versions(params, project) == []
-    version = promote(params, project, "001", Decision("auto", "", "a demo needs it"))
+    version = promote(Round.of(params, project, "001"), Decision("auto", "", "a demo needs it"))
     assert version.tags["srpo.override"] == "a demo needs it"
 
 
 def test_only_what_was_evaluated_and_can_be_restored_is_promoted(params: Params, project: Path) -> None:
-    adapter = check(params, project, "001")
+    adapter = check(Round.of(params, project, "001"))
     with pytest.raises(UserError, match=r"rounds\.009: no such round"):
-        check(params, project, "009")
+        check(Round.of(params, project, "009"))
     with pytest.raises(UserError, match=r"002b/adapter: no adapter"):
-        check(params, project, "002b")
+        check(Round.of(params, project, "002b"))
     with pytest.raises(UserError, match=r"001/adapter: changed since it was decided on"):
-        promote(params, project, "001", AUTO, adapter="0" * 64)
+        promote(Round.of(params, project, "001"), AUTO, adapter="0" * 64)
     write_training(params, project, "001", steps=40)
     with pytest.raises(UserError, match=r"001/adapter: not what dvc\.lock says.*dvc repro train@001"):
-        check(params, project, "001")
+        check(Round.of(params, project, "001"))
     lock = json.loads((project / "dvc.lock").read_text())
     lock["stages"]["train@001"]["outs"][0]["md5"] = dvc_digest(RoundFiles(project, "001").adapter)
     write_json(project / "dvc.lock", lock)
     with pytest.raises(UserError, match=r"001/evaluation: no verdict on this adapter"):
-        check(params, project, "001")
+        check(Round.of(params, project, "001"))
     (RoundFiles(project, "001").adapter / WEIGHTS_FILE).write_bytes(b"other")
     with pytest.raises(UserError, match=r"001/adapter: not the weights of its lineage\.json"):
-        check(params, project, "001")
-    assert adapter != check(params, project, "002") and versions(params, project) == []
+        check(Round.of(params, project, "001"))
+    assert adapter != check(Round.of(params, project, "002")) and versions(params, project) == []
 
 
 def test_no_secret_gets_into_the_registry(params: Params, project: Path, capsys) -> None:
-    version = promote(params, project, "001", AUTO)
+    version = promote(Round.of(params, project, "001"), AUTO)
     secret = params.tracking.model_copy(update={"uri": "http://me:p@ss@127.0.0.1:9"})
     with pytest.raises(UserError, match=r"^tracking\.uri: ") as error:
         versions(params.model_copy(update={"tracking": secret}), project)
@@ -167,7 +167,7 @@ def test_no_secret_gets_into_the_registry(params: Params, project: Path, capsys)
 
 
 def test_lineage_of_a_version_stays_and_tells_what_changed_since(params: Params, project: Path, capsys) -> None:
-    promote(params, project, "002", AUTO)
+    promote(Round.of(params, project, "002"), AUTO)
     assert cli.run(["lineage", "002", "--json"]) == 0
     found = graph.Node.model_validate_json(capsys.readouterr().out)
     assert found.name == "srpo-tiny 1 @champion"
@@ -202,7 +202,7 @@ def test_a_round_shows_its_parent_as_it_was_read(params: Params, project: Path) 
 def test_restore_brings_back_the_promoted_bytes(params: Params, project: Path, capsys) -> None:
     adapter = RoundFiles(project, "001").adapter
     keep_in_dvc(project, "001")
-    version = promote(params, project, "001", AUTO)
+    version = promote(Round.of(params, project, "001"), AUTO)
     old, cache = dvc_digest(adapter), project / ".dvc" / "cache"
     retrain(params, project, "001")
     assert dvc_digest(adapter) != old
@@ -230,7 +230,7 @@ def test_restore_brings_back_the_promoted_bytes(params: Params, project: Path, c
 
 def test_restore_refuses_bytes_that_are_not_the_promoted_ones(params: Params, project: Path, capsys) -> None:
     keep_in_dvc(project, "001")
-    promote(params, project, "001", AUTO)
+    promote(Round.of(params, project, "001"), AUTO)
     weights = next(p for p in (project / ".dvc" / "cache").rglob("*") if p.is_file() and p.read_bytes()[8:9] == b"{")
     weights.chmod(0o644)
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
@@ -250,5 +250,5 @@ def test_dvc_digest_is_dvcs(tmp_path: Path) -> None:
 def test_look_up_by_number_and_alias(params: Params, project: Path) -> None:
     with pytest.raises(UserError, match=r"srpo-tiny: no version or alias '1'; it has none; promote a round first"):
         look_up(params, project, "1")
-    promote(params, project, "001", AUTO)
+    promote(Round.of(params, project, "001"), AUTO)
     assert {str(look_up(params, project, which).version) for which in ("1", "v1", "champion")} == {"1"}

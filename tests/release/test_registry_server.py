@@ -11,6 +11,7 @@ import pytest
 from srpo import cli
 from srpo.config.loader import load_params
 from srpo.release.registry import Decision, promote
+from srpo.rounds import Round
 from srpo.storage.json_files import write_json
 from tests.release.test_registry import dvc, keep_in_dvc
 from tests.support.campaign import build_campaign
@@ -38,7 +39,7 @@ def test_a_version_goes_through_a_server_and_back(server: str, tmp_path: Path, m
     dvc(root, "init", "-q", "--no-scm")
     keep_in_dvc(root, "001")
     for key in ("001", "002", "002"):
-        version = promote(params, root, key, Decision("auto", "test"))
+        version = promote(Round.of(params, root, key), Decision("auto", "test"))
     assert (str(version.version), version.aliases) == ("2", ["champion"])
     shutil.rmtree(root / "rounds")
     assert cli.run(["lineage", "previous", "--no-check"]) == 0

@@ -88,7 +88,7 @@ def test_it_links_the_reports_there_are(project: Path) -> None:
 def test_every_round_has_its_numbers_intervals_and_hashes(project: Path) -> None:
     page = Page(project)
     for key in ROUNDS:
-        found, lineage = read_sweep(project, key)["2.0"], read_lineage(project, key)
+        found, lineage = read_sweep(RoundFiles(project, key))["2.0"], read_lineage(RoundFiles(project, key))
         assert f"{found['judge']:.3f}" in page.words
         assert f"{found['judge_low']:.3f} to {found['judge_high']:.3f}" in page.words
         assert {lineage["adapter"][:12], lineage["winners"][:12]} <= set(page.words)

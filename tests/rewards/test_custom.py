@@ -14,6 +14,7 @@ from srpo.errors import UserError
 from srpo.rewards import families
 from srpo.rewards.loading import load_all_rewards
 from srpo.rewards.validated import CheckedReward
+from srpo.rounds import Round
 from srpo.stages.base import pin_base
 from srpo.stages.generate import generate
 from srpo.stages.score import score
@@ -46,9 +47,9 @@ def test_a_class_beside_params_yaml_scores_a_round(world: Path) -> None:
     (world / "my_rewards.py").write_text(BRIGHTNESS)
     with_judge(world, "kind: 'my_rewards:Brightness', revision: v1")
     params = load_params()
-    pin_base(params, world)
-    generate(params, world, "001")
-    score(params, world, "001")
+    pin_base(Round.of(params, world, "base"))
+    generate(Round.of(params, world, "001"))
+    score(Round.of(params, world, "001"))
     table = pl.read_parquet(RoundFiles(world, "001").scores)
     cells = [row["image"] for row in parquet.read_rows(RoundFiles(world, "001").candidates, ["image"])]
     assert table["accuracy"].to_list() == pytest.approx([float(decode_images([cell]).mean() / 255) for cell in cells])

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from srpo.config.loader import load_params
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.stages.base import pin_base
 from srpo.stages.generate import generate
 
@@ -26,7 +26,7 @@ def project(world: Path) -> Path:
     text = (world / "params.yaml").read_text()
     text = text.replace("prompts_per_shard: 2", "prompts_per_shard: 1")
     (world / "params.yaml").write_text(text.replace("runtime:\n", "runtime:\n  processes: 2\n"))
-    pin_base(load_params(), world)
+    pin_base(Round.of(load_params(), world, "base"))
     return world
 
 
@@ -69,7 +69,7 @@ def test_a_killed_worker_changes_nothing(project: Path) -> None:
     kept = {name: (candidates / name).stat().st_mtime_ns for name in done}
     assert kept == done, "a finished shard was made again"
     many = content(candidates)
-    generate(load_params(), project, "001")
+    generate(Round.of(load_params(), project, "001"))
     assert many == content(candidates)
     assert len(many) == 4
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from srpo.runtime import fork_server
+from srpo.runtime import fork_server, processes
 
 # a stand-in for srpo.cli: the server is under test, not the stages
 STUB = """
@@ -41,7 +41,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (stub / "cli.py").write_text(STUB)
     (stub / "runtime").mkdir()
     (stub / "runtime" / "__init__.py").write_text("")
-    (stub / "runtime" / "fork_server.py").write_text(Path(fork_server.__file__).read_text())
+    for module in (fork_server, processes):
+        (stub / "runtime" / Path(module.__file__).name).write_text(Path(module.__file__).read_text())
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "stub"))
     monkeypatch.setenv(fork_server.PRELOAD_VARIABLE, "srpo.cli")
     monkeypatch.chdir(tmp_path)
@@ -90,7 +91,7 @@ def test_a_signal_to_the_client_ends_the_command_and_its_children(server, number
 
 def test_nothing_outlives_the_driver(server, tmp_path: Path) -> None:
     code = (
-        "import os, time\nfrom srpo import warm\nwith warm.started():\n"
+        "import os, time\nfrom srpo.runtime import fork_server\nwith fork_server.started():\n"
         " print(os.environ['SRPO_WARM'], flush=True)\n time.sleep(60)"
     )
     environ = {name: value for name, value in os.environ.items() if name != fork_server.SOCKET_VARIABLE}

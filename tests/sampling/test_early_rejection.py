@@ -15,7 +15,7 @@ from srpo.config.loader import Params, load_params
 from srpo.config.schema import GenerateParams
 from srpo.data import parquet
 from srpo.errors import UserError
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.selection.audit import audit, is_audited, survivors
 from srpo.stages.base import pin_base
 from srpo.stages.generate import generate
@@ -33,7 +33,7 @@ RULES = {
 @pytest.fixture
 def params(world: Path) -> Params:
     found = with_generate(load_params(), candidates_per_prompt=5, num_inference_steps=4)
-    pin_base(with_rules(found), world)
+    pin_base(Round.of(with_rules(found), world, "base"))
     return found
 
 
@@ -51,7 +51,7 @@ def with_batch_size(params: Params, size: int) -> Params:
 
 
 def candidates(params: Params, root: Path) -> list[dict]:
-    generate(params, root, "001")
+    generate(Round.of(params, root, "001"))
     return list(parquet.read_rows(RoundFiles(root, "001").candidates))
 
 
@@ -86,7 +86,7 @@ def test_what_was_given_up_is_scored_null_and_read_by_all(params: Params, world:
 
     rules = with_rules(params, audit_fraction=0.5, preview_scale=2)
     rows = candidates(rules, world)
-    score(rules, world, "001")
+    score(Round.of(rules, world, "001"))
     files = RoundFiles(world, "001")
     scores = pl.read_parquet(files.scores)
     gone = {row["candidate_id"] for row in rows if row["image"] is None}
@@ -132,10 +132,10 @@ def test_a_scheduler_with_history_is_refused(params: Params, world: Path) -> Non
     path.write_text(json.dumps({"_class_name": "UniPCMultistepScheduler", "beta_schedule": "scaled_linear"}))
     index = world / "data" / "base" / "model_index.json"
     index.write_text(index.read_text().replace("EulerDiscreteScheduler", "UniPCMultistepScheduler"))
-    pin_base(with_rules(params), world)
+    pin_base(Round.of(with_rules(params), world, "base"))
     with pytest.raises(UserError, match=r"generate\.early_rejection: .*UniPCMultistepScheduler keeps history"):
-        generate(with_rules(params), world, "001")
-    generate(params, world, "001")
+        generate(Round.of(with_rules(params), world, "001"))
+    generate(Round.of(params, world, "001"))
 
 
 def test_flat_previews_have_no_score(params: Params, world: Path) -> None:
@@ -208,12 +208,12 @@ def test_only_the_preview_reward_is_followed(params: Params, world: Path) -> Non
     before = json.loads(path.read_text())
     assert before.keys() == {"reward"}
     (world / "data" / "judge" / "README.md").write_text("another judge")
-    pin_base(with_rules(params), world)
+    pin_base(Round.of(with_rules(params), world, "base"))
     assert json.loads(path.read_text()) == before
     (world / "data" / "reward" / "README.md").write_text("another reward")
-    pin_base(with_rules(params), world)
+    pin_base(Round.of(with_rules(params), world, "base"))
     assert json.loads(path.read_text()) != before
-    pin_base(params, world)
+    pin_base(Round.of(params, world, "base"))
     assert json.loads(path.read_text()) == {}
 
 
@@ -240,11 +240,11 @@ def test_the_report_and_mlflow_show_the_audit_and_survive_what_has_no_scores(tmp
     path = files.winners / "selection.json"
     told = {"rejection_regret": 0.125, "rejection_regret_share": None, "rejection_rank_correlation_3": 0.625}
     write_json(path, json.loads(path.read_text()) | told)
-    report(params, tmp_path, "001")
+    report(Round.of(params, tmp_path, "001"))
     page = (files.report / "index.html").read_text()
     assert "<h2>Early rejection</h2>" in page and "rank correlation of preview and final reward, step 3" in page
     assert "0.125" in page and "0.625" in page
-    assert ("rejection_regret", 0.125, 0) in round_record(params, tmp_path, "001").points
+    assert ("rejection_regret", 0.125, 0) in round_record(Round.of(params, tmp_path, "001")).points
     without = params.model_copy(update={"generate": params.generate.model_copy(update={"early_rejection": None})})
-    report(without, tmp_path, "001")
+    report(Round.of(without, tmp_path, "001"))
     assert "Early rejection" not in (files.report / "index.html").read_text()

@@ -15,7 +15,7 @@ from srpo.data import parquet
 from srpo.data.images import encode_png
 from srpo.data.schemas import CANDIDATE_FIELDS
 from srpo.errors import UserError
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.stages.select import select
 from srpo.storage.scratch import scratch_folder
 from tests.support.campaign import build_campaign
@@ -57,7 +57,7 @@ def test_losers_latents_come_along(campaign) -> None:
     params, root = campaign
     rewards = {"p": [1.0, 3.0], "q": [0.0, 2.0, 1.0], "r": [1.0], "s": [0.0, 1.0]}
     made = write_round(root, rewards, params, **{"0000s": {"latents": None}})
-    select(params, root, KEY)
+    select(Round.of(params, root, KEY))
     found = {row["prompt_id"]: row for row in parquet.read_rows(RoundFiles(root, KEY).winners)}
     assert {name: row["index"] for name, row in found.items()} == {"p": 1, "q": 1, "r": 0, "s": 1}
     assert found["p"]["loser_latents"] == list(made[0]["latents"])
@@ -73,18 +73,18 @@ def test_shards_and_row_groups_change_nothing(campaign, monkeypatch: pytest.Monk
     params, root = campaign
     rewards = {f"p{i}": [float((i * k) % 7) for k in range(5)] for i in range(9)} | {"r": [1.0]}
     write_round(root, rewards, params)
-    select(params, root, KEY)
+    select(Round.of(params, root, KEY))
     out = RoundFiles(root, KEY).winners
     whole = pl.read_parquet(out / "*.parquet")
     assert len(list(out.glob("*.parquet"))) == 1 and whole["loser_latents"].null_count() == 1
     monkeypatch.setattr("srpo.data.parquet.ROW_GROUP", range(2, 3))
     write_round(root, rewards, params)
     monkeypatch.setattr("srpo.selection.winners.SHARD_BYTES", 1)
-    select(params, root, KEY)
+    select(Round.of(params, root, KEY))
     assert len(list(out.glob("*.parquet"))) > 3 and pl.read_parquet(out / "*.parquet").equals(whole)
     stale = scratch_folder(root, "select", KEY, "redone from the start") / "shard-99999.parquet"
     stale.write_bytes((out / "shard-00000.parquet").read_bytes())
-    select(params, root, KEY)
+    select(Round.of(params, root, KEY))
     assert pl.read_parquet(out / "*.parquet").equals(whole)
 
 
@@ -92,7 +92,7 @@ def test_unfinished_candidates_never_win_and_are_counted(campaign) -> None:
     params, root = campaign
     nothing = {"0000p": {"image": None, "latents": None}}
     write_round(root, {"p": [None, 1.0, 2.0], "q": [1.0, 0.0]}, params, **nothing)
-    select(params, root, KEY)
+    select(Round.of(params, root, KEY))
     out = RoundFiles(root, KEY).winners
     found = {row["prompt_id"]: row for row in parquet.read_rows(out)}
     assert found["p"]["index"] == 2 and found["p"]["loser_id"] == "001-p-0001"
@@ -109,5 +109,5 @@ def test_scores_of_other_candidates_are_an_error(campaign, lost: int) -> None:
     kept = [row for i, row in enumerate(rows) if i != lost]
     parquet.write_table(files.candidates / "shard-00000.parquet", kept, CANDIDATE_FIELDS)
     with pytest.raises(UserError, match=r"scores\.parquet.*rerun score"):
-        select(params, root, KEY)
+        select(Round.of(params, root, KEY))
     assert not files.winners.exists()

@@ -13,7 +13,7 @@ from srpo.data import parquet
 from srpo.errors import UserError
 from srpo.lineage.record import read_lineage
 from srpo.models.pipeline import TEXT_PARTS, load_pipeline
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.runtime.background import Background
 from srpo.runtime.device import speed_up
 from srpo.sampling.batch_invariant import Tiles
@@ -29,7 +29,7 @@ PROMPTS = ["a red circle", "a blue square"]
 
 @pytest.fixture
 def params(world: Path) -> Params:
-    pin_base(load_params(), world)
+    pin_base(Round.of(load_params(), world, "base"))
     return load_params()
 
 
@@ -48,14 +48,14 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_a_second_round_and_evaluation_encode_nothing(
     params: Params, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate(params, world, "001")
+    generate(Round.of(params, world, "001"))
     first = content(RoundFiles(world, "001").candidates)
-    evaluate(params, world, "base")
+    evaluate(Round.of(params, world, "base"))
     measured = content(RoundFiles(world, "base").evaluation)
     monkeypatch.setattr(Sampler, "encode", lambda *_: pytest.fail("the text encoders were used"))
-    generate(params, world, "001")
+    generate(Round.of(params, world, "001"))
     assert content(RoundFiles(world, "001").candidates) == first
-    evaluate(params, world, "base")
+    evaluate(Round.of(params, world, "base"))
     assert content(RoundFiles(world, "base").evaluation) == measured
 
 
@@ -85,7 +85,7 @@ def test_a_damaged_cache_is_mended_and_an_old_models_is_removed(
     prompt_embeds(sampler, PROMPTS[::-1], world)
     assert len(cached(world)) == 2
     (world / "data" / "base" / "README.md").write_text("another base")
-    pin_base(params, world)
+    pin_base(Round.of(params, world, "base"))
     prompt_embeds(sampler, PROMPTS, world)
     assert len(cached(world)) == 1 and cached(world) != [file]
 
@@ -127,7 +127,7 @@ def test_an_error_in_the_background_ends_the_stage(
 
     monkeypatch.setattr(parquet, "write_table", full)
     with pytest.raises(OSError, match="no space left"):
-        generate(params, world, "001")
+        generate(Round.of(params, world, "001"))
     assert not RoundFiles(world, "001").candidates.exists()
 
 
@@ -149,7 +149,7 @@ def test_an_adapter_is_merged_before_projections_are_fused(params: Params, world
     from srpo.stages.train import train
 
     for stage in (generate, score, select, train):
-        stage(params, world, "001")
+        stage(Round.of(params, world, "001"))
     adapter = RoundFiles(world, "001").adapter
     plain, fast = Sampler(params, adapter), Sampler(params, adapter)
     speed_up(fast.pipeline)
@@ -172,8 +172,8 @@ def test_another_vae_loads_from_its_folder_or_a_pipelines(params: Params, world:
     base = Sampler(params).decode(latents)
     one, other = (Sampler(with_model(params, vae=f"data/{name}")).decode(latents) for name in ("vae", "other"))
     assert torch.equal(one, other) and not torch.equal(one, base)
-    pin_base(with_model(params, vae="data/vae"), world)
-    assert read_lineage(world, "base")["vae"]["source"] == "data/vae"
+    pin_base(Round.of(with_model(params, vae="data/vae"), world, "base"))
+    assert read_lineage(RoundFiles(world, "base"))["vae"]["source"] == "data/vae"
     with pytest.raises(UserError, match=r"model\.vae: can't load 'data/judge' as a VAE"):
         Sampler(with_model(params, vae="data/judge"))
 

@@ -21,7 +21,7 @@ from srpo.errors import UserError
 from srpo.lineage.record import read_lineage
 from srpo.reporting import charts, contact_sheets
 from srpo.reporting.table import campaign_table, render, show
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.stages.report import report
 from tests.support.campaign import PROMPTS, build_campaign
 
@@ -29,7 +29,7 @@ from tests.support.campaign import PROMPTS, build_campaign
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("reported") / "project"
-    report(build_campaign(root), root, "002")
+    report(Round.of(build_campaign(root), root, "002"))
     return root
 
 
@@ -73,7 +73,11 @@ def test_a_prompt_is_text_and_nothing_else(reported: Path) -> None:
 
 
 def test_the_page_shows_verdict_gate_and_hashes(reported: Path) -> None:
-    page, gate, lineage = Page(reported), read_gate(reported, "002"), read_lineage(reported, "002")
+    page, gate, lineage = (
+        Page(reported),
+        read_gate(RoundFiles(reported, "002")),
+        read_lineage(RoundFiles(reported, "002")),
+    )
     assert f'class="verdict {gate["verdict"]}"' in page.html
     looks = {f"{name}_drift" for name in gate["looks"]}
     for name, rule in gate["rules"].items():
@@ -83,10 +87,10 @@ def test_the_page_shows_verdict_gate_and_hashes(reported: Path) -> None:
 
 
 def test_the_page_shows_intervals_and_looks(reported: Path) -> None:
-    words, sweep = Page(reported).words, read_sweep(reported, "002")["2.0"]
+    words, sweep = Page(reported).words, read_sweep(RoundFiles(reported, "002"))["2.0"]
     for name in ("judge", "kid", "cmmd", "diversity"):
         assert f"{sweep[f'{name}_low']:.3f} to {sweep[f'{name}_high']:.3f}" in words, name
-    gate = read_gate(reported, "002")
+    gate = read_gate(RoundFiles(reported, "002"))
     rate = gate["win_rate"]["judge"]["parent"]
     assert f"{rate['low']:.3f} to {rate['high']:.3f}" in words
     for name, look in gate["looks"].items():
@@ -99,7 +103,7 @@ def test_a_refused_round_says_what_was_found_and_broken(project: Path) -> None:
     gate = json.loads(path.read_text()) | {"verdict": "fail", "finding": "reward hacking"}
     gate["rules"]["fid_ratio"] |= {"passed": False, "value": 1.25}
     path.write_text(json.dumps(gate))
-    report(load_params(project / "params.yaml"), project, "002")
+    report(Round.of(load_params(project / "params.yaml"), project, "002"))
     page = Page(project)
     banner = page.html[page.html.index('class="banner"') : page.html.index("Is it better?")]
     assert "Reward hacking" in banner and re.search(r"fid_ratio</code> 1\.250 \(at most 1\.000\)\.", banner)
@@ -138,9 +142,9 @@ def test_the_same_files_give_the_same_report(project: Path) -> None:
     assert set(before) == {"index.html", "winners.png", "tuned.png"}
     code = "import sys; from pathlib import Path\n"
     code += "from srpo.config.loader import load_params; from srpo.stages.report import report\n"
-    code += (
-        "report(load_params('params.yaml'), Path(), '002'); print({'torch', 'diffusers', 'mlflow'} & set(sys.modules))"
-    )
+    code += "from srpo.rounds import Round\n"
+    code += "report(Round.of(load_params('params.yaml'), Path(), '002'))\n"
+    code += "print({'torch', 'diffusers', 'mlflow'} & set(sys.modules))"
     repo = Path(__file__).parents[2]
     done = subprocess.run(  # another process, so that no seed or cache of this one helps
         [sys.executable, "-c", code], cwd=project, env={"PYTHONPATH": str(repo), "PYTHONHASHSEED": "7"},
@@ -156,14 +160,14 @@ def test_only_base_parent_and_the_round_are_read(project: Path) -> None:
                      "base/evaluation/per_prompt.parquet", "002/evaluation/per_prompt.parquet"):  # fmt: skip
         path = project / "rounds" / needless
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    report(load_params(project / "params.yaml"), project, "002")
+    report(Round.of(load_params(project / "params.yaml"), project, "002"))
     assert (RoundFiles(project, "002").report / "index.html").read_bytes() == before
 
 
 def test_a_number_that_is_none_does_not_stop_the_report(project: Path) -> None:
     path = RoundFiles(project, "002").evaluation / "metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"diversity": float("nan"), "kid": None}))
-    report(load_params(project / "params.yaml"), project, "002")
+    report(Round.of(load_params(project / "params.yaml"), project, "002"))
     assert {"nan", "-"} <= set(Page(project).words)
 
 
@@ -172,7 +176,7 @@ def test_scores_of_another_run_are_an_error_that_says_so(project: Path) -> None:
     for shard in ("shard-00001.parquet", "shard-00002.parquet"):
         (project / "rounds/002/candidates" / shard).unlink()
     with pytest.raises(UserError, match=r"candidates: lacks 'train-000\d-\d'"):
-        report(load_params(project / "params.yaml"), project, "002")
+        report(Round.of(load_params(project / "params.yaml"), project, "002"))
 
 
 def test_pictures_are_scaled_to_be_seen() -> None:

@@ -16,7 +16,7 @@ from srpo.data.images import encode_png
 from srpo.data.schemas import CANDIDATE_FIELDS
 from srpo.errors import UserError
 from srpo.rewards.batches import is_flat
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.stages.base import pin_base
 from srpo.stages.generate import generate
 from srpo.stages.score import score
@@ -25,7 +25,7 @@ from srpo.stages.select import select
 
 @pytest.fixture
 def params(world: Path) -> Params:
-    pin_base(load_params(), world)
+    pin_base(Round.of(load_params(), world, "base"))
     return load_params()
 
 
@@ -41,9 +41,9 @@ def spoil(candidates: Path, change) -> None:
 
 def test_black_pictures_and_nan_latents_never_win(params: Params, world: Path, caplog) -> None:
     files = RoundFiles(world, "001")
-    generate(params, world, "001")
-    score(params, world, "001")
-    select(params, world, "001")
+    generate(Round.of(params, world, "001"))
+    score(Round.of(params, world, "001"))
+    select(Round.of(params, world, "001"))
     assert json.loads((files.winners / "selection.json").read_text())["rejected"] == 0
     first = pl.read_parquet(parquet.shards(files.winners), columns=["candidate_id"])["candidate_id"].to_list()
 
@@ -57,8 +57,8 @@ def test_black_pictures_and_nan_latents_never_win(params: Params, world: Path, c
 
     spoil(files.candidates, change)
     with caplog.at_level("INFO", logger="srpo"):
-        score(params, world, "001")
-        select(params, world, "001")
+        score(Round.of(params, world, "001"))
+        select(Round.of(params, world, "001"))
     table = pl.read_parquet(files.scores)
     assert set(table.filter("rejected")["candidate_id"]) == set(first[:3])
     assert table["reward"].is_finite().all(), "rejected candidates are scored all the same"
@@ -70,13 +70,13 @@ def test_black_pictures_and_nan_latents_never_win(params: Params, world: Path, c
 
 def test_odd_rewards_are_counted_and_told(params: Params, world: Path, caplog) -> None:
     files = RoundFiles(world, "001")
-    generate(params, world, "001")
-    score(params, world, "001")
+    generate(Round.of(params, world, "001"))
+    score(Round.of(params, world, "001"))
     table = pl.read_parquet(files.scores)
     reward = pl.when(pl.col("prompt_id") == "train-0000").then(1.0).otherwise(pl.col("reward"))
     reward = pl.when(pl.col("prompt_id") == "train-0001").then(float("nan")).otherwise(reward)
     table.with_columns(reward.cast(pl.Float32).alias("reward")).write_parquet(files.scores)
-    select(params, world, "001")
+    select(Round.of(params, world, "001"))
     summary = json.loads((files.winners / "selection.json").read_text())
     assert (summary["prompts"], summary["winners"]) == (4, 3)
     assert (summary["not_finite_reward"], summary["constant_prompts_reward"]) == (3, 1)
@@ -88,21 +88,21 @@ def test_odd_rewards_are_counted_and_told(params: Params, world: Path, caplog) -
 
 def test_a_round_of_black_pictures_is_an_error(params: Params, world: Path) -> None:
     files = RoundFiles(world, "001")
-    generate(params, world, "001")
+    generate(Round.of(params, world, "001"))
     black = encode_png(np.zeros((32, 32, 3), np.uint8))
     spoil(files.candidates, lambda row: row.update(image=black))
-    score(params, world, "001")
+    score(Round.of(params, world, "001"))
     with pytest.raises(UserError, match=r"rounds\.001\.select: no winner is left of 12 candidates \(12 rejected\)"):
-        select(params, world, "001")
+        select(Round.of(params, world, "001"))
 
 
 def test_scores_of_an_older_version_are_asked_for_again(params: Params, world: Path) -> None:
     files = RoundFiles(world, "001")
-    generate(params, world, "001")
-    score(params, world, "001")
+    generate(Round.of(params, world, "001"))
+    score(Round.of(params, world, "001"))
     pl.read_parquet(files.scores).drop("rejected").write_parquet(files.scores)
     with pytest.raises(UserError, match="rerun score"):
-        select(params, world, "001")
+        select(Round.of(params, world, "001"))
 
 
 def test_one_colour_is_flat_and_one_other_pixel_is_not() -> None:

@@ -17,7 +17,7 @@ from srpo.data.images import decode_images
 from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.lineage.record import WEIGHTS_FILE, read_lineage
 from srpo.models.adapters import make_trainee
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.sampling.sampler import Sampler
 from srpo.stages.base import pin_base
 from srpo.stages.evaluate import evaluate
@@ -31,7 +31,7 @@ from srpo.tracking.records import round_record
 
 @pytest.fixture
 def params(world: Path) -> Params:
-    pin_base(load_params(), world)
+    pin_base(Round.of(load_params(), world, "base"))
     return load_params()
 
 
@@ -41,7 +41,7 @@ def with_batch_size(params: Params, size: int) -> Params:
 
 def run_round(params: Params, root: Path, key: str) -> RoundFiles:
     for stage in (generate, score, select, train):
-        stage(params, root, key)
+        stage(Round.of(params, root, key))
     return RoundFiles(root, key)
 
 
@@ -52,7 +52,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_candidates_do_not_depend_on_the_batch_size(params: Params, world: Path) -> None:
     files, found = RoundFiles(world, "001"), []
     for size in (1, 5, 16):
-        generate(with_batch_size(params, size), world, "001")
+        generate(Round.of(with_batch_size(params, size), world, "001"))
         found.append(content(files.candidates))
     assert found[0] == found[1] == found[2]
     rows = list(parquet.read_rows(files.candidates))
@@ -66,7 +66,7 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(
     from srpo.sampling.sampler import Sampler
 
     files, sizes, real = RoundFiles(world, "001"), [], Sampler.denoise
-    generate(with_batch_size(params, 6), world, "001")
+    generate(Round.of(with_batch_size(params, 6), world, "001"))
     undisturbed = content(files.candidates)
 
     def small(self: Sampler, noise: torch.Tensor, *arguments, **options) -> torch.Tensor:
@@ -76,19 +76,19 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing(
         return real(self, noise, *arguments, **options)
 
     monkeypatch.setattr(Sampler, "denoise", small)
-    generate(with_batch_size(params, 6), world, "001")
+    generate(Round.of(with_batch_size(params, 6), world, "001"))
     assert content(files.candidates) == undisturbed
     assert sizes == [6, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1] and "going on with 1" in caplog.text
     monkeypatch.setattr(Sampler, "denoise", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(torch.OutOfMemoryError):
-        generate(with_batch_size(params, 6), world, "001")
+        generate(Round.of(with_batch_size(params, 6), world, "001"))
 
 
 def test_a_killed_generate_keeps_its_shards_and_ends_the_same(
     params: Params, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = RoundFiles(world, "001")
-    generate(params, world, "001")
+    generate(Round.of(params, world, "001"))
     undisturbed = content(files.candidates)
     written, real = [], parquet.write_table
 
@@ -100,11 +100,11 @@ def test_a_killed_generate_keeps_its_shards_and_ends_the_same(
 
     monkeypatch.setattr(parquet, "write_table", dies_at_second)
     with pytest.raises(KeyboardInterrupt):
-        generate(params, world, "001")
+        generate(Round.of(params, world, "001"))
     first = written[0]
     stamp = first.stat().st_mtime_ns
     monkeypatch.setattr(parquet, "write_table", real)
-    generate(params, world, "001")
+    generate(Round.of(params, world, "001"))
     assert content(files.candidates) == undisturbed
     assert (files.candidates / first.name).stat().st_mtime_ns == stamp, "the finished shard was made again"
 
@@ -112,7 +112,7 @@ def test_a_killed_generate_keeps_its_shards_and_ends_the_same(
 def test_pictures_are_the_decoded_latents(params: Params, world: Path) -> None:
     from srpo.sampling.sampler import Sampler
 
-    generate(params, world, "001")
+    generate(Round.of(params, world, "001"))
     rows = list(parquet.read_rows(RoundFiles(world, "001").candidates))[:3]
     latents = torch.from_numpy(np.stack([parquet.latents_array(row) for row in rows]))
     decoded = Sampler(params).decode(latents).numpy()
@@ -157,7 +157,7 @@ def test_datasets_open_with_pictures_in_hf_datasets(params: Params, world: Path)
 
     files = RoundFiles(world, "001")
     for stage in (generate, score, select):
-        stage(params, world, "001")
+        stage(Round.of(params, world, "001"))
     for folder, rows in ((files.candidates, 12), (files.winners, 4)):
         pattern = str(folder / "*.parquet")
         loaded = hf.load_dataset("parquet", data_files=pattern, split="train", cache_dir=str(world / "hf"))
@@ -172,9 +172,9 @@ def test_two_rounds_chain_and_their_adapters_open_in_plain_diffusers(params: Par
     from srpo.sampling.sampler import Sampler
 
     first, second = run_round(params, world, "001"), run_round(params, world, "002")
-    lineage = read_lineage(world, "002")
-    assert lineage["parent_adapter"] == read_lineage(world, "001")["adapter"]
-    assert lineage["base"] == read_lineage(world, "base")["base"]
+    lineage = read_lineage(RoundFiles(world, "002"))
+    assert lineage["parent_adapter"] == read_lineage(RoundFiles(world, "001"))["adapter"]
+    assert lineage["base"] == read_lineage(RoundFiles(world, "base"))["base"]
     one, two = (load_file(files.adapter / WEIGHTS_FILE) for files in (first, second))
     assert one.keys() == two.keys()
     plain = StableDiffusionXLPipeline.from_pretrained(world / "data" / "base")
@@ -193,20 +193,20 @@ def test_two_rounds_chain_and_their_adapters_open_in_plain_diffusers(params: Par
 def test_training_twice_gives_the_same_bytes(params: Params, world: Path) -> None:
     files, seen = run_round(params, world, "001"), []
     before = content(files.adapter), files.training.read_bytes()
-    train(params, world, "001", lambda metrics, step: seen.append({"step": step} | metrics))
+    train(Round.of(params, world, "001"), lambda metrics, step: seen.append({"step": step} | metrics))
     assert (content(files.adapter), files.training.read_bytes()) == before
     assert seen == pl.read_csv(files.training).rows(named=True), "the live curve is not the file's"
 
 
 def test_evaluation_pairs_base_and_round(params: Params, world: Path) -> None:
-    evaluate(params, world, "base")
+    evaluate(Round.of(params, world, "base"))
     run_round(params, world, "001")
-    evaluate(params, world, "001")
-    base, tuned = read_metrics(world, "base"), read_metrics(world, "001")
+    evaluate(Round.of(params, world, "001"))
+    base, tuned = read_metrics(RoundFiles(world, "base")), read_metrics(RoundFiles(world, "001"))
     assert base["verdict"] == "-" and tuned["verdict"] in ("pass", "fail")
-    assert read_sweep(world, "001").keys() == {"1.0", "2.0"}
+    assert read_sweep(RoundFiles(world, "001")).keys() == {"1.0", "2.0"}
     assert not any(isinstance(value, dict | list) for value in tuned.values()), "dvc metrics show wants it flat"
-    gate, sweep = read_gate(world, "001"), read_sweep(world, "001")["2.0"]
+    gate, sweep = read_gate(RoundFiles(world, "001")), read_sweep(RoundFiles(world, "001"))["2.0"]
     assert {
         "judge_win_rate",
         "accuracy_win_rate",
@@ -229,8 +229,8 @@ def test_evaluation_pairs_base_and_round(params: Params, world: Path) -> None:
     assert tables[0].equals(tables[1])
     assert tables[0].height == 2 * 2 * 2
 
-    report(params, world, "001")  # their own tests are about a drawn campaign; this is a real one
-    record = round_record(params, world, "001")
+    report(Round.of(params, world, "001"))  # their own tests are about a drawn campaign; this is a real one
+    record = round_record(Round.of(params, world, "001"))
     told = {name for name, _, _ in record.points}
     assert {"loss", "eval/fid", "eval/sweep/1.0/kid", "eval/gate/fid_ratio", "eval/win_rate/judge/best/low"} <= told
     assert record.tags["srpo.verdict"] == tuned["verdict"]
@@ -238,11 +238,15 @@ def test_evaluation_pairs_base_and_round(params: Params, world: Path) -> None:
 
 
 def test_a_round_that_is_base_is_even_with_it(params: Params, world: Path) -> None:
-    evaluate(params, world, "base")
-    untrained = make_trainee(Sampler(params).unet, params, world, "001", keep=False, dtype=torch.float32)
+    evaluate(Round.of(params, world, "base"))
+    untrained = make_trainee(Sampler(params).unet, Round.of(params, world, "001"), keep=False, dtype=torch.float32)
     untrained.save(RoundFiles(world, "001").adapter)  # a LoRA starts as no change
-    evaluate(params, world, "001")
-    base, same, gate = read_metrics(world, "base"), read_metrics(world, "001"), read_gate(world, "001")
+    evaluate(Round.of(params, world, "001"))
+    base, same, gate = (
+        read_metrics(RoundFiles(world, "base")),
+        read_metrics(RoundFiles(world, "001")),
+        read_gate(RoundFiles(world, "001")),
+    )
     assert same["drift_kid"] == 0 and same["drift"] < 1e-6 and same["fid"] == base["fid"]
     for rates in gate["win_rate"].values():
         assert all((rate["value"], rate["low"], rate["high"]) == (0.5, 0.5, 0.5) for rate in rates.values())
@@ -253,10 +257,10 @@ def test_a_round_that_is_base_is_even_with_it(params: Params, world: Path) -> No
 def test_evaluation_does_not_depend_on_batch_size_or_cache(params: Params, world: Path, monkeypatch) -> None:
     files, found = RoundFiles(world, "base"), []
     for size in (1, 3):
-        evaluate(with_batch_size(params, size), world, "base")
+        evaluate(Round.of(with_batch_size(params, size), world, "base"))
         found.append(content(files.evaluation))
     shutil.rmtree(world / ".srpo" / "cache")
-    evaluate(params, world, "base")
+    evaluate(Round.of(params, world, "base"))
     assert found[0] == found[1] == content(files.evaluation)
 
 
@@ -265,7 +269,7 @@ def test_evaluation_holds_one_batch_of_pictures(params: Params, world: Path, mon
     monkeypatch.setattr(module, "BATCH", 3)
     real = module.sample_images
     monkeypatch.setattr(module, "sample_images", lambda *a, **k: asked.append(len(a[2])) or real(*a, **k))
-    evaluate(params, world, "base")
+    evaluate(Round.of(params, world, "base"))
     assert asked == [3, 1, 3, 1]
 
 
@@ -274,7 +278,7 @@ def test_a_judge_without_features_can_not_make_them(params: Params, world: Path)
 
     settings = params.evaluate.model_copy(update={"clip_features": "accuracy"})
     with pytest.raises(UserError, match=r"evaluate\.features: rewards\.accuracy has no image features"):
-        evaluate(params.model_copy(update={"evaluate": settings}), world, "base")
+        evaluate(Round.of(params.model_copy(update={"evaluate": settings}), world, "base"))
 
 
 def test_rank_can_not_change_between_parent_and_child(params: Params, world: Path) -> None:
@@ -282,8 +286,8 @@ def test_rank_can_not_change_between_parent_and_child(params: Params, world: Pat
 
     run_round(params, world, "001")
     for stage in (generate, score, select):
-        stage(params, world, "002")
+        stage(Round.of(params, world, "002"))
     text = (world / "params.yaml").read_text()
     (world / "params.yaml").write_text(text.replace("rank: 2", "rank: 3"))
     with pytest.raises(UserError, match=r"rounds\.002\.train"):
-        train(load_params(), world, "002")
+        train(Round.of(load_params(), world, "002"))

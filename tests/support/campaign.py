@@ -22,7 +22,7 @@ from srpo.evaluation.bootstrap import Estimate
 from srpo.evaluation.gate import appearance, best_guidance, judge_round
 from srpo.evaluation.image_stats import LOOKS
 from srpo.lineage.record import WEIGHTS_FILE, read_lineage
-from srpo.rounds import BASE, RoundFiles, ancestors
+from srpo.rounds import BASE, Round, RoundFiles, ancestors
 from srpo.stages.select import select
 from srpo.storage.hashing import derive_seed, digest, dvc_digest, file_digest
 from srpo.storage.json_files import write_json
@@ -52,7 +52,7 @@ def build_campaign(root: Path, rounds: tuple[str, ...] = ("001", "002"), size: i
     write_evaluation(params, root, BASE, size)
     for key in rounds:
         _write_candidates(params, root, key, size)
-        select(params, root, key)
+        select(Round.of(params, root, key))
         write_training(params, root, key)
         write_evaluation(params, root, key, size)
     write_dvc_lock(params, root, rounds)
@@ -70,7 +70,7 @@ def write_training(params: Params, root: Path, key: str, steps: int = 30) -> lis
     lineage = {
         "round": key,
         "parent": parent,
-        "base": read_lineage(root, BASE)["base"],
+        "base": read_lineage(RoundFiles(root, BASE))["base"],
         "parent_adapter": None if parent == BASE else file_digest(parent_weights),
         "winners": digest(files.winners),
         "adapter": file_digest(files.adapter / WEIGHTS_FILE),
@@ -110,7 +110,10 @@ def write_evaluation(params: Params, root: Path, key: str, size: int = 16, shift
     metrics |= {name: sweep[str(settings.guidance_scale)][name] for name in names}
     metrics |= {"drift": 5.0 * depth, "drift_kid": 0.05 * depth, "verdict": "-", "finding": "-"}
     if key != BASE:
-        base, win = read_sweep(root, BASE), Estimate(0.5 + 0.1 * depth, 0.45 + 0.1 * depth, 0.55 + 0.1 * depth)
+        base, win = (
+            read_sweep(RoundFiles(root, BASE)),
+            Estimate(0.5 + 0.1 * depth, 0.45 + 0.1 * depth, 0.55 + 0.1 * depth),
+        )
         roles = (dict.fromkeys(params.reward_names(role), win) for role in ("judge", "select"))
         gate = judge_round(params.gate, sweep, base, *roles)
         best = win._asdict() | {"guidance": 1.5, "base_guidance": 3.0}

@@ -17,7 +17,7 @@ import pytest
 from mlflow import MlflowClient
 
 from srpo.config.loader import Params
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.tracking import sync
 from tests.support.campaign import build_campaign
 from tests.support.servers import free_port, kill, mlflow_server, prefect_server
@@ -30,13 +30,13 @@ POSTGRES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 def train_while_it_dies(params: Params, root: Path, server: subprocess.Popen, step: int) -> None:
     """What `srpo train 001` does with MLflow, whose server is killed after a step."""
     rows = list(csv.DictReader(RoundFiles(root, "001").training.open()))
-    with sync.live(params, root, "001") as curve:
+    with sync.live(Round.of(params, root, "001")) as curve:
         for row in rows:
             curve.log({name: float(value) for name, value in row.items() if name != "step"}, int(row["step"]))
             if int(row["step"]) == step:
                 curve.flush()
                 kill(server)
-    sync.project(params, root, "001")
+    sync.project(Round.of(params, root, "001"))
 
 
 def down_in_the_middle(folder: Path, store: str, caplog: pytest.LogCaptureFixture) -> None:

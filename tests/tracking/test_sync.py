@@ -14,6 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from srpo.config.loader import Params, load_params
+from srpo.rounds import Round
 from srpo.stages.report import report
 from srpo.storage.json_files import write_json
 from srpo.tracking import sync
@@ -28,7 +29,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("campaign") / "project"
     params = build_campaign(root)
     for key in ("001", "002"):
-        report(params, root, key)
+        report(Round.of(params, root, key))
     # the tables cost more time than all else here
     MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}").search_experiments()
     return root
@@ -114,13 +115,13 @@ def test_a_deleted_database_is_rebuilt_the_same(project: Path) -> None:
 def test_the_machines_load_is_beside_the_curve_and_stays(project: Path, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
     params, load = params_of(project), "system/cpu_utilization_percentage"
-    with sync.live(params, project, "002") as curve:
+    with sync.live(Round.of(params, project, "002")) as curve:
         for row in write_training(params, project, "002"):
             curve.log({name: row[name] for name in row if name != "step"}, row["step"])
         end = time.monotonic() + 30
         while load not in story(project)["round 002"]["metrics"] and time.monotonic() < end:
             time.sleep(0.2)
-    sync.project(params, project, "002")
+    sync.project(Round.of(params, project, "002"))
     child = story(project)["round 002"]
     assert child["metrics"][load] and [step for step, _ in child["metrics"]["loss"]] == list(range(1, 31))
 
@@ -129,13 +130,13 @@ def test_a_live_curve_is_not_told_twice(project: Path) -> None:
     params = params_of(project)
     sync.sync(params, project)
     expected = story(project)
-    with sync.live(params, project, "002") as curve:
+    with sync.live(Round.of(params, project, "002")) as curve:
         for row in write_training(params, project, "002"):
             curve.log({name: value for name, value in row.items() if name != "step"}, row["step"])
     running = story(project)["round 002"]
     assert [step for step, _ in running["metrics"]["loss"]] == list(range(1, 31)), "not live"
     assert "eval/fid" not in running["metrics"]
-    sync.project(params, project, "002")
+    sync.project(Round.of(params, project, "002"))
     assert story(project) == expected
 
 
@@ -164,7 +165,7 @@ def test_an_unreachable_server_is_one_warning_and_no_password(
 ) -> None:
     params = params_of(project, f"{scheme}://someone:hunter2@127.0.0.1:9/mlflow")
     start = time.monotonic()
-    with sync.live(params, project, "001") as curve:
+    with sync.live(Round.of(params, project, "001")) as curve:
         curve.log({"loss": 1.0}, 1)
     assert sync.sync(params, project) is False
     assert time.monotonic() - start < 60

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from srpo.config.loader import Params, load_params
+from srpo.rounds import Round
 from srpo.stages.train import train
 from tests.training.helpers import ready, started
 
@@ -20,7 +21,7 @@ def two_rounds(shared_world: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         params = started(root)
-        train(params, root, "001")
+        train(Round.of(params, root, "001"))
         ready(params, root, "002")
     return root
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from srpo.config.loader import Params, load_params
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.stages.base import pin_base
 from srpo.stages.generate import generate
 from srpo.stages.score import score
@@ -18,13 +18,13 @@ from srpo.stages.select import select
 def ready(params: Params, root: Path, key: str) -> RoundFiles:
     """Make the winners of a round, with losers."""
     for stage in (generate, score, select):
-        stage(params, root, key)
+        stage(Round.of(params, root, key))
     return RoundFiles(root, key)
 
 
 def started(root: Path) -> Params:
     """Pin base and make round 001's winners; the project's params."""
-    pin_base(load_params(root / "params.yaml"), root)
+    pin_base(Round.of(load_params(root / "params.yaml"), root, "base"))
     params = load_params(root / "params.yaml")
     ready(params, root, "001")
     return params

@@ -15,7 +15,7 @@ from srpo.config.loader import Params, load_params
 from srpo.data import parquet
 from srpo.data.schemas import LATENTS
 from srpo.errors import UserError
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.storage.hashing import digest
 from srpo.storage.json_files import write_json
 from srpo.training.dataset import batches, load_winners
@@ -70,7 +70,7 @@ def codes(winners, rows: torch.Tensor) -> list[int]:
 
 
 def test_by_default_only_this_rounds_winners_with_mean_weight_one(root: Path) -> None:
-    winners = load_winners(params(), root, "003", pairs=False)
+    winners = load_winners(Round.of(params(), root, "003"), pairs=False)
     assert (list(winners.digests), winners.own, winners.losers) == (["003"], 3, None)
     assert winners.digests["003"] == digest(RoundFiles(root, "003").winners)
     assert winners.weights.tolist() == pytest.approx([0.5, 1.0, 1.5])
@@ -83,7 +83,7 @@ def test_by_default_only_this_rounds_winners_with_mean_weight_one(root: Path) ->
 
 def test_start_base_pools_all_rounds_alike_each_with_mean_weight_one(root: Path) -> None:
     wanted = params(start="base", batch_size=4)
-    winners = load_winners(wanted, root, "003", pairs=True)
+    winners = load_winners(Round.of(wanted, root, "003"), pairs=True)
     assert list(winners.digests) == ["003", "001", "002"]
     assert [part.mean().item() for part in winners.weights.split([3, 5, 4])] == pytest.approx([1, 1, 1])
     assert torch.equal(winners.losers, -winners.latents)
@@ -96,7 +96,7 @@ def test_start_base_pools_all_rounds_alike_each_with_mean_weight_one(root: Path)
 @pytest.mark.parametrize(("replay", "size", "per_batch"), [(0.5, 4, {2}), (0.25, 8, {2}), (0.3, 4, {1, 2})])
 def test_replay_is_a_share_of_every_batch(root: Path, start: str, replay: float, size: int, per_batch: set) -> None:
     wanted = params(start=start, replay=replay, batch_size=size)
-    winners = load_winners(wanted, root, "003", pairs=False)
+    winners = load_winners(Round.of(wanted, root, "003"), pairs=False)
     stream = batches(winners, wanted.train, (0, "003"))
     drawn = [codes(winners, rows) for rows in itertools.islice(stream, 20)]
     earlier = [sum(code < 300 for code in batch) for batch in drawn]
@@ -110,7 +110,7 @@ def test_replay_is_a_share_of_every_batch(root: Path, start: str, replay: float,
 
 def test_a_first_round_has_nothing_to_replay(root: Path) -> None:
     wanted = params(replay=0.5, batch_size=4, start="base")
-    winners = load_winners(wanted, root, "001", pairs=False)
+    winners = load_winners(Round.of(wanted, root, "001"), pairs=False)
     assert list(winners.digests) == ["001"]
     assert len(next(batches(winners, wanted.train, (0, "001")))) == 4
 
@@ -119,38 +119,38 @@ def test_ancestors_winners_must_be_those_of_the_lineage(root: Path) -> None:
     wanted, folder = params(replay=0.5), RoundFiles(root, "001").winners
     write_winners(root, "001", alone=1)
     with pytest.raises(UserError, match=r"001/winners: not the winners that the adapter of round 002 came from"):
-        load_winners(wanted, root, "003", pairs=False)
+        load_winners(Round.of(wanted, root, "003"), pairs=False)
     folder.rename(root / "elsewhere")
     with pytest.raises(UserError, match=r"rounds/001/winners: missing; `dvc pull select@001`"):
-        load_winners(wanted, root, "003", pairs=False)
+        load_winners(Round.of(wanted, root, "003"), pairs=False)
     write_json(RoundFiles(root, "002").adapter / "lineage.json", {"winners": "0"})
     with pytest.raises(UserError, match=r"002/adapter/lineage\.json: does not name the winners of 001"):
-        load_winners(wanted, root, "003", pairs=False)
-    load_winners(params(), root, "003", pairs=False)  # who asks for no ancestors needs none
+        load_winners(Round.of(wanted, root, "003"), pairs=False)
+    load_winners(Round.of(params(), root, "003"), pairs=False)  # who asks for no ancestors needs none
 
 
 def test_objectives_on_pairs_want_losers(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_winners(root, "003", alone=1)
-    winners = load_winners(params(), root, "003", pairs=True)
+    winners = load_winners(Round.of(params(), root, "003"), pairs=True)
     assert winners.prompts == ["003 1", "003 2"] and "1 winners are left out" in caplog.text
     assert winners.weights.tolist() == pytest.approx([0.8, 1.2])
     write_winners(root, "003", alone=3)
     with pytest.raises(UserError, match="no winner has a loser"):
-        load_winners(params(), root, "003", pairs=True)
+        load_winners(Round.of(params(), root, "003"), pairs=True)
     write_winners(root, "003", losers=False)
     with pytest.raises(UserError, match="winners lack loser_latents, as older versions wrote them; rerun select"):
-        load_winners(params(), root, "003", pairs=True)
-    assert load_winners(params(), root, "003", pairs=False).own == 3
+        load_winners(Round.of(params(), root, "003"), pairs=True)
+    assert load_winners(Round.of(params(), root, "003"), pairs=False).own == 3
 
 
 def test_rounds_of_other_sizes_can_not_be_mixed(root: Path) -> None:
     write_winners(root, "003", size=4)
     with pytest.raises(UserError, match=r"rounds\.003\.train: .*several sizes \(4x2x2, 4x4x4\)"):
-        load_winners(params(replay=0.5), root, "003", pairs=False)
+        load_winners(Round.of(params(replay=0.5), root, "003"), pairs=False)
 
 
 def test_zero_weights_do_not_become_nan(root: Path) -> None:
     shard = RoundFiles(root, "003").winners / "shard-00000.parquet"
     pl.read_parquet(shard).with_columns(pl.lit(0.0).cast(pl.Float32).alias("weight")).write_parquet(shard)
     with pytest.raises(UserError, match="weight"):
-        load_winners(params(), root, "003", pairs=False)
+        load_winners(Round.of(params(), root, "003"), pairs=False)

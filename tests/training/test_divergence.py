@@ -12,7 +12,7 @@ import torch
 from srpo import cli
 from srpo.config.loader import Params
 from srpo.errors import UserError
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.sampling.sampler import Sampler
 from srpo.stages.train import train
 from srpo.training.divergence import LossWatch
@@ -89,14 +89,14 @@ def test_the_last_good_state_is_a_usable_adapter(
 ) -> None:
     files, wanted = RoundFiles(root, "001"), with_train(params, method=method, batch_size=16, lr_schedule="constant")
     before = contents(files)
-    train(with_train(wanted, steps=6, warmup_steps=0), root, "001")
+    train(Round.of(with_train(wanted, steps=6, warmup_steps=0), root, "001"))
     expected = Sampler(params, files.adapter).unet.state_dict()
     published = contents(files)
     assert published != before
     exploding(monkeypatch, 8, factor)
     wanted = with_runtime(with_train(wanted, steps=40, warmup_steps=0), checkpoint_every=3)
     with pytest.raises(UserError) as caught:
-        train(wanted, root, "001")
+        train(Round.of(wanted, root, "001"))
     line = str(caught.value)
     assert line.startswith("train.learning_rate: ") and words in line and "\n" not in line
     assert "at step 8; lower it. The last good state, after step 6, is the adapter " in line
@@ -105,7 +105,7 @@ def test_the_last_good_state_is_a_usable_adapter(
     found = Sampler(params, adapter).unet.state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     with pytest.raises(UserError, match="at step 8"):  # again, from the last state
-        train(wanted, root, "001")
+        train(Round.of(wanted, root, "001"))
 
 
 def test_a_learning_rate_that_is_far_too_high_ends_the_command_with_status_2(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from srpo.config.loader import Params
 from srpo.errors import UserError
 from srpo.lineage.record import UNET_FILE, WEIGHTS_FILE
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.stages.train import train
 from tests.training import two_processes
 from tests.training.helpers import losses, with_runtime, with_train
@@ -30,13 +30,13 @@ REPO = Path(__file__).parents[2]
 def test_gradients_add_up_over_passes(params: Params, root: Path, method: str, objective: str) -> None:
     files = RoundFiles(root, "001")
     wanted = with_train(params, method=method, objective=objective, dpo_beta=20.0, steps=5, batch_size=5)
-    train(wanted, root, "001")
+    train(Round.of(wanted, root, "001"))
     whole = losses(files)
     for size in (1, 2):
-        train(with_runtime(wanted, train_batch_size=size), root, "001")
+        train(Round.of(with_runtime(wanted, train_batch_size=size), root, "001"))
         assert losses(files) == pytest.approx(whole, rel=1e-4)
         assert losses(files)[0] != losses(files)[1]
-    train(with_runtime(wanted, train_batch_size=5), root, "001")
+    train(Round.of(with_runtime(wanted, train_batch_size=5), root, "001"))
     assert losses(files) == whole
 
 
@@ -45,11 +45,11 @@ def test_recomputed_activations_give_the_same_losses(
     params: Params, root: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, wanted, used = RoundFiles(root, "001"), with_train(params, method=method, objective="nft"), []
-    train(wanted, root, "001")
+    train(Round.of(wanted, root, "001"))
     plain = losses(files)
     real = torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: used.append(1) or real(*a, **k))
-    train(with_runtime(wanted, gradient_checkpointing=True), root, "001")
+    train(Round.of(with_runtime(wanted, gradient_checkpointing=True), root, "001"))
     assert used and losses(files) == pytest.approx(plain, rel=1e-5)
 
 
@@ -58,9 +58,9 @@ def test_the_moving_average_is_what_is_published(params: Params, root: Path) -> 
     files, weights, decay = RoundFiles(root, "001"), [], 0.15
     wanted = with_train(params, method="full", lr_schedule="constant", warmup_steps=0, learning_rate=1e-2)
     for steps in (1, 2, 3, 4):
-        train(with_train(wanted, steps=steps), root, "001")
+        train(Round.of(with_train(wanted, steps=steps), root, "001"))
         weights.append(load_file(files.adapter / UNET_FILE))
-    train(with_train(wanted, steps=4, ema_decay=decay), root, "001")
+    train(Round.of(with_train(wanted, steps=4, ema_decay=decay), root, "001"))
     found = load_file(files.adapter / UNET_FILE)
     for name, value in found.items():
         mean = weights[0][name].double()
@@ -75,7 +75,7 @@ def launched(root: Path) -> None:
     """The cases under torch's launcher, as `runtime.processes` has them."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, "-m", "tests.train.two_processes"]
+    command = [*launcher, "-m", "tests.training.two_processes"]
     process = subprocess.Popen(command, cwd=root, env=environment, start_new_session=True)
     try:
         assert process.wait(timeout=400) == 0
@@ -88,7 +88,7 @@ def test_two_processes_train_as_one_does(params: Params, root: Path) -> None:
     expected = {}
     for name in two_processes.CASES:
         key, wanted = two_processes.case(params, name)
-        train(with_runtime(wanted, train_batch_size=None), root, key)
+        train(Round.of(with_runtime(wanted, train_batch_size=None), root, key))
         files = RoundFiles(root, key)
         expected[name] = losses(files), load_file(files.adapter / WEIGHTS_FILE)
     launched(root)
@@ -109,4 +109,4 @@ def test_more_processes_than_samples_is_told(params: Params, root: Path, monkeyp
 
     monkeypatch.setattr(stage, "Accelerator", lambda **_: Four())
     with pytest.raises(UserError, match=r"runtime\.processes: 4 can't share a batch of 2"):
-        train(with_train(params, batch_size=2), root, "001")
+        train(Round.of(with_train(params, batch_size=2), root, "001"))

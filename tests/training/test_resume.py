@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from srpo import cli
 from srpo.config.loader import Params, load_params
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.stages.train import train
 from tests.training.helpers import contents, with_runtime, with_train, write_train
 
@@ -41,7 +41,7 @@ def interrupted(params: Params, root: Path, at: int) -> list[int]:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(params, root, "001", on_step)
+        train(Round.of(params, root, "001"), on_step)
     return told
 
 
@@ -56,13 +56,13 @@ def interrupted(params: Params, root: Path, at: int) -> list[int]:
 def test_wherever_it_stops_it_ends_with_the_same_bytes(params: Params, root: Path, values: dict) -> None:
     files = RoundFiles(root, "001")
     wanted = with_runtime(with_train(params, steps=STEPS, **values), checkpoint_every=2)
-    train(wanted, root, "001")
+    train(Round.of(wanted, root, "001"))
     undisturbed = contents(files)
     for at in (1, 2, 3, 5, STEPS):
         interrupted(wanted, root, at)
         assert len(list(folder(root).glob("state-*.json"))) <= 2
         told: list[int] = []
-        train(wanted, root, "001", functools.partial(note, told))
+        train(Round.of(wanted, root, "001"), functools.partial(note, told))
         assert told == list(range(1, STEPS + 1))
         assert contents(files) == undisturbed, f"stopped at step {at}"
         assert not list((root / ".srpo" / "scratch").glob("train@*")), "states of a finished training stay"
@@ -70,13 +70,13 @@ def test_wherever_it_stops_it_ends_with_the_same_bytes(params: Params, root: Pat
 
 def test_several_stops_in_a_row_and_other_hardware_settings(params: Params, root: Path) -> None:
     files, wanted = RoundFiles(root, "001"), with_train(params, steps=STEPS)
-    train(wanted, root, "001")
+    train(Round.of(wanted, root, "001"))
     undisturbed = contents(files)
     interrupted(with_runtime(wanted, checkpoint_every=1), root, 3)
     interrupted(with_runtime(wanted, checkpoint_every=2, gradient_checkpointing=True), root, 6)
     resumed = interrupted(with_runtime(wanted, checkpoint_every=3, batch_size=2), root, 5)
     assert resumed == [1, 2, 3, 4, 5]
-    train(with_runtime(wanted, checkpoint_every=100), root, "001")
+    train(Round.of(with_runtime(wanted, checkpoint_every=100), root, "001"))
     assert contents(files) == undisturbed
 
 
@@ -86,7 +86,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(
 ) -> None:
     caplog.set_level(logging.INFO, "srpo")
     files, wanted = RoundFiles(root, "001"), with_runtime(with_train(params, steps=STEPS), checkpoint_every=2)
-    train(wanted, root, "001")
+    train(Round.of(wanted, root, "001"))
     undisturbed = contents(files)
     interrupted(wanted, root, 6)
     older, newer = sorted(folder(root).glob("state-*.safetensors"))
@@ -99,7 +99,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(
         newer.with_suffix(".json").write_text('{"history": [')
     else:
         newer.write_bytes(older.read_bytes())
-    train(wanted, root, "001")
+    train(Round.of(wanted, root, "001"))
     assert "state-000004.json: damaged" in caplog.text and "going on after step 2" in caplog.text
     assert contents(files) == undisturbed
 
@@ -108,7 +108,7 @@ def test_other_inputs_start_anew(params: Params, root: Path, caplog: pytest.LogC
     caplog.set_level(logging.INFO, "srpo")
     wanted = with_runtime(with_train(params, steps=STEPS), checkpoint_every=1)
     interrupted(wanted, root, 4)
-    train(with_train(wanted, learning_rate=2e-3), root, "001")
+    train(Round.of(with_train(wanted, learning_rate=2e-3), root, "001"))
     assert "going on" not in caplog.text
 
 

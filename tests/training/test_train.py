@@ -11,7 +11,7 @@ from srpo.config.loader import Params
 from srpo.errors import UserError
 from srpo.lineage.record import UNET_FILE, WEIGHTS_FILE, read_lineage
 from srpo.models.adapters import make_trainee
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.sampling.sampler import Sampler
 from srpo.stages.train import train
 from srpo.storage.hashing import digest, file_digest
@@ -38,13 +38,13 @@ def test_every_objective_trains_either_method_over_two_rounds(
     found = []
     for key in ("001", "002"):
         files = RoundFiles(root, key)
-        train(wanted, root, key)
+        train(Round.of(wanted, root, key))
         again = contents(files)
-        train(wanted, root, key)
+        train(Round.of(wanted, root, key))
         assert contents(files) == again, "the same training gave other bytes"
         assert len(losses(files)) == 3
         name = UNET_FILE if method == "full" else WEIGHTS_FILE
-        lineage = read_lineage(root, key)
+        lineage = read_lineage(RoundFiles(root, key))
         assert lineage["adapter"] == file_digest(files.adapter / name)
         assert lineage["params"]["train"]["objective"] == objective
         found.append(predict(Sampler(params, files.adapter).unet))
@@ -56,8 +56,8 @@ def test_every_objective_trains_either_method_over_two_rounds(
 @pytest.mark.parametrize("method", METHODS)
 def test_the_frozen_model_is_the_one_training_starts_from(params: Params, root: Path, method: str, start: str) -> None:
     wanted = with_train(params, method=method, start=start)
-    train(with_train(params, method=method), root, "001")
-    trainee = make_trainee(Sampler(params).unet, wanted, root, "002", keep=True, dtype=torch.float32)
+    train(Round.of(with_train(params, method=method), root, "001"))
+    trainee = make_trainee(Sampler(params).unet, Round.of(wanted, root, "002"), keep=True, dtype=torch.float32)
     expected = predict(Sampler(params, RoundFiles(root, "001").adapter if start == "parent" else None).unet)
     names = set(trainee.parameters)
     assert names and all(value.dtype == torch.float32 for value in trainee.parameters.values())
@@ -76,7 +76,7 @@ def test_a_full_adapter_opens_in_plain_diffusers(params: Params, root: Path) -> 
     from diffusers import UNet2DConditionModel
 
     files = RoundFiles(root, "001")
-    train(with_train(params, method="full"), root, "001")
+    train(Round.of(with_train(params, method="full"), root, "001"))
     assert {path.name for path in files.adapter.iterdir()} == {UNET_FILE, "config.json", "lineage.json"}
     plain = UNet2DConditionModel.from_pretrained(files.adapter)
     assert plain.dtype == torch.float32
@@ -85,22 +85,22 @@ def test_a_full_adapter_opens_in_plain_diffusers(params: Params, root: Path) -> 
 
 def test_lineage_names_all_winners_that_were_used(params: Params, root: Path) -> None:
     digests = {key: digest(RoundFiles(root, key).winners) for key in ("001", "002")}
-    train(params, root, "002")
-    lineage, alone = read_lineage(root, "002"), losses(RoundFiles(root, "002"))
+    train(Round.of(params, root, "002"))
+    lineage, alone = read_lineage(RoundFiles(root, "002")), losses(RoundFiles(root, "002"))
     assert (lineage["winners"], lineage["ancestors"]) == (digests["002"], {"001": digests["001"]})
     assert lineage["trained_on"] == ["002"]
     for values in ({"replay": 0.5}, {"start": "base"}):
-        train(with_train(params, **values), root, "002")
-        lineage = read_lineage(root, "002")
+        train(Round.of(with_train(params, **values), root, "002"))
+        lineage = read_lineage(RoundFiles(root, "002"))
         assert (lineage["trained_on"], lineage["ancestors"]) == (["002", "001"], {"001": digests["001"]})
         assert losses(RoundFiles(root, "002")) != alone
 
 
 def test_a_missing_or_other_parent_is_told_in_one_line(params: Params, root: Path) -> None:
     with pytest.raises(UserError, match=rf"{UNET_FILE}: missing; run train of round 001"):
-        train(with_train(params, method="full"), root, "002")
+        train(Round.of(with_train(params, method="full"), root, "002"))
     with pytest.raises(UserError, match=r"rounds\.002\.train: rank or target_modules differ from those of parent 001"):
-        train(with_train(params, rank=3), root, "002")
+        train(Round.of(with_train(params, rank=3), root, "002"))
     with pytest.raises(UserError, match=r"rounds\.002\.train: rank or target_modules differ from those of parent 001"):
-        train(with_train(params, target_modules=["to_q"]), root, "002")
-    train(with_train(params, rank=3, start="base"), root, "002")  # who starts from base may choose
+        train(Round.of(with_train(params, target_modules=["to_q"]), root, "002"))
+    train(Round.of(with_train(params, rank=3, start="base"), root, "002"))  # who starts from base may choose

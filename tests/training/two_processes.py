@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from srpo.config.loader import Params, load_params
-from srpo.rounds import RoundFiles
+from srpo.rounds import Round, RoundFiles
 from srpo.stages.train import train
 from tests.training.helpers import with_runtime, with_train
 
@@ -34,7 +34,7 @@ def main() -> None:
 
     for name in CASES:
         key, params = case(load_params(), name)
-        train(params, root, key, tell)
+        train(Round.of(params, root, key), tell)
         if os.environ["RANK"] == "0":
             files, target = RoundFiles(root, key), told.parent / name
             target.mkdir()
