@@ -52,8 +52,8 @@ def make_project(root: Path, candidates: int, per_prompt: int) -> int:
 
 def by_srpo(root: Path) -> pl.Series:
     """The choice alone: the winners' candidate_id in prompt order."""
-    names = ["candidate_id", "prompt_id", "index", *WEIGHTS, "rejected"]
-    scores = parquet.scan(RoundFiles(root, KEY).scores, names).filter(~pl.col("rejected"))
+    names = ["candidate_id", "prompt_id", "index", *WEIGHTS, "invalid"]
+    scores = parquet.scan(RoundFiles(root, KEY).scores, names).filter(~pl.col("invalid"))
     return choose_winners(scores, WEIGHTS, SelectParams())["candidate_id"]
 
 
@@ -62,7 +62,7 @@ def by_pandas(root: Path) -> pl.Series:
     import pandas as pd
 
     scores = pd.read_parquet(RoundFiles(root, KEY).scores)
-    scores = scores[~scores["rejected"] & np.isfinite(scores[list(WEIGHTS)]).all(axis=1)]
+    scores = scores[~scores["invalid"] & np.isfinite(scores[list(WEIGHTS)]).all(axis=1)]
     scores["selection_score"] = 0.0
     for name, weight in WEIGHTS.items():
         values = scores.groupby("prompt_id")[name]

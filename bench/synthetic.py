@@ -26,7 +26,7 @@ def write_candidates(files: RoundFiles, prompts: int, per_prompt: int, pictures:
 
 
 def write_scores(files: RoundFiles, prompts: int, per_prompt: int, names: Sequence[str]) -> None:
-    """Write scores.parquet: normal numbers for every reward; one candidate in a thousand is rejected."""
+    """Write scores.parquet: normal numbers for every reward; one candidate in a thousand is invalid."""
     parquet.write_arrow(files.scores, (_scores(files.key, part, per_prompt, names) for part in _parts(prompts)))
 
 
@@ -75,4 +75,4 @@ def _scores(key: str, prompts: range, per_prompt: int, names: Sequence[str]) -> 
         fields[name] = pa.float32()
         columns.append(pa.array(rng.normal(20, 1, rows.height).astype(np.float32)))
     columns.append(pa.array(rng.random(rows.height) < 0.001))
-    return pa.Table.from_arrays(columns, schema=arrow_schema(fields | {"rejected": pa.bool_()}))
+    return pa.Table.from_arrays(columns, schema=arrow_schema(fields | {"invalid": pa.bool_()}))

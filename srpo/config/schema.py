@@ -216,7 +216,7 @@ class GateParams(Section):
     max_fid_ratio: Annotated[float, Field(gt=0)] = Field(1.0, description="FID over base's, at most")
     max_kid_increase: float | None = Field(0.0, description="KID minus base's, at most; null asks for nothing")
     min_diversity_ratio: Annotated[float, Field(ge=0)] = Field(0.5, description="diversity over base's, at least")
-    max_looks_drift: Annotated[float, Field(gt=0)] | None = Field(
+    max_image_stat_shift: Annotated[float, Field(gt=0)] | None = Field(
         1.0,
         description="shift of mean saturation, contrast, edges and colour entropy from base's, in base's standard "
         "deviations over pictures, at most; null asks for nothing",

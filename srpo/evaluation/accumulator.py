@@ -13,7 +13,7 @@ from srpo.errors import UserError
 from srpo.evaluation.bootstrap import diversity, mean_interval
 from srpo.evaluation.features import Extractor
 from srpo.evaluation.frechet import Moments, frechet_distance
-from srpo.evaluation.image_stats import looks
+from srpo.evaluation.image_stats import image_stats
 from srpo.evaluation.kernel import clip_distance, kernel_distance
 from srpo.evaluation.reference import Reference
 from srpo.rewards.protocol import Reward
@@ -31,7 +31,7 @@ class Observation:
         self.moments = Moments()
         self.rows: list[dict[str, Any]] = []
         self._features: dict[str, list[np.ndarray]] = {name: [] for name in extractors}
-        self._looks: list[dict[str, np.ndarray]] = []
+        self._stats: list[dict[str, np.ndarray]] = []
 
     def add(self, images: torch.Tensor, places: Sequence[tuple[Prompt, int]]) -> None:
         """Take in uint8 [n, 3, height, width] and each picture's prompt and number within the prompt.
@@ -47,7 +47,7 @@ class Observation:
         for name, extractor in self.extractors.items():
             self._features[name].append(_finite(name, extractor.features(images)).numpy())
         self.moments.add(self._features[self.name][-1])
-        self._looks.append(looks(images.numpy()))
+        self._stats.append(image_stats(images.numpy()))
 
     def features(self, name: str) -> np.ndarray:
         """float32 [n, dim]: an extractor's features of all pictures, in the order they came."""
@@ -72,8 +72,8 @@ class Observation:
         found |= kernel_distance(features, references[self.name].features, prompts).flat("kid")
         found |= clip_distance(embeds, references[clip].features, prompts).flat("cmmd")
         found |= diversity(embeds, prompts).flat("diversity")
-        for name in self._looks[0]:
-            values = np.concatenate([batch[name] for batch in self._looks])
+        for name in self._stats[0]:
+            values = np.concatenate([batch[name] for batch in self._stats])
             found |= {name: float(values.mean()), f"{name}_std": float(values.std(ddof=1))}
         return found
 

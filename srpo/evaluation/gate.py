@@ -13,7 +13,7 @@ from typing import Any
 
 from srpo.config.schema import GateParams
 from srpo.evaluation.bootstrap import Estimate
-from srpo.evaluation.image_stats import LOOKS
+from srpo.evaluation.image_stats import IMAGE_STATS
 
 HACKING = "reward hacking"
 EVEN = 0.5  # the win rate of a model against its equal
@@ -28,8 +28,8 @@ def best_guidance(sweep: Sweep, name: str) -> str:
     return max(sweep, key=lambda guidance: sweep[guidance][name])
 
 
-def appearance(sweep: Sweep, base: Sweep) -> dict[str, dict[str, float]]:
-    """By statistic of `LOOKS`: `round` and `base` (means), `base_std` (over pictures), and `z`, the drift.
+def image_stat_shifts(sweep: Sweep, base: Sweep) -> dict[str, dict[str, float]]:
+    """By statistic of `IMAGE_STATS`: `round` and `base` (means), `base_std` (over pictures), and `z`, the drift.
 
     z is (round - base) / base_std, at each side's best FID.
     """
@@ -41,7 +41,7 @@ def appearance(sweep: Sweep, base: Sweep) -> dict[str, dict[str, float]]:
             "base_std": theirs[f"{name}_std"],
             "z": (ours[name] - theirs[name]) / max(theirs[f"{name}_std"], 1e-12),
         }
-        for name in LOOKS
+        for name in IMAGE_STATS
     }
 
 
@@ -71,9 +71,9 @@ def judge_round(
         rules["kid_increase"] = _at_most(ours["kid"] - theirs["kid"], settings.max_kid_increase)
     kept = ours["diversity"] / max(theirs["diversity"], 1e-12)
     rules["diversity_ratio"] = _at_least(kept, settings.min_diversity_ratio)
-    if settings.max_looks_drift is not None:
-        for name, look in appearance(sweep, base).items():
-            rules[f"{name}_drift"] = _at_most(abs(look["z"]), settings.max_looks_drift)
+    if settings.max_image_stat_shift is not None:
+        for name, look in image_stat_shifts(sweep, base).items():
+            rules[f"{name}_shift"] = _at_most(abs(look["z"]), settings.max_image_stat_shift)
     rules["unbacked_reward"] = _at_most(unbacked_gain(judges, selects), 0.0)
     return {
         "verdict": "pass" if all(rule["passed"] for rule in rules.values()) else "fail",

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import numpy as np
 
-LOOKS = ("saturation", "contrast", "edge_density", "colour_entropy")
+IMAGE_STATS = ("saturation", "contrast", "edge_density", "color_entropy")
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 EDGE = 0.1 * 255
 
 
-def looks(images: np.ndarray) -> dict[str, np.ndarray]:
+def image_stats(images: np.ndarray) -> dict[str, np.ndarray]:
     """Each statistic of each picture, float64 [n].
 
     saturation: mean over pixels of HSV's, (max - min) / max of the channels; 0 to 1.
     contrast: standard deviation of luma as a share of its range; 0 to 0.5.
     edge_density: share of pixels where luma steps by more than a tenth of its range to the right or below; 0 to 1.
-    colour_entropy: Shannon entropy of the colours in 8 x 8 x 8 bins; 0 to 9 bits.
+    color_entropy: Shannon entropy of the colours in 8 x 8 x 8 bins; 0 to 9 bits.
 
     Args:
         images: uint8 [n, 3, height, width], RGB.
     """
-    measures = (_saturation, _contrast, _edge_density, _colour_entropy)
+    measures = (_saturation, _contrast, _edge_density, _color_entropy)
     # decoded pictures come with their channels last in memory, which makes every step here twice as slow
     rows = [[measure(image) for measure in measures] for image in map(np.ascontiguousarray, images)]
-    return dict(zip(LOOKS, np.array(rows, dtype=np.float64).reshape(-1, len(LOOKS)).T, strict=True))
+    return dict(zip(IMAGE_STATS, np.array(rows, dtype=np.float64).reshape(-1, len(IMAGE_STATS)).T, strict=True))
 
 
 def _saturation(image: np.ndarray) -> float:
@@ -42,7 +42,7 @@ def _edge_density(image: np.ndarray) -> float:
     return float(np.mean(np.maximum(across, down) > EDGE))
 
 
-def _colour_entropy(image: np.ndarray) -> float:
+def _color_entropy(image: np.ndarray) -> float:
     red, green, blue = (image >> 5).astype(np.int64)
     share = np.bincount((red * 64 + green * 8 + blue).ravel()) / red.size
     share = share[share > 0]

@@ -21,7 +21,7 @@ from srpo.storage.hashing import digest, dvc_digest
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-FILE = "chain.json"
+FILE = "provenance.json"
 MARKS = {
     "ok": "[green]ok[/]",
     "missing": "[yellow]missing[/]",

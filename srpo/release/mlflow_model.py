@@ -13,7 +13,7 @@ from srpo.storage.json_files import write_json
 
 
 def save_model(folder: Path, round: Round, model_id: str, run_id: str | None) -> None:
-    """Write the model's folder: a LoRA's whole adapter folder under MLflow's diffusers flavour, and `chain.json`.
+    """Write the model's folder: a LoRA's whole adapter folder under MLflow's diffusers flavour, and `provenance.json`.
 
     Of a round that trained the whole UNet only lineage.json is in it: gigabytes stay in DVC, and no flavour fits.
 

@@ -11,7 +11,7 @@ from typing import Any
 from srpo.config.loader import Params
 from srpo.data.prompts import load_prompts
 from srpo.data.records import read_gate, read_metrics, read_sweep
-from srpo.evaluation.image_stats import LOOKS
+from srpo.evaluation.image_stats import IMAGE_STATS
 from srpo.lineage.identity import HUB_ID
 from srpo.lineage.record import read_lineage
 from srpo.reporting.table import SET_MEASURES, show, verdict
@@ -124,7 +124,7 @@ def _measures(round: Round) -> list[dict[str, str]]:
     ours, theirs = read_sweep(round.files), read_sweep(round.base_files)
     guidance = str(read_metrics(round.files)["guidance"])
     rows = []
-    for name in (*round.params.rewards, *SET_MEASURES, *LOOKS):
+    for name in (*round.params.rewards, *SET_MEASURES, *IMAGE_STATS):
         if name not in ours[guidance]:
             continue
         role = (

@@ -257,6 +257,6 @@ def version_tags(round: Round, known: list[ModelVersion]) -> dict[str, str]:
         "srpo.parent": lineage["parent"],
         "srpo.parent_version": number(parent) if parent else "none",
         "srpo.params": json.dumps(lineage["params"], sort_keys=True),
-        "srpo.licence": licence_of(lineage["base"]["source"]).id,
+        "srpo.license": licence_of(lineage["base"]["source"]).id,
     }
     return {"srpo.git_revision": "none"} | tags

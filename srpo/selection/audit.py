@@ -49,9 +49,9 @@ def audit(candidates: pl.LazyFrame, scores: pl.DataFrame, settings: GeneratePara
         return {}
     final = pl.col(rejection.reward).cast(pl.Float64).alias("final")
     table = candidates.select(AUDITED_COLUMNS).collect()
-    table = table.join(scores.select("candidate_id", "rejected", final), on="candidate_id", how="left")
+    table = table.join(scores.select("candidate_id", "invalid", final), on="candidate_id", how="left")
     audited = table.filter("audited")
-    sound = audited.filter(~pl.col("rejected") & pl.col("final").is_finite())
+    sound = audited.filter(~pl.col("invalid") & pl.col("final").is_finite())
     kept = pl.col("would_stop_at") == settings.num_inference_steps
     prompts = sound.group_by("prompt_id").agg(
         pl.col("final").max().alias("best"),

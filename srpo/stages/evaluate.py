@@ -25,7 +25,7 @@ from srpo.evaluation.accumulator import Observation
 from srpo.evaluation.bootstrap import Estimate, win_rate
 from srpo.evaluation.features import load_extractors
 from srpo.evaluation.frechet import frechet_distance, gaussian
-from srpo.evaluation.gate import appearance, best_guidance, judge_round
+from srpo.evaluation.gate import best_guidance, image_stat_shifts, judge_round
 from srpo.evaluation.kernel import paired_kernel_distance
 from srpo.evaluation.reference import load_reference
 from srpo.lineage.record import check_base, require_weights
@@ -170,7 +170,7 @@ def _judge(round: Round, sweep: Mapping[str, Mapping[str, float]], scores: pl.Da
             "base_guidance": float(best_guidance(base_sweep, "fid")),
         },
         "win_rate": rates,
-        "looks": appearance(sweep, base_sweep),
+        "image_stats": image_stat_shifts(sweep, base_sweep),
     }
 
 

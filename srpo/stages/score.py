@@ -26,7 +26,7 @@ log = logging.getLogger("srpo")
 def score(round: Round) -> None:
     """Write `rounds/<key>/scores.parquet`: one row a candidate, one float32 column a reward, raw units.
 
-    The column `rejected` marks candidates that are no pictures: one flat colour (black is what a half precision
+    The column `invalid` marks candidates that are no pictures: one flat colour (black is what a half precision
     VAE makes of NaN), or NaN or infinity in their latents. They are scored all the same and never win. Candidates that
     were given up early have no picture and no scores, and are marked, too.
 
@@ -36,7 +36,7 @@ def score(round: Round) -> None:
     files = round.files
     rewards = load_pinned_rewards(round.params, round.root)
     broken = parquet.broken_latents(files.candidates)
-    fields = IDENTITY_FIELDS | dict.fromkeys(rewards, pa.float32()) | {"rejected": pa.bool_()}
+    fields = IDENTITY_FIELDS | dict.fromkeys(rewards, pa.float32()) | {"invalid": pa.bool_()}
     schema, counts = arrow_schema(fields), Counter()
 
     def tables() -> Iterator[pa.Table]:
@@ -46,15 +46,15 @@ def score(round: Round) -> None:
                 table = pa.Table.from_pylist(part, schema=schema)
                 counts["all"] += table.num_rows
                 counts["early"] += table.column(len(IDENTITY_FIELDS)).null_count
-                counts["rejected"] += pc.sum(table["rejected"]).as_py()
+                counts["invalid"] += pc.sum(table["invalid"]).as_py()
                 yield table
 
     unpublished = scratch_folder(round.root, "score", round.key, "redone from the start") / files.scores.name
     parquet.write_arrow(unpublished, tables())
     publish(unpublished, files.scores)
     log.info(
-        "score %s: %d candidates, %d given up early, %d rejected, rewards %s",
-        round.key, counts["all"], counts["early"], counts["rejected"] - counts["early"], ", ".join(rewards),
+        "score %s: %d candidates, %d given up early, %d invalid, rewards %s",
+        round.key, counts["all"], counts["early"], counts["invalid"] - counts["early"], ", ".join(rewards),
     )  # fmt: skip
 
 
@@ -85,6 +85,6 @@ def _score_rows(
         flat = is_flat(images).tolist()
         for i, row in enumerate(finished):
             values = {name: scores[name][i].item() for name in rewards}
-            found[row["candidate_id"]] = values | {"rejected": flat[i] or row["candidate_id"] in broken}
-    given_up = dict.fromkeys(rewards) | {"rejected": True}
+            found[row["candidate_id"]] = values | {"invalid": flat[i] or row["candidate_id"] in broken}
+    given_up = dict.fromkeys(rewards) | {"invalid": True}
     return [{name: row[name] for name in IDENTITY_FIELDS} | found.get(row["candidate_id"], given_up) for row in rows]

@@ -23,7 +23,7 @@ log = logging.getLogger("srpo")
 def select(round: Round) -> None:
     """Write `rounds/<key>/winners/`: the winners with all that training needs, and `selection.json`.
 
-    `selection.json` also counts what could not win or had no say: rejected candidates, unfinished ones (a selecting
+    `selection.json` also counts what could not win or had no say: invalid candidates, unfinished ones (a selecting
     reward is null), and for every selecting reward its scores that are NaN or infinite and the prompts for which it
     is constant. After early rejection it holds what `rejection.audit` found.
 
@@ -32,18 +32,16 @@ def select(round: Round) -> None:
     """
     files, settings = round.files, round.params.select
     weights = {name: round.params.rewards[name].weight for name in round.params.reward_names("select")}
-    if "rejected" not in parquet.Places(files.scores).schema.names:
-        raise UserError(f"{files.scores}: has no column `rejected`, as older versions wrote it; rerun score")
-    scores = parquet.scan(files.scores, ["candidate_id", "prompt_id", "index", *round.params.rewards, "rejected"])
-    sound = scores.filter(pl.col("rejected").not_().fill_null(True)).drop("rejected")
+    scores = parquet.scan(files.scores, ["candidate_id", "prompt_id", "index", *round.params.rewards, "invalid"])
+    sound = scores.filter(pl.col("invalid").not_().fill_null(True)).drop("invalid")
     summary = _counts(scores, weights)
     oddities = odd_scores(sound, weights)
-    _report_oddities(round.key, summary["rejected"], oddities, weights)
+    _report_oddities(round.key, summary["invalid"], oddities, weights)
     winners = choose_winners(sound, weights, settings, round.params.seed)
     if winners.is_empty():
         raise UserError(
-            f"rounds.{round.key}.select: no winner is left of {summary['candidates']} candidates ({summary['rejected']}"
-            " rejected); loosen min_margin or combine, or look at the scores"
+            f"rounds.{round.key}.select: no winner is left of {summary['candidates']} candidates ({summary['invalid']}"
+            " invalid); loosen min_margin or combine, or look at the scores"
         )
     scratch = scratch_folder(round.root, "select", round.key, "redone from the start")
     for left in scratch.iterdir():  # by a killed run that may have made more shards
@@ -73,7 +71,7 @@ def _counts(scores: pl.LazyFrame, weights: Mapping[str, float]) -> dict[str, int
     counts = {
         "prompts": pl.col("prompt_id").n_unique(),
         "candidates": pl.len(),
-        "rejected": (pl.col("rejected") & ~unfinished).sum(),
+        "invalid": (pl.col("invalid") & ~unfinished).sum(),
         "unfinished": unfinished.sum(),
     }
     return scores.select(**counts).collect(engine="streaming").row(0, named=True)
@@ -85,8 +83,8 @@ def _means(scores: pl.LazyFrame, names: Iterable[str]) -> dict[str, float | None
     return found.collect().row(0, named=True)
 
 
-def _report_oddities(key: str, rejected: int, odd: dict[str, int], weights: Mapping[str, float]) -> None:
-    parts = [f"{rejected} candidates rejected as no pictures"] if rejected else []
+def _report_oddities(key: str, invalid: int, odd: dict[str, int], weights: Mapping[str, float]) -> None:
+    parts = [f"{invalid} invalid candidates (flat images or latents that are not numbers)"] if invalid else []
     for name in weights:
         if count := odd[f"not_finite_{name}"]:
             parts.append(f"{name} is NaN or infinite for {count} candidates")

@@ -39,7 +39,7 @@ def score_folder(
         out: parquet file, replaced when it exists.
 
     Returns:
-        file, prompt_id (null with `prompt`), prompt, a float32 column per reward, rejected (one flat colour).
+        file, prompt_id (null with `prompt`), prompt, a float32 column per reward, invalid (one flat color).
 
     Raises:
         UserError: no pictures, a picture without prompt or unreadable, an unknown or failing reward.
@@ -58,8 +58,8 @@ def score_folder(
 
     console = Console()
     console.print(summary_table(table, list(specs)))
-    rejected = table["rejected"].sum()
-    note = f", {rejected} of one flat colour" if rejected else ""
+    invalid = table["invalid"].sum()
+    note = f", {invalid} of one flat color" if invalid else ""
     console.print(f"{table.height} pictures{note}; all scores: {out}", highlight=False, soft_wrap=True)
     return table
 
@@ -171,13 +171,13 @@ def _score(
             members = [rows[i] for i in part]
             scores = score_batch(rewards, images, [row["prompt"] for row in members])
             columns = {name: values.tolist() for name, values in scores.items()}
-            columns["rejected"] = is_flat(images).tolist()
+            columns["invalid"] = is_flat(images).tolist()
             for place, (i, row) in enumerate(zip(part, members, strict=True)):
                 values = {name: column[place] for name, column in columns.items()}
                 scored.append({"file": files[i].name} | row | values)
             progress.update(len(part))
     schema = dict.fromkeys(("file", "prompt_id", "prompt"), pl.String) | dict.fromkeys(rewards, pl.Float32)
-    return pl.DataFrame(scored, schema=schema | {"rejected": pl.Boolean})
+    return pl.DataFrame(scored, schema=schema | {"invalid": pl.Boolean})
 
 
 def _batches(files: list[Path]) -> Iterator[tuple[list[int], np.ndarray]]:

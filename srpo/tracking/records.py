@@ -11,7 +11,7 @@ from typing import Any
 
 from srpo.config.loader import STAGES_WITH_OVERRIDES, Params
 from srpo.data.records import read_gate, read_metrics, read_sweep
-from srpo.evaluation.image_stats import LOOKS
+from srpo.evaluation.image_stats import IMAGE_STATS
 from srpo.lineage.dvc_lock import read_dvc_lock
 from srpo.lineage.record import read_lineage
 from srpo.reporting.table import SET_MEASURES, verdict
@@ -87,7 +87,7 @@ def round_record(round: Round) -> RoundRecord:
     record.points += [(name, float(value), 0) for name, value in _selection(round.root, round.key).items()]
     if (files.evaluation / "metrics.json").exists():
         metrics = read_metrics(round.files)
-        swept = (*round.params.rewards, "fid", "kid", "cmmd", "diversity", *LOOKS)
+        swept = (*round.params.rewards, "fid", "kid", "cmmd", "diversity", *IMAGE_STATS)
         sweep = {at: {name: values[name] for name in swept} for at, values in read_sweep(round.files).items()}
         measured = metrics | {"sweep": sweep}
         record.tags["srpo.verdict"] = verdict(metrics)

@@ -11,7 +11,7 @@ from srpo.errors import UserError
 from srpo.evaluation.accumulator import Observation
 from srpo.evaluation.features import Extractor
 from srpo.evaluation.frechet import frechet_distance, gaussian
-from srpo.evaluation.image_stats import looks
+from srpo.evaluation.image_stats import image_stats
 from srpo.evaluation.kernel import clip_distance, kernel_distance
 from srpo.evaluation.reference import Reference
 
@@ -70,6 +70,6 @@ def test_the_record_is_made_of_the_measures() -> None:
     expected = kernel_distance(x, reference["coarse"].features, prompts).flat("kid")
     expected |= clip_distance(embeds, reference["fine"].features, prompts).flat("cmmd")
     assert {name: found[name] for name in expected} == pytest.approx(expected)
-    values = looks(IMAGES.numpy())["saturation"]
+    values = image_stats(IMAGES.numpy())["saturation"]
     assert (found["saturation"], found["saturation_std"]) == pytest.approx((values.mean(), values.std(ddof=1)))
     assert found["brightness_low"] < found["brightness"] < found["brightness_high"]

@@ -12,8 +12,8 @@ from srpo.config.loader import load_params
 from srpo.config.schema import GateParams
 from srpo.data.records import read_gate, read_metrics
 from srpo.evaluation.bootstrap import Estimate, win_rate
-from srpo.evaluation.gate import HACKING, appearance, best_guidance, judge_round, unbacked_gain
-from srpo.evaluation.image_stats import LOOKS, looks
+from srpo.evaluation.gate import HACKING, best_guidance, image_stat_shifts, judge_round, unbacked_gain
+from srpo.evaluation.image_stats import IMAGE_STATS, image_stats
 from srpo.rounds import Round, RoundFiles
 from srpo.stages.base import pin_base
 from srpo.stages.evaluate import evaluate
@@ -23,7 +23,7 @@ UP, EVEN, DOWN = Estimate(0.7, 0.6, 0.8), Estimate(0.5, 0.45, 0.55), Estimate(0.
 
 def measures(**changed: float) -> dict[str, float]:
     values = {"judge": 1.0, "fid": 10.0, "kid": 0.2, "diversity": 0.5}
-    return values | dict.fromkeys(LOOKS, 0.5) | {f"{name}_std": 0.1 for name in LOOKS} | changed
+    return values | dict.fromkeys(IMAGE_STATS, 0.5) | {f"{name}_std": 0.1 for name in IMAGE_STATS} | changed
 
 
 BASE = {"1.0": measures(), "3.0": measures(fid=20.0)}
@@ -47,10 +47,10 @@ def test_a_better_round_passes() -> None:
         ("fid_ratio", {"fid": 10.1}),
         ("kid_increase", {"kid": 0.21}),
         ("diversity_ratio", {"diversity": 0.2}),
-        ("saturation_drift", {"saturation": 0.61}),
-        ("contrast_drift", {"contrast": 0.39}),
-        ("edge_density_drift", {"edge_density": 0.61}),
-        ("colour_entropy_drift", {"colour_entropy": 0.39}),
+        ("saturation_shift", {"saturation": 0.61}),
+        ("contrast_shift", {"contrast": 0.39}),
+        ("edge_density_shift", {"edge_density": 0.61}),
+        ("color_entropy_shift", {"color_entropy": 0.39}),
     ],
 )
 def test_every_rule_can_fail_alone(rule: str, changed: dict[str, float]) -> None:
@@ -70,17 +70,17 @@ def test_a_judge_must_be_better_for_sure() -> None:
 def test_a_rule_without_a_limit_is_not_asked() -> None:
     worse = {"1.0": GOOD["1.0"] | {"kid": 9.0, "saturation": 9.0}}
     assert verdict(worse)["verdict"] == "fail"
-    found = verdict(worse, max_kid_increase=None, max_looks_drift=None)
+    found = verdict(worse, max_kid_increase=None, max_image_stat_shift=None)
     assert found["verdict"] == "pass"
-    assert not [name for name in found["rules"] if name == "kid_increase" or name.endswith("_drift")]
+    assert not [name for name in found["rules"] if name == "kid_increase" or name.endswith("_shift")]
 
 
 def test_best_is_compared_with_best() -> None:
     baked = {"1.0": measures(fid=9.0, judge=2.0), "3.0": measures(fid=90.0, kid=9.0, saturation=0.9, judge=0.5)}
     assert best_guidance(baked, "fid") == best_guidance(baked, "judge") == "1.0"
     assert verdict(baked)["verdict"] == "pass"
-    assert appearance(baked, BASE)["saturation"]["z"] == 0
-    shifted = appearance({"1.0": measures(saturation=0.3)}, BASE)["saturation"]
+    assert image_stat_shifts(baked, BASE)["saturation"]["z"] == 0
+    shifted = image_stat_shifts({"1.0": measures(saturation=0.3)}, BASE)["saturation"]
     assert shifted == pytest.approx({"round": 0.3, "base": 0.5, "base_std": 0.1, "z": -2.0})
 
 
@@ -121,7 +121,7 @@ class Saturation:
     """A reward that loves saturation."""
 
     def score(self, images: torch.Tensor, prompts) -> torch.Tensor:
-        return torch.from_numpy(looks(images.numpy())["saturation"]).float()
+        return torch.from_numpy(image_stats(images.numpy())["saturation"]).float()
 
 
 class Indifferent:
@@ -157,6 +157,6 @@ def test_a_model_that_learned_to_saturate_is_refused(world: Path, monkeypatch: p
     assert gate["win_rate"]["reward"]["best"]["low"] > 0.5
     assert (metrics["verdict"], metrics["finding"]) == ("fail", HACKING)
     broken = {name for name, rule in gate["rules"].items() if not rule["passed"]}
-    assert {"unbacked_reward", "saturation_drift"} <= broken
-    assert gate["looks"]["saturation"]["z"] > 1
+    assert {"unbacked_reward", "saturation_shift"} <= broken
+    assert gate["image_stats"]["saturation"]["z"] > 1
     assert any(HACKING in record.getMessage() for record in caplog.records)

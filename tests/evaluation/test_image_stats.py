@@ -7,23 +7,23 @@ import colorsys
 import numpy as np
 import pytest
 
-from srpo.evaluation.image_stats import LOOKS, looks
+from srpo.evaluation.image_stats import IMAGE_STATS, image_stats
 
 
 def one(pixels: np.ndarray) -> dict[str, float]:
     """Looks of uint8 [height, width, 3]."""
-    return {name: float(values[0]) for name, values in looks(pixels.transpose(2, 0, 1)[None]).items()}
+    return {name: float(values[0]) for name, values in image_stats(pixels.transpose(2, 0, 1)[None]).items()}
 
 
 def test_a_grey_picture_has_none() -> None:
-    assert one(np.full((8, 8, 3), 128, np.uint8)) == dict.fromkeys(LOOKS, 0)
-    assert one(np.zeros((8, 8, 3), np.uint8)) == dict.fromkeys(LOOKS, 0)
+    assert one(np.full((8, 8, 3), 128, np.uint8)) == dict.fromkeys(IMAGE_STATS, 0)
+    assert one(np.zeros((8, 8, 3), np.uint8)) == dict.fromkeys(IMAGE_STATS, 0)
 
 
 def test_a_checkerboard_is_all_edges_and_contrast() -> None:
     board = np.indices((8, 8)).sum(axis=0) % 2 * 255
     found = one(np.repeat(board[..., None], 3, axis=2).astype(np.uint8))
-    assert found == pytest.approx({"saturation": 0, "contrast": 0.5, "edge_density": 1, "colour_entropy": 1}, abs=1e-6)
+    assert found == pytest.approx({"saturation": 0, "contrast": 0.5, "edge_density": 1, "color_entropy": 1}, abs=1e-6)
 
 
 def test_saturation_is_hsvs_and_entropy_counts_colours() -> None:
@@ -34,7 +34,7 @@ def test_saturation_is_hsvs_and_entropy_counts_colours() -> None:
     )
     _, counts = np.unique((pixels // 32).reshape(-1, 3), axis=0, return_counts=True)
     share = counts / 256
-    assert found["colour_entropy"] == pytest.approx(-(share * np.log2(share)).sum())
+    assert found["color_entropy"] == pytest.approx(-(share * np.log2(share)).sum())
 
 
 def test_a_half_with_one_edge() -> None:
@@ -42,12 +42,12 @@ def test_a_half_with_one_edge() -> None:
     pixels[:, 5:] = (255, 0, 0)
     found = one(pixels)
     assert found["saturation"] == 0.5 and found["edge_density"] == pytest.approx(1 / 9)
-    assert found["colour_entropy"] == 1
+    assert found["color_entropy"] == 1
     assert found["contrast"] == pytest.approx(0.299 / 2, abs=1e-6)
 
 
 def test_pictures_are_measured_one_by_one() -> None:
     batch = np.random.default_rng(0).integers(0, 256, (5, 3, 12, 9), dtype=np.uint8)
-    whole, parts = looks(batch), [looks(batch[i : i + 1]) for i in range(5)]
-    for name in LOOKS:
+    whole, parts = image_stats(batch), [image_stats(batch[i : i + 1]) for i in range(5)]
+    for name in IMAGE_STATS:
         assert np.array_equal(whole[name], np.concatenate([part[name] for part in parts]))

@@ -152,7 +152,7 @@ def test_kohyas_names_are_kohyas(exported: Path, project: Path) -> None:
 def test_the_folder_is_ready_for_the_hub(exported: Path, project: Path) -> None:
     names = {path.name for path in exported.iterdir()}
     assert names == {
-        *("README.md", "chain.json", "lineage.json", "merged", "pictures"),
+        *("README.md", "provenance.json", "lineage.json", "merged", "pictures"),
         *(WEIGHTS_FILE, "tiny-001_kohya.safetensors"),
     }
     card = ModelCard.load(exported / "README.md")

@@ -99,7 +99,7 @@ def test_champion_moves_and_the_same_adapter_is_one_version(params: Params, proj
     assert tags["srpo.adapter"] == file_digest(adapter / WEIGHTS_FILE) and tags["srpo.winners"] == lineage["winners"]
     for name in ("candidates", "winners", "adapter"):
         assert tags[f"dvc.{name}"] == dvc_digest(project / "rounds" / "002" / name)
-    expected = {"srpo.round": "002", "srpo.parent": "001", "srpo.parent_version": "1", "srpo.licence": "other"}
+    expected = {"srpo.round": "002", "srpo.parent": "001", "srpo.parent_version": "1", "srpo.license": "other"}
     expected |= {
         "srpo.promoted_by": "auto",
         "srpo.promotion_reason": "tests say so",
@@ -122,7 +122,7 @@ def test_a_hub_base_is_pinned_to_the_revision_it_was_trained_on(params: Params, 
     version = promote(Round.of(params, project, "001"), AUTO)
     loaded = load_model(project, f"models:/{version.name}/1")
     assert (loaded.base_model, loaded.base_model_revision) == (base["source"], base["revision"])
-    assert version.tags["srpo.licence"] == "openrail++"
+    assert version.tags["srpo.license"] == "openrail++"
 
 
 def test_a_failed_gate_needs_a_reason_that_is_recorded(params: Params, project: Path) -> None:

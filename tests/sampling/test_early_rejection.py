@@ -91,7 +91,7 @@ def test_what_was_given_up_is_scored_null_and_read_by_all(params: Params, world:
     scores = pl.read_parquet(files.scores)
     gone = {row["candidate_id"] for row in rows if row["image"] is None}
     assert 0 < len(gone) < 20 and {row["audited"] for row in rows} == {True, False}
-    assert set(scores.filter(pl.col("rejected"))["candidate_id"]) == gone
+    assert set(scores.filter(pl.col("invalid"))["candidate_id"]) == gone
     assert set(scores.filter(pl.col("reward").is_null())["candidate_id"]) == gone
     assert scores["candidate_id"].to_list() == [row["candidate_id"] for row in rows]
     pattern = str(files.candidates / "*.parquet")
@@ -184,7 +184,7 @@ def test_regret_is_what_the_best_lost() -> None:
         for p in "abc" for i in range(4)
     ]  # fmt: skip
     scores = [
-        {"candidate_id": f"{p}{i}", "reward": finals[p][i], "rejected": finals[p][i] is None}
+        {"candidate_id": f"{p}{i}", "reward": finals[p][i], "invalid": finals[p][i] is None}
         for p in "abc" for i in range(4)
     ]  # fmt: skip
     found = audit(pl.LazyFrame(rows), pl.DataFrame(scores), settings)

@@ -43,11 +43,11 @@ def write_round(root: Path, rewards: dict[str, list[float | None]], params: Para
                 | identity
                 | odd.get(name.rpartition("-")[2] + prompt, {})
             )
-            scores.append(identity | dict.fromkeys(params.rewards, value) | {"rejected": False})
+            scores.append(identity | dict.fromkeys(params.rewards, value) | {"invalid": False})
     parquet.write_table(files.candidates / "shard-00000.parquet", rows[:3], CANDIDATE_FIELDS)
     parquet.write_table(files.candidates / "shard-00001.parquet", rows[3:], CANDIDATE_FIELDS)
     fields = {"candidate_id": pa.string(), "prompt_id": pa.string(), "index": pa.int32()}
-    fields |= dict.fromkeys(params.rewards, pa.float32()) | {"rejected": pa.bool_()}
+    fields |= dict.fromkeys(params.rewards, pa.float32()) | {"invalid": pa.bool_()}
     parquet.write_table(files.scores, scores, fields)
     return rows
 
@@ -97,7 +97,7 @@ def test_unfinished_candidates_never_win_and_are_counted(campaign) -> None:
     found = {row["prompt_id"]: row for row in parquet.read_rows(out)}
     assert found["p"]["index"] == 2 and found["p"]["loser_id"] == "001-p-0001"
     summary = json.loads((out / "selection.json").read_text())
-    assert (summary["unfinished"], summary["rejected"], summary["not_finite_reward"]) == (1, 0, 0)
+    assert (summary["unfinished"], summary["invalid"], summary["not_finite_reward"]) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("lost", [2, 3], ids=["a winner", "a loser"])

@@ -79,7 +79,7 @@ def test_the_page_shows_verdict_gate_and_hashes(reported: Path) -> None:
         read_lineage(RoundFiles(reported, "002")),
     )
     assert f'class="verdict {gate["verdict"]}"' in page.html
-    looks = {f"{name}_drift" for name in gate["looks"]}
+    looks = {f"{name}_shift" for name in gate["image_stats"]}
     for name, rule in gate["rules"].items():
         assert name in looks or (name in page.words and f"{rule['value']:.3f}" in page.words)
     assert page.words.count("holds") == len(gate["rules"])
@@ -93,7 +93,7 @@ def test_the_page_shows_intervals_and_looks(reported: Path) -> None:
     gate = read_gate(RoundFiles(reported, "002"))
     rate = gate["win_rate"]["judge"]["parent"]
     assert f"{rate['low']:.3f} to {rate['high']:.3f}" in words
-    for name, look in gate["looks"].items():
+    for name, look in gate["image_stats"].items():
         assert name.replace("_", " ") in words and f"{look['z']:+.2f}" in words
 
 

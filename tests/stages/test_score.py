@@ -44,7 +44,7 @@ def test_black_pictures_and_nan_latents_never_win(params: Params, world: Path, c
     generate(Round.of(params, world, "001"))
     score(Round.of(params, world, "001"))
     select(Round.of(params, world, "001"))
-    assert json.loads((files.winners / "selection.json").read_text())["rejected"] == 0
+    assert json.loads((files.winners / "selection.json").read_text())["invalid"] == 0
     first = pl.read_parquet(parquet.shards(files.winners), columns=["candidate_id"])["candidate_id"].to_list()
 
     def change(row: dict) -> None:
@@ -60,12 +60,12 @@ def test_black_pictures_and_nan_latents_never_win(params: Params, world: Path, c
         score(Round.of(params, world, "001"))
         select(Round.of(params, world, "001"))
     table = pl.read_parquet(files.scores)
-    assert set(table.filter("rejected")["candidate_id"]) == set(first[:3])
-    assert table["reward"].is_finite().all(), "rejected candidates are scored all the same"
+    assert set(table.filter("invalid")["candidate_id"]) == set(first[:3])
+    assert table["reward"].is_finite().all(), "invalid candidates are scored all the same"
     winners = pl.read_parquet(parquet.shards(files.winners), columns=["candidate_id", "loser_id"])
     assert winners.height == 4 and not set(first[:3]) & {*winners["candidate_id"], *winners["loser_id"]}
-    assert json.loads((files.winners / "selection.json").read_text())["rejected"] == 3
-    assert "select 001: 3 candidates rejected as no pictures" in caplog.text
+    assert json.loads((files.winners / "selection.json").read_text())["invalid"] == 3
+    assert "select 001: 3 invalid candidates" in caplog.text
 
 
 def test_odd_rewards_are_counted_and_told(params: Params, world: Path, caplog) -> None:
@@ -92,16 +92,7 @@ def test_a_round_of_black_pictures_is_an_error(params: Params, world: Path) -> N
     black = encode_png(np.zeros((32, 32, 3), np.uint8))
     spoil(files.candidates, lambda row: row.update(image=black))
     score(Round.of(params, world, "001"))
-    with pytest.raises(UserError, match=r"rounds\.001\.select: no winner is left of 12 candidates \(12 rejected\)"):
-        select(Round.of(params, world, "001"))
-
-
-def test_scores_of_an_older_version_are_asked_for_again(params: Params, world: Path) -> None:
-    files = RoundFiles(world, "001")
-    generate(Round.of(params, world, "001"))
-    score(Round.of(params, world, "001"))
-    pl.read_parquet(files.scores).drop("rejected").write_parquet(files.scores)
-    with pytest.raises(UserError, match="rerun score"):
+    with pytest.raises(UserError, match=r"rounds\.001\.select: no winner is left of 12 candidates \(12 invalid\)"):
         select(Round.of(params, world, "001"))
 
 

@@ -251,7 +251,7 @@ def test_a_round_that_is_base_is_even_with_it(params: Params, world: Path) -> No
     for rates in gate["win_rate"].values():
         assert all((rate["value"], rate["low"], rate["high"]) == (0.5, 0.5, 0.5) for rate in rates.values())
     assert (gate["verdict"], gate["finding"]) == ("pass", None)
-    assert all(look["z"] == 0 for look in gate["looks"].values())
+    assert all(look["z"] == 0 for look in gate["image_stats"].values())
 
 
 def test_evaluation_does_not_depend_on_batch_size_or_cache(params: Params, world: Path, monkeypatch) -> None:

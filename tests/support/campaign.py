@@ -19,8 +19,8 @@ from srpo.data.images import encode_png
 from srpo.data.records import read_sweep
 from srpo.data.schemas import CANDIDATE_FIELDS, IDENTITY_FIELDS, IMAGE
 from srpo.evaluation.bootstrap import Estimate
-from srpo.evaluation.gate import appearance, best_guidance, judge_round
-from srpo.evaluation.image_stats import LOOKS
+from srpo.evaluation.gate import best_guidance, image_stat_shifts, judge_round
+from srpo.evaluation.image_stats import IMAGE_STATS
 from srpo.lineage.record import WEIGHTS_FILE, read_lineage
 from srpo.rounds import BASE, Round, RoundFiles, ancestors
 from srpo.stages.select import select
@@ -104,7 +104,9 @@ def write_evaluation(params: Params, root: Path, key: str, size: int = 16, shift
         sweep[str(guidance)] = {"images": 180, "fid": 40 - 60 * gain} | {
             k: v for s in spreads.values() for k, v in s.items()
         }
-        sweep[str(guidance)] |= dict.fromkeys(LOOKS, 0.4 + 0.1 * gain) | {f"{name}_std": 0.1 for name in LOOKS}
+        sweep[str(guidance)] |= dict.fromkeys(IMAGE_STATS, 0.4 + 0.1 * gain) | {
+            f"{name}_std": 0.1 for name in IMAGE_STATS
+        }
     names = ["images", *params.rewards, "fid", "kid", "cmmd", "diversity"]
     metrics = {"guidance": settings.guidance_scale}
     metrics |= {name: sweep[str(settings.guidance_scale)][name] for name in names}
@@ -121,7 +123,7 @@ def write_evaluation(params: Params, root: Path, key: str, size: int = 16, shift
         gate["win_rate"] = {
             name: {"best": best, "base": win._asdict(), "parent": win._asdict()} for name in params.rewards
         }
-        write_json(files.evaluation / "gate.json", gate | {"looks": appearance(sweep, base)})
+        write_json(files.evaluation / "gate.json", gate | {"image_stats": image_stat_shifts(sweep, base)})
         for judge in params.reward_names("judge"):
             metrics |= {f"{judge}_win_rate": win.value, f"{judge}_win_rate_low": win.low}
         metrics |= {"verdict": gate["verdict"], "finding": gate["finding"] or "-"}
@@ -167,11 +169,11 @@ def _write_candidates(params: Params, root: Path, key: str, size: int) -> None:
                 | {"latents": np.zeros(4, np.float16), "latents_shape": [1, 2, 2], "steps": 12, "guidance": 3.0}
             )
             judged = {name: quality - 0.1 * j * quality**2 for j, name in enumerate(params.rewards)}
-            scores.append(identity | judged | {"rejected": False})
+            scores.append(identity | judged | {"invalid": False})
     for number, start in enumerate(range(0, len(rows), 2 * CANDIDATES)):
         shard = files.candidates / f"shard-{number:05d}.parquet"
         parquet.write_table(shard, rows[start : start + 2 * CANDIDATES], CANDIDATE_FIELDS)
-    fields = IDENTITY_FIELDS | dict.fromkeys(params.rewards, pa.float32()) | {"rejected": pa.bool_()}
+    fields = IDENTITY_FIELDS | dict.fromkeys(params.rewards, pa.float32()) | {"invalid": pa.bool_()}
     parquet.write_table(files.scores, scores, fields)
 
 

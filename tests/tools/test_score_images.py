@@ -53,8 +53,8 @@ def test_a_folder_is_scored_without_a_project(
     ]  # fmt: skip
     assert table["prompt"].to_list() == ["a red circle"] + ["a blue square"] * 4
     assert table["prompt_id"].to_list() == ["eval-0000"] + ["eval-0001"] * 4
-    assert table["rejected"].to_list() == [False] * 4 + [True]
-    assert table.columns[3:] == ["clip", f"clip={two}", "rejected"]
+    assert table["invalid"].to_list() == [False] * 4 + [True]
+    assert table.columns[3:] == ["clip", f"clip={two}", "invalid"]
     images = torch.from_numpy(PIXELS[:3]).permute(0, 3, 1, 2).contiguous()
     expected = ClipReward(str(one), None, torch.device("cpu")).score(images, table["prompt"].to_list()[:3])
     assert table["clip"].to_list()[:3] == pytest.approx(expected.tolist(), abs=1e-4)
@@ -62,7 +62,7 @@ def test_a_folder_is_scored_without_a_project(
     ordered = table.sort("clip")["file"].to_list()
     assert ordered[0] in shown and ordered[-1] in shown
     assert f"{table['clip'].mean():.3f}" in shown
-    assert "5 pictures, 1 of one flat colour; all scores: found/scores.parquet" in shown
+    assert "5 pictures, 1 of one flat color; all scores: found/scores.parquet" in shown
 
 
 def test_a_reward_of_params_yaml_is_known_by_its_name(folder: Path, world: Path) -> None:
