@@ -24,7 +24,7 @@ LEAST = {"minLength": "not empty", "minItems": "at least one item", "minProperti
 def on_config(config: Any) -> Any:
     """Add the API pages to the navigation."""
     reference = next(entry["Reference"] for entry in config.nav if "Reference" in entry)
-    reference.append({"API": [{f"srpo.{name}": f"{API_FOLDER}/{name}.md"} for name in packages()]})
+    reference.append({"API": [{name: f"{API_FOLDER}/{name}.md"} for name in packages()]})
     return config
 
 
@@ -121,22 +121,24 @@ def _yaml(value: object) -> str:
 def cli_page() -> str:
     """Return the reference of the command line, as typer writes it."""
     command = [sys.executable, "-m", "typer", "srpo.cli", "utils", "docs", "--name", "srpo", "--title", "Commands"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
-    return done.stdout
+    page = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
+    page = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+", "", page)  # texts cut short, which follow in full
+    flows = "`python -m flows.rounds` and `python -m flows.promote` run rounds and promotion through Prefect"
+    return f"{page}\n## Flows\n\n{flows}; `--help` lists their options.\n"
 
 
 def packages() -> list[str]:
-    """Return the names of the packages inside srpo, with "top" for the modules beside them, in reading order."""
-    found = sorted(path.parent.name for path in (REPO / "srpo").glob("*/__init__.py"))
-    return sorted(found, key=lambda name: name != "stages")
+    """Return srpo and the packages inside it: the modules beside the packages first, then the stages."""
+    inside = (f"srpo.{path.parent.name}" for path in (REPO / "srpo").glob("*/__init__.py"))
+    return ["srpo", *sorted(inside, key=lambda name: (name != "srpo.stages", name))]
 
 
 def api_page(package: str) -> str:
-    """Return a page that has mkdocstrings document every module of a package."""
-    folder = REPO / "srpo" / package
+    """Return a page on which mkdocstrings documents every module of a package."""
+    folder = REPO.joinpath(*package.split("."))
     modules = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
-    names = [f"srpo.{package}", *(f"srpo.{package}.{module}" for module in modules)]
-    return f"# srpo.{package}\n\n" + "".join(f"::: {name}\n\n" for name in names)
+    names = [package, *(f"{package}.{module}" for module in modules if module != "cli")]
+    return f"# {package}\n\n" + "".join(f"::: {name}\n\n" for name in names)
 
 
 def decisions_table() -> str:

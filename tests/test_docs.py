@@ -1,23 +1,48 @@
-"""What the documents name exists."""
+"""Documentation: links, commands, and the pages generated from the code.
+
+python -m pytest tests/test_docs.py
+"""
 
 from __future__ import annotations
 
 import re
 import shlex
-from importlib.util import find_spec
+from collections.abc import Iterator
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
+from typing import get_args
 
 import pytest
+from pydantic import BaseModel
 from typer.main import get_command
 
 from srpo.cli import app
+from srpo.config.loader import Params
 
 REPO = Path(__file__).parent.parent
-PAGES = sorted([*REPO.glob("*.md"), *REPO.glob("docs/*.md")])
+PAGES = sorted([*REPO.glob("*.md"), *REPO.glob("docs/**/*.md")])
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(REPO))
+
+
+def load_hooks() -> ModuleType:
+    """Load docs/hooks.py, which is not in a package."""
+    spec = spec_from_file_location("docs_hooks", REPO / "docs" / "hooks.py")
+    assert spec and spec.loader
+    hooks = module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    return hooks
+
+
+HOOKS = load_hooks()
+GENERATED = {REPO / "docs" / HOOKS.PARAMS_PAGE, REPO / "docs" / HOOKS.CLI_PAGE}
 
 
 def commands(page: Path) -> list[list[str]]:
-    """This project's commands in a page's unmarked code blocks, as words without prompt and comment."""
+    """Return this project's commands in a page's unmarked code blocks, as words without prompt and comment."""
     # marked blocks are matched too, else the end of one would be taken for the start of an unmarked one
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     shell = "\n".join(block for mark, block in blocks if not mark)
@@ -26,13 +51,28 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def section_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the keys of a section and of the sections inside it, without the names of rounds and rewards."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for inner in sections_in(field.annotation):
+            yield from section_keys(inner, f"{prefix}{name}.")
+
+
+def sections_in(annotation: object) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections_in(part)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+        file = (page.parent / target).resolve()
+        assert target.startswith("https://") or file.exists() or file in GENERATED, target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_exist(page: Path) -> None:
     known = get_command(app).commands
     targets = re.findall(r"^([\w-]+):", (REPO / "Makefile").read_text(), re.MULTILINE)
@@ -48,3 +88,19 @@ def test_commands_exist(page: Path) -> None:
 
 def test_the_readme_has_its_two_commands() -> None:
     assert [words[:2] for words in commands(REPO / "README.md")][:2] == [["make", "demo"], ["make", "test"]]
+
+
+def test_the_params_page_has_every_key() -> None:
+    rows = re.findall(r"^\| `([^`]+)` \|", HOOKS.params_page(), re.MULTILINE)
+    shown = [re.sub(r"\[\]|\.<name>", "", key) for key in rows]
+    assert sorted(shown) == sorted(section_keys(Params))
+
+
+def test_the_commands_page_has_every_command() -> None:
+    page = HOOKS.cli_page()
+    assert [name for name in get_command(app).commands if f"## `srpo {name}`" not in page] == []
+
+
+def test_every_decision_is_in_the_index() -> None:
+    numbers = re.findall(r"^\| (\d+) \| \[", HOOKS.decisions_table(), re.MULTILINE)
+    assert numbers == [str(number) for number in range(1, len(numbers) + 1)]

@@ -97,7 +97,9 @@ class GenerateParams(Section):
 class RewardParams(Section):
     """One reward model. Those with role `select` choose winners; those with role `judge` never do."""
 
-    kind: str = Field(min_length=1, description="a family of docs/rewards.md, or package.module:Class of your own")
+    kind: str = Field(
+        min_length=1, description="a family of docs/reference/rewards.md, or package.module:Class of your own"
+    )
     model: str | None = Field(
         None, min_length=1, description="Hub id, local folder or file; left out: the family's published model"
     )

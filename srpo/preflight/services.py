@@ -181,7 +181,7 @@ def find_mlflow(uri: str) -> Finding:
     address = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search"
     auth = (user, password) if user and password else None
     hints = {
-        403: "it refuses this name for it: start it with --allowed-hosts, see docs/servers.md",
+        403: "it refuses this name for it: start it with --allowed-hosts, see docs/how-to/servers.md",
         401: f"it wants {' and '.join(names)}",
     }
     return _find_server("mlflow", address, uri, hints, params={"max_results": 1}, auth=auth)
@@ -220,7 +220,9 @@ def _find_server(what: str, address: str, shown: str, hints: dict[int, str], met
     try:
         answer: httpx.Response = httpx.request(method, address, timeout=SECONDS, **request)
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-        return Finding(what, "fail", f"{shown} does not answer ({type(error).__name__}); start it, see docs/servers.md")
+        return Finding(
+            what, "fail", f"{shown} does not answer ({type(error).__name__}); start it, see docs/how-to/servers.md"
+        )
     if answer.is_success:
         return Finding(what, "ok", f"{shown} answers")
     hint = hints.get(answer.status_code, "is it the right address?")
