@@ -82,7 +82,7 @@ def test_the_page_shows_verdict_gate_and_hashes(reported: Path) -> None:
     looks = {f"{name}_shift" for name in gate["image_stats"]}
     for name, rule in gate["rules"].items():
         assert name in looks or (name in page.words and f"{rule['value']:.3f}" in page.words)
-    assert page.words.count("holds") == len(gate["rules"])
+    assert page.words.count("passed") == len(gate["rules"])
     assert {lineage["adapter"], lineage["winners"], lineage["parent_adapter"], lineage["code"]} <= set(page.words)
 
 
@@ -98,7 +98,7 @@ def test_the_page_shows_intervals_and_looks(reported: Path) -> None:
 
 
 def test_a_refused_round_says_what_was_found_and_broken(project: Path) -> None:
-    assert "Reward hacking" not in Page(project).words and "broken" not in Page(project).words
+    assert "Reward hacking" not in Page(project).words and "failed" not in Page(project).words
     path = RoundFiles(project, "002").evaluation / "gate.json"
     gate = json.loads(path.read_text()) | {"verdict": "fail", "finding": "reward hacking"}
     gate["rules"]["fid_ratio"] |= {"passed": False, "value": 1.25}
@@ -107,7 +107,7 @@ def test_a_refused_round_says_what_was_found_and_broken(project: Path) -> None:
     page = Page(project)
     banner = page.html[page.html.index('class="banner"') : page.html.index("Is it better?")]
     assert "Reward hacking" in banner and re.search(r"fid_ratio</code> 1\.250 \(at most 1\.000\)\.", banner)
-    assert page.words.count("broken") == 1
+    assert page.words.count("failed") == 1
 
 
 def test_the_charts_show_base_parent_and_round(reported: Path) -> None:
