@@ -8,15 +8,15 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import get_args
 
 import pytest
 from pydantic import BaseModel
 from typer.main import get_command
 
+from docs import hooks
 from srpo.cli import app
 from srpo.config.loader import Params
 
@@ -28,17 +28,7 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(REPO))
 
 
-def load_hooks() -> ModuleType:
-    """Load docs/hooks.py, which is not in a package."""
-    spec = spec_from_file_location("docs_hooks", REPO / "docs" / "hooks.py")
-    assert spec and spec.loader
-    hooks = module_from_spec(spec)
-    spec.loader.exec_module(hooks)
-    return hooks
-
-
-HOOKS = load_hooks()
-GENERATED = {REPO / "docs" / HOOKS.PARAMS_PAGE, REPO / "docs" / HOOKS.CLI_PAGE}
+GENERATED = {REPO / "docs" / hooks.PARAMS_PAGE, REPO / "docs" / hooks.CLI_PAGE}
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -91,16 +81,16 @@ def test_the_readme_has_its_two_commands() -> None:
 
 
 def test_the_params_page_has_every_key() -> None:
-    rows = re.findall(r"^\| `([^`]+)` \|", HOOKS.params_page(), re.MULTILINE)
+    rows = re.findall(r"^\| `([^`]+)` \|", hooks.params_page(), re.MULTILINE)
     shown = [re.sub(r"\[\]|\.<name>", "", key) for key in rows]
     assert sorted(shown) == sorted(section_keys(Params))
 
 
 def test_the_commands_page_has_every_command() -> None:
-    page = HOOKS.cli_page()
+    page = hooks.cli_page()
     assert [name for name in get_command(app).commands if f"## `srpo {name}`" not in page] == []
 
 
 def test_every_decision_is_in_the_index() -> None:
-    numbers = re.findall(r"^\| (\d+) \| \[", HOOKS.decisions_table(), re.MULTILINE)
+    numbers = re.findall(r"^\| (\d+) \| \[", hooks.decisions_table(), re.MULTILINE)
     assert numbers == [str(number) for number in range(1, len(numbers) + 1)]
