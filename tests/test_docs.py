@@ -19,6 +19,7 @@ from typer.main import get_command
 from docs import hooks
 from srpo.cli import app
 from srpo.config.loader import Params
+from srpo.data.schemas import CANDIDATE_FIELDS
 
 REPO = Path(__file__).parent.parent
 PAGES = sorted([*REPO.glob("*.md"), *REPO.glob("docs/**/*.md")])
@@ -89,6 +90,11 @@ def test_the_params_page_has_every_key() -> None:
 def test_the_commands_page_has_every_command() -> None:
     page = hooks.cli_page()
     assert [name for name in get_command(app).commands if f"## `srpo {name}`" not in page] == []
+
+
+def test_the_datasets_page_has_every_column() -> None:
+    page = (REPO / "docs" / "reference" / "datasets.md").read_text(encoding="utf-8")
+    assert [name for name in CANDIDATE_FIELDS if f"`{name}`" not in page] == []
 
 
 def test_every_decision_is_in_the_index() -> None:
