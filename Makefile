@@ -4,24 +4,23 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-all chaos lint env data clean
+.PHONY: demo test test-all chaos lint format docs env data clean
 
 env: $(BIN)/.installed
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv -c constraints.txt
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[all]' --group dev
 	touch $@
 
 data: env
 	$(BIN)/dvc pull --quiet --remote assets data.dvc
 
-demo: data
-	$(BIN)/python -m flows.rounds
+demo: data  # one process serves all stages, because their imports would take most of its time
+	SRPO_WARM=1 $(BIN)/python -m flows.rounds
 	@$(BIN)/python -m srpo table
 
 test: data
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-all: data
@@ -31,7 +30,20 @@ chaos: env
 	$(BIN)/python -m tests.faults.chaos
 
 lint: env
-	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/deptry srpo flows
+	$(BIN)/codespell
+	$(BIN)/mkdocs build --strict --quiet
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: env
+	$(BIN)/mkdocs serve
 
 clean:
-	rm -rf rounds .srpo mlflow.db mlartifacts dvc.lock
+	rm -rf rounds .srpo mlflow.db mlartifacts dvc.lock site

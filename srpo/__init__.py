@@ -1,3 +1,3 @@
 """Simple Rejection Preference Optimization: SDXL fine-tuning by rejection sampling, with lineage."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

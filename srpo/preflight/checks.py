@@ -17,6 +17,7 @@ from srpo.errors import UserError
 from srpo.preflight import cost as estimate
 from srpo.preflight.services import Finding, find_mlflow, find_models, find_prefect, find_remote
 from srpo.rounds import BASE, RoundFiles
+from srpo.runtime.extras import missing
 
 CLIP_TOKENS = 77
 FEW_PROMPTS = 100
@@ -139,10 +140,12 @@ def _reference(params: Params, root: Path) -> Finding:
 
 
 def _repositories(root: Path) -> list[Finding]:
+    found = [_git(root)]
+    if line := missing("dvc"):
+        return [*found, Finding("dvc", "fail", f"a project {line}")]
     from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
 
-    found = [_git(root)]
     try:
         repo = Repo(str(root))
     except NotDvcRepoError:
@@ -213,6 +216,8 @@ def _disk(params: Params, root: Path, train: int, held_out: int) -> Finding:
 
 
 def _cache_types(root: Path) -> set[str]:
+    if missing("dvc"):
+        return set()
     from dvc.config import Config, ConfigError
 
     try:

@@ -15,6 +15,7 @@ from srpo.config.schema import INCEPTION
 from srpo.errors import one_line, without_secrets
 from srpo.lineage.identity import COMMIT, HUB_ID
 from srpo.rewards.families import FAMILIES
+from srpo.runtime.extras import missing
 
 if TYPE_CHECKING:
     import httpx
@@ -174,6 +175,8 @@ def find_remote(repo: Repo) -> Finding:
 
 def find_mlflow(uri: str) -> Finding:
     """Whether the tracking server answers as one, to this name for it and these credentials."""
+    if line := missing("mlflow"):
+        return Finding("mlflow", "warn", f"tracking {line}")
     if not uri.startswith(("http://", "https://")):
         return Finding("mlflow", "ok", f"{without_secrets(uri)}: no server to ask")
     names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")

@@ -12,6 +12,7 @@ from srpo.config.loader import Params
 from srpo.errors import UserError, one_line
 from srpo.lineage.record import adapter_weights
 from srpo.release import registry
+from srpo.runtime.extras import require
 from srpo.storage.hashing import dvc_digest, file_digest
 
 if TYPE_CHECKING:
@@ -29,8 +30,10 @@ def restore(params: Params, root: Path, which: str, to: Path | None = None) -> s
         to: the folder to make; default `restored/<version>`.
 
     Raises:
-        UserError: no such version; DVC does not have it; the folder holds something else; or a hash is wrong.
+        UserError: DVC or MLflow is not installed; no such version; DVC does not have it; the folder holds something
+            else; or a hash is wrong.
     """
+    require("dvc", "`srpo restore`")
     version = registry.look_up(params, root, which)
     tags = version.tags
     name, dvc_hash, sha256 = f"version {registry.number(version)}", tags["dvc.adapter"], tags["srpo.adapter"]

@@ -8,15 +8,18 @@ import sys
 from pathlib import Path
 
 from srpo.errors import UserError
+from srpo.runtime.extras import require
 
-PACKAGED = Path(__file__).parent / "project"  # links to the clone's own files; a wheel holds what they lead to
+PROJECT = Path(__file__).parent / "project"
 CLONE = Path(__file__).parents[2]
+# a wheel holds these in `project`, by names that no tool there takes for its own; see pyproject.toml
+AT_ROOT = {"pipeline.yaml": "dvc.yaml", "prefect.yaml": "prefect.yaml", "gitignore": ".gitignore", "presets": "presets"}
 TINY = "tiny"
 
 
 def presets() -> list[str]:
     """The names that `--preset` takes."""
-    return sorted(path.stem for path in (PACKAGED / "presets").glob("*.yaml"))
+    return sorted(path.stem for path in _template("presets").glob("*.yaml"))
 
 
 def init_project(folder: Path, preset: str) -> list[str]:
@@ -28,17 +31,19 @@ def init_project(folder: Path, preset: str) -> list[str]:
         The files and folders written, relative to `folder`.
 
     Raises:
-        UserError: no such preset, one of the files is there already, or the data is not at hand; nothing is written.
+        UserError: DVC is not installed, no such preset, one of the files is there already, or the data is not at hand;
+            nothing is written.
     """
+    require("dvc", "`srpo init`")
     if preset not in presets():
         raise UserError(f"--preset: there is no {preset!r}; choose one of {', '.join(presets())}")
     plan = {
-        "params.yaml": PACKAGED / "presets" / f"{preset}.yaml",
-        "dvc.yaml": PACKAGED / "pipeline.yaml",  # under its own name DVC would take it for a second pipeline
-        "prefect.yaml": PACKAGED / "prefect.yaml",
-        ".gitignore": PACKAGED / "gitignore",
+        "params.yaml": _template("presets") / f"{preset}.yaml",
+        "dvc.yaml": _template("pipeline.yaml"),
+        "prefect.yaml": _template("prefect.yaml"),
+        ".gitignore": _template("gitignore"),
     }
-    examples = {"data/prompts": PACKAGED / "prompts", "README.md": PACKAGED / "README.md"}
+    examples = {"data/prompts": PROJECT / "prompts", "README.md": PROJECT / "README.md"}
     plan |= _tiny_data() if preset == TINY else examples
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a folder")
@@ -63,6 +68,11 @@ def next_steps(preset: str) -> str:
     if preset == TINY:
         return "dvc pull --remote assets data.dvc, then python -m flows.rounds"
     return "README.md has the steps: your prompts and reference pictures into data/, a remote, srpo check, dvc repro"
+
+
+def _template(name: str) -> Path:
+    packaged = PROJECT / name
+    return packaged if packaged.exists() else CLONE / AT_ROOT[name]
 
 
 def _tiny_data() -> dict[str, Path]:

@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from srpo.config.loader import Params
-from srpo.errors import one_line, without_secrets
+from srpo.errors import UserError, one_line, without_secrets
 from srpo.rounds import BASE, Round, RoundFiles, ancestors, order
 from srpo.runtime import distributed
+from srpo.runtime.extras import require
 from srpo.storage.hashing import file_digest, value_digest
 from srpo.tracking import records as projection
 from srpo.tracking.records import Point
@@ -135,7 +136,12 @@ def project(round: Round) -> bool:
 
 
 def sync(params: Params, root: Path) -> bool:
-    """Project base and every round of params.yaml that has files; False when something failed, with a warning."""
+    """Project base and every round of params.yaml that has files; False when something failed, with a warning.
+
+    Raises:
+        UserError: MLflow is not installed.
+    """
+    require("mlflow", "`srpo track`")
     keys = [key for key in (BASE, *order(params.rounds)) if RoundFiles(root, key).folder.is_dir()]
     return _project(params, root, keys)
 
@@ -258,7 +264,12 @@ class Records:
 
 @contextlib.contextmanager
 def opened(params: Params, root: Path) -> Iterator[Records]:
-    """The campaign's records, held by this process alone."""
+    """The campaign's records, held by this process alone.
+
+    Raises:
+        UserError: MLflow is not installed.
+    """
+    require("mlflow", "tracking")
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
@@ -368,5 +379,7 @@ def _attempt(what: str, work: Callable[[], None]) -> bool:
 
 def reason(error: Exception) -> str:
     """What went wrong, in one line that holds no password."""
+    if isinstance(error, UserError):
+        return str(error)
     words = without_secrets(one_line(error))
     return f"{type(error).__name__}: {words:.160}"
