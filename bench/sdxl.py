@@ -52,7 +52,7 @@ def write_project(root: Path, configuration: Configuration, device: torch.device
     fields = {"candidate_id": pa.string(), "prompt": pa.string(), "weight": pa.float32()} | latents
     rows = [
         {"candidate_id": str(i), "prompt": PROMPT, "weight": 1.0, "latents_shape": [4, side, side]}
-        | {name: rng.normal(size=4 * side * side).astype(np.float16) for name in ("latents", "loser_latents")}
+        | {name: parquet.latents_bytes(rng.normal(size=4 * side * side)) for name in ("latents", "loser_latents")}
         for i in range(64)
     ]
     parquet.write_table(RoundFiles(root, KEY).winners / "shard-00000.parquet", rows, fields)

@@ -55,8 +55,7 @@ def _candidates(key: str, prompts: range, per_prompt: int, cells: Sequence[bytes
         [pa.array([cells[i % len(cells)] for i in range(count)]), pa.nulls(count, pa.string())],
         fields=list(IMAGE),
     )
-    values = pa.array(rng.normal(size=16 * count).astype(np.float16))
-    columns["latents"] = pa.ListArray.from_arrays(pa.array(np.arange(0, 16 * count + 1, 16, dtype=np.int32)), values)
+    columns["latents"] = pa.array([parquet.latents_bytes(row) for row in rng.normal(size=(count, 16))])
     shape = pa.array(np.tile(np.array([4, 2, 2], np.int32), count))
     columns["latents_shape"] = pa.ListArray.from_arrays(pa.array(np.arange(0, 3 * count + 1, 3, dtype=np.int32)), shape)
     columns |= {"steps": pa.repeat(30, count), "guidance": pa.repeat(5.0, count)}

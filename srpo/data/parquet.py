@@ -1,159 +1,135 @@
-"""Parquet datasets: schemas, the atomic writer, the readers.
+"""Parquet datasets: the atomic writer, and readers that verify checksums.
 
-Every file opens with `datasets.load_dataset("parquet", ...)` with its pictures decoded, because the HF
-feature metadata is written into the Arrow schema; nothing here needs that library.
+Every file opens with `datasets.load_dataset("parquet", ...)` with its images decoded, because the Arrow schema holds
+that library's feature metadata; nothing in this package needs the library.
+
+Files are plain parquet with a CRC32 per page, which is verified each time a page is read.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, groupby
+from functools import lru_cache
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from srpo.data.schemas import arrow_schema
+from srpo.data.schemas import IMAGE, LATENTS, arrow_schema
 from srpo.errors import UserError, one_line
-from srpo.storage import footers
+from srpo.storage.files import atomic_write
 
 if TYPE_CHECKING:
     import polars as pl
 
-# a row group is what is read at once: some twenty pictures of 1024 x 1024, thousands of small ones
-ROW_GROUP_BYTES, ROW_GROUP = 32 << 20, range(16, 1 << 16)
+# the least that is read to get one row: two images of 1024 x 1024 and their latents, or thousands of small rows
+ROW_GROUP_BYTES = 4 << 20
+ROW_GROUP_ROWS = 1 << 16
+BATCH_BYTES = 32 << 20  # of rows in memory while a file is read from start to end
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], fields: Mapping[str, pa.DataType]) -> None:
-    """Write one parquet file, visible under its name only when it is whole, with checksums for all that is read.
-
-    The same rows give the same bytes.
-    """
+    """Write one parquet file atomically. The same rows give the same bytes."""
     write_arrow(path, [pa.Table.from_pylist([dict(row) for row in rows], schema=arrow_schema(fields))])
 
 
 def write_arrow(path: Path, tables: Iterable[pa.Table]) -> None:
-    """The same from Arrow tables of one schema, written as they come."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    """Write one parquet file atomically from Arrow tables of one schema, without holding all of them in memory.
+
+    Images and latents are neither compressed nor dictionary-encoded: nothing is gained from it.
+    """
     tables = iter(tables)
     first = next(tables)
-    rows = ROW_GROUP_BYTES * first.num_rows // max(1, first.nbytes)
-    size = max(ROW_GROUP.start, min(rows, ROW_GROUP.stop))
-    with pq.ParquetWriter(partial, first.schema, compression="zstd", write_page_checksum=True) as writer:
-        for table in chain([first], tables):
-            writer.write_table(table, row_group_size=size)
-    footers.seal(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    leaves = [_leaf(field) for field in first.schema if field.type not in (IMAGE, LATENTS)]
+    with (
+        atomic_write(path) as partial,
+        pq.ParquetWriter(
+            partial,
+            first.schema,
+            compression=dict.fromkeys(leaves, "zstd"),
+            use_dictionary=leaves,
+            write_page_checksum=True,
+        ) as writer,
+    ):
+        for group in _row_groups(first, tables):
+            writer.write_table(group, row_group_size=group.num_rows)
 
 
 def shards(path: Path) -> list[Path]:
-    """The parquet files of a dataset (a folder, or one file), in name order.
+    """Return the parquet files of a dataset (a folder, or one file), in name order.
 
     Raises:
         UserError: there is none.
     """
-    found = [path] if path.is_file() else sorted(path.glob("*.parquet"))
-    if not found:
+    files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
+    if not files:
         raise UserError(f"{path}: no parquet file there; run the stage that makes it, or `dvc pull`/`dvc checkout`")
-    return found
+    return files
 
 
-def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """All rows of a dataset, row group by row group, so that memory stays flat.
+def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """Yield all rows of a dataset as tables of about 32 MiB, so that memory use stays flat.
 
     Raises:
         UserError: a file is damaged or lacks a column.
     """
     for shard in shards(path):
-        for group in _row_groups(shard, columns):
-            yield from group.to_pylist()
+        with _opened(shard, columns) as file:
+            names = file.schema_arrow.names if columns is None else list(columns)
+            rows = 0
+            for batch in file.iter_batches(_batch_rows(file, names), columns=names):
+                rows += batch.num_rows
+                yield pa.Table.from_batches([batch]).select(names)
+            if rows != file.metadata.num_rows:  # a damaged page header can end the reading without an error
+                raise pa.ArrowInvalid(f"{rows} of {file.metadata.num_rows} rows")
 
 
-def latents_array(row: Mapping[str, Any], column: str = "latents") -> np.ndarray:
-    """float16 [channels, height, width]: the sampler's final latents, already times the VAE's scaling factor."""
-    return np.asarray(row[column], dtype=np.float16).reshape(row["latents_shape"])
-
-
-def broken_latents(path: Path) -> set[str]:
-    """The candidate_id of every candidate whose latents hold NaN or infinity.
+def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield all rows of a dataset as dicts, with flat memory use.
 
     Raises:
-        UserError: a file is damaged.
+        UserError: a file is damaged or lacks a column.
     """
-    found: set[str] = set()
-    for shard in shards(path):
-        for group in _row_groups(shard, ["candidate_id", "latents"]):
-            latents = group.column("latents").combine_chunks()
-            finite = np.isfinite(latents.flatten().to_numpy())
-            # a list column's offsets count from its own start once flattened
-            bounds = np.cumsum(pc.list_value_length(latents).fill_null(0).to_numpy())  # given up early: has none
-            whole = [part.all() for part in np.split(finite, bounds[:-1])]
-            found |= {key for key, good in zip(group["candidate_id"].to_pylist(), whole, strict=True) if not good}
-    return found
-
-
-class Places:
-    """A dataset's rows by their place, counted over all shards in name order. Opening it reads no rows."""
-
-    def __init__(self, path: Path) -> None:
-        """Read the footers of a dataset (a folder, or one file).
-
-        Raises:
-            UserError: a file is damaged, or there is none.
-        """
-        self.groups: list[tuple[Path, int]] = []
-        counts = [0]
-        for shard in shards(path):
-            with _opened(shard, None) as file:
-                self.groups += [(shard, group) for group in range(file.num_row_groups)]
-                counts += [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-                self.schema = file.schema_arrow
-        self.starts = np.cumsum(counts)
-
-    def take(self, places: np.ndarray, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The rows at these ascending places, a row group's at a time; row groups without any are not read.
-
-        Raises:
-            UserError: a file is damaged or lacks a column.
-        """
-        ends = np.searchsorted(places, self.starts[1:])
-        begin = 0
-        wanted = np.flatnonzero(np.diff(ends, prepend=0))
-        for shard, groups in groupby(wanted, lambda group: self.groups[group][0]):
-            with _opened(shard, columns) as file:
-                for group in groups:
-                    table = file.read_row_group(self.groups[group][1], columns=columns)
-                    yield table.take(places[begin : ends[group]] - self.starts[group])
-                    begin = ends[group]
+    for table in read_batches(path, columns):
+        yield from table.to_pylist()
 
 
 def scan(path: Path, columns: Sequence[str]) -> pl.LazyFrame:
-    """These columns of a dataset as a polars query.
+    """Return these columns of a dataset as a polars query, which reads only the columns that it needs, in batches.
 
-    All their pages are read once for their checksums, and not kept.
+    Polars' own reader ignores page checksums, so pages are read with pyarrow.
 
     Raises:
-        UserError: a file is damaged, lacks a column, or there is none.
+        UserError: a file is damaged, lacks a column, or there is none; also when the query is collected.
     """
     import polars as pl
+    from polars.io.plugins import register_io_source
 
-    found = shards(path)
-    for shard in found:  # polars itself leaves the checksums alone, and a flipped bit may well decompress
-        for _ in _row_groups(shard, columns):
-            pass
-    return pl.scan_parquet(found, extra_columns="ignore").select(columns)
+    with _opened(shards(path)[0], columns) as file:
+        fields = [file.schema_arrow.field(name) for name in columns]
+    empty = pl.DataFrame(pa.schema(fields).empty_table())
+
+    def read(
+        wanted: list[str] | None, predicate: pl.Expr | None, n_rows: int | None, batch_size: int | None
+    ) -> Iterator[pl.DataFrame]:
+        left = n_rows
+        for table in read_batches(path, columns if wanted is None else wanted):
+            frame = pl.DataFrame(table).head(table.num_rows if left is None else left)
+            if left is not None:
+                left -= frame.height
+            yield frame if predicate is None else frame.filter(predicate)
+            if left == 0:
+                return
+
+    return register_io_source(read, schema=empty.schema, is_pure=True)
 
 
 def table(path: Path, columns: Sequence[str]) -> pl.DataFrame:
-    """These columns of a dataset that fits in memory.
+    """Return these columns of a dataset that fits in memory.
 
     Raises:
         UserError: a file is damaged, lacks a column, or there is none.
@@ -161,34 +137,208 @@ def table(path: Path, columns: Sequence[str]) -> pl.DataFrame:
     return scan(path, columns).collect()
 
 
-def _row_groups(shard: Path, columns: Sequence[str] | None) -> Iterator[pa.Table]:
-    with _opened(shard, columns) as file:
-        for group in range(file.num_row_groups):
-            yield file.read_row_group(group, columns=columns)
-
-
 def find_candidates(path: Path, ids: pl.Series) -> pl.DataFrame:
-    """Where the candidates of these ids are: `candidate_id` and `place`, as `Places` counts, in that order.
+    """Return `candidate_id` and `row`, as `RowReader` counts rows, of the candidates with these ids, in row order.
 
-    An id that is not there has no row, one that is there twice has two.
+    An id that the dataset lacks has no row; an id that it holds twice has two.
 
     Raises:
         UserError: a file is damaged, lacks a column, or there is none.
     """
     wanted = ids.unique().alias("candidate_id").to_frame().lazy()
-    numbered = scan(path, ["candidate_id"]).with_row_index("place")
-    return numbered.join(wanted, on="candidate_id", how="semi").collect(engine="streaming").sort("place")
+    numbered = scan(path, ["candidate_id"]).with_row_index("row")
+    return numbered.join(wanted, on="candidate_id", how="semi").collect(engine="streaming").sort("row")
+
+
+def nonfinite_latents(path: Path) -> set[str]:
+    """Return the candidate_id of every candidate whose latents hold NaN or infinity.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    ids: set[str] = set()
+    for batch in read_batches(path, ["candidate_id", "latents"]):
+        for key, latents in zip(batch["candidate_id"].to_pylist(), batch["latents"], strict=True):
+            # float16 NaN and infinity have all exponent bits set
+            if latents.is_valid and (np.frombuffer(latents.as_buffer(), "<u2") & 0x7C00 == 0x7C00).any():
+                ids.add(key)
+    return ids
+
+
+def latents_bytes(latents: np.ndarray) -> bytes:
+    """Return the cell of a latents column: float16 [channels, height, width] in memory order."""
+    return np.ascontiguousarray(latents, "<f2").tobytes()
+
+
+def latents_array(row: Mapping[str, Any], column: str = "latents") -> np.ndarray:
+    """Return a row's latents: float16 [channels, height, width], multiplied by the VAE's scaling factor."""
+    return np.frombuffer(row[column], "<f2").reshape(row["latents_shape"])
+
+
+class RowReader:
+    """Random access to a dataset's rows by number, counted over all shards in name order. Files are memory-mapped.
+
+    Attributes:
+        schema: of the dataset.
+        num_rows: of all shards.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the footers of a dataset (a folder, or one file), and no rows.
+
+        Raises:
+            UserError: a file is damaged, or there is none.
+        """
+        self.path = path
+        self._groups: list[tuple[Path, int]] = []
+        counts = [0]
+        for shard in shards(path):
+            with _opened(shard, None) as file:
+                self.schema: pa.Schema = file.schema_arrow
+                for number in range(file.num_row_groups):
+                    self._groups.append((shard, number))
+                    counts.append(file.metadata.row_group(number).num_rows)
+        self._starts = np.cumsum(counts)
+        self.num_rows = int(self._starts[-1])
+        self._open = lru_cache(maxsize=32)(_open_mapped)
+
+    def take(self, numbers: np.ndarray, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Yield the rows with these ascending numbers, one table per row group; other row groups are not read.
+
+        Raises:
+            UserError: a file is damaged or lacks a column.
+        """
+        for group, begin, end in self._spans(numbers):
+            yield self._read(group, columns).take(numbers[begin:end] - self._starts[group])
+
+    def latents(self, numbers: Sequence[int] | np.ndarray, column: str = "latents") -> np.ndarray:
+        """Return float16 [n, channels, height, width]: the latents of the rows with these numbers, in their order.
+
+        Args:
+            column: `latents` or `loser_latents`.
+
+        Raises:
+            UserError: a file is damaged or lacks the column, a row has no latents, or rows differ in shape.
+        """
+        numbers = np.asarray(numbers)
+        ascending = np.argsort(numbers, kind="stable")
+        latents = None
+        for group, begin, end in self._spans(numbers[ascending]):
+            table = self._read(group, [column, "latents_shape"])
+            for position in ascending[begin:end]:
+                row = int(numbers[position] - self._starts[group])
+                cell, shape = table[column][row], table["latents_shape"][row].as_py()
+                if not cell.is_valid or shape is None:
+                    raise UserError(f"{self.path}: row {numbers[position]} has no {column}; rerun select")
+                if latents is None:
+                    latents = np.empty((len(numbers), *shape), np.float16)
+                if latents.shape[1:] != tuple(shape) or len(cell.as_buffer()) != latents[0].nbytes:
+                    raise UserError(f"{self.path}: latents of several sizes; rerun generate and select of this round")
+                latents[position] = np.frombuffer(cell.as_buffer(), "<f2").reshape(shape)
+        return np.empty((0, 0, 0, 0), np.float16) if latents is None else latents
+
+    def has(self, column: str) -> np.ndarray:
+        """Return bool [num_rows]: whether a row has a value in this column. Only mixed row groups are read.
+
+        Raises:
+            UserError: a file is damaged or lacks the column.
+        """
+        parts = []
+        for group, rows in enumerate(np.diff(self._starts).tolist()):
+            if (nulls := self._null_count(group, column)) in (0, rows):
+                parts.append(np.full(rows, nulls == 0))
+            else:
+                parts.append(self._read(group, [column])[column].is_valid().to_numpy())
+        return np.concatenate(parts) if parts else np.zeros(0, bool)
+
+    def _null_count(self, group: int, column: str) -> int | None:
+        """Return the number of null values that the footer names, or None."""
+        shard, number = self._groups[group]
+        with _naming(shard):
+            file = self._open(shard)
+            _check_columns(file, shard, [column])
+            chunk = file.metadata.row_group(number).column(file.schema.names.index(column))
+            return chunk.statistics.null_count if chunk.is_stats_set else None
+
+    def _spans(self, numbers: np.ndarray) -> Iterator[tuple[int, int, int]]:
+        """Yield (row group, begin, end) such that the ascending `numbers[begin:end]` are in that row group."""
+        groups = np.searchsorted(self._starts, numbers, side="right") - 1
+        begin = 0
+        for group, members in groupby(groups.tolist()):
+            end = begin + sum(1 for _ in members)
+            yield group, begin, end
+            begin = end
+
+    def _read(self, group: int, columns: Sequence[str] | None) -> pa.Table:
+        shard, number = self._groups[group]
+        with _naming(shard):
+            file = self._open(shard)
+            _check_columns(file, shard, columns)
+            return file.read_row_group(number, columns=columns)
+
+
+def _open_mapped(shard: Path) -> pq.ParquetFile:
+    return pq.ParquetFile(shard, memory_map=True, page_checksum_verification=True)
+
+
+def _leaf(field: pa.Field) -> str:
+    """Return the name by which parquet knows a column of this field."""
+    return f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+
+
+def _row_groups(first: pa.Table, others: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Cut and join tables into row groups of about ROW_GROUP_BYTES."""
+    waiting: list[pa.Table] = []
+    size = rows = 0
+    for table in _chain(first, others):
+        row_bytes = max(1, table.nbytes // max(1, table.num_rows))
+        step = max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // row_bytes))
+        for start, end in pairwise([*range(0, table.num_rows, step), table.num_rows]):
+            waiting.append(table.slice(start, end - start))
+            size += (end - start) * row_bytes
+            rows += end - start
+            if size + row_bytes > ROW_GROUP_BYTES or rows >= ROW_GROUP_ROWS:
+                yield pa.concat_tables(waiting)
+                waiting = []
+                size = rows = 0
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def _chain(first: pa.Table, others: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    yield first
+    yield from others
+
+
+def _batch_rows(file: pq.ParquetFile, columns: Sequence[str]) -> int:
+    """Return how many rows of these columns have at most about BATCH_BYTES."""
+    if not {IMAGE, LATENTS} & {file.schema_arrow.field(name).type for name in columns}:
+        return ROW_GROUP_ROWS
+    metadata = file.metadata
+    size = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    return max(1, min(ROW_GROUP_ROWS, BATCH_BYTES * metadata.num_rows // max(1, size)))
 
 
 @contextmanager
 def _opened(shard: Path, columns: Sequence[str] | None) -> Iterator[pq.ParquetFile]:
+    with _naming(shard), pq.ParquetFile(shard, page_checksum_verification=True) as file:
+        _check_columns(file, shard, columns)
+        yield file
+
+
+def _check_columns(file: pq.ParquetFile, shard: Path, columns: Sequence[str] | None) -> None:
+    schema = file.schema_arrow
+    if missing := set(columns or ()) - set(schema.names):
+        raise UserError(f"{shard}: has no column {sorted(missing)[0]!r}; rerun what makes this file")
+    if "image" in schema.names and schema.field("image").type != IMAGE:
+        raise UserError(f"{shard}: column 'image' must be a struct of bytes and path; rerun what makes this file")
+
+
+@contextmanager
+def _naming(shard: Path) -> Iterator[None]:
+    """Turn errors of reading this file into one line that names it."""
     try:
-        if not footers.is_sound(shard):
-            raise UserError(f"{shard}: its footer is damaged; `dvc checkout` restores it")
-        with pq.ParquetFile(shard, page_checksum_verification=True) as file:
-            if missing := set(columns or ()) - set(file.schema_arrow.names):
-                raise UserError(f"{shard}: has no column {sorted(missing)[0]!r}; rerun what makes this file")
-            yield file
-    except (pa.ArrowException, OSError) as error:
+        yield
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # a damaged footer may hold anything
         reason = one_line(error)
         raise UserError(f"{shard}: not a readable parquet file ({reason:.120}); `dvc checkout` restores it") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from srpo.errors import UserError
 from srpo.evaluation.features import Extractor
 from srpo.evaluation.frechet import Gaussian, Moments
 from srpo.rewards.batches import BATCH, batched, to_tensor
-from srpo.storage.checksummed import load_sealed, save_sealed
+from srpo.storage.checksummed import load_with_checksum, save_with_checksum
 from srpo.storage.hashing import digest, value_digest
 
 log = logging.getLogger("srpo")
@@ -46,14 +45,11 @@ def load_reference(path: Path, extractor: Extractor, cache: Path) -> Reference:
     file = cache / f"reference-{value_digest([digest(path), extractor.identity])[:32]}"
     if file.exists():
         try:
-            return _unpack(load_sealed(file))
+            return _unpack(load_with_checksum(file))
         except (OSError, ValueError):
             log.warning("%s: damaged; computed anew", file)
     reference = _compute(path, extractor)
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")  # branches may be evaluated side by side
-    save_sealed(_pack(reference), partial)
-    partial.replace(file)
+    save_with_checksum(_pack(reference), file)
     for old in sorted(cache.glob("reference-*"), key=lambda item: item.stat().st_mtime)[:-KEPT]:
         old.unlink(missing_ok=True)
     return reference

@@ -145,8 +145,8 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 def _pictures(path: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
     # a dataset of 1024 px candidates is far larger than memory: only the row groups of those asked for are read
-    places = parquet.find_candidates(path, pl.Series(ids, dtype=pl.String))["place"].to_numpy()
-    found = parquet.Places(path).take(places, ["candidate_id", "image"])
+    places = parquet.find_candidates(path, pl.Series(ids, dtype=pl.String))["row"].to_numpy()
+    found = parquet.RowReader(path).take(places, ["candidate_id", "image"])
     rows = [row for table in found for row in table.to_pylist()]
     pictures = {row["candidate_id"]: decode_image(row["image"]) for row in rows}
     if missing := set(ids) - pictures.keys():

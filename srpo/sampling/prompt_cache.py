@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from srpo.lineage.identity import COMMIT
 from srpo.lineage.record import read_lineage
 from srpo.rounds import BASE, RoundFiles
 from srpo.sampling.conditioning import PromptEmbeds
-from srpo.storage.checksummed import load_sealed, save_sealed
+from srpo.storage.checksummed import load_with_checksum, save_with_checksum
 from srpo.storage.hashing import value_digest
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def prompt_embeds(sampler: Sampler, prompts: Sequence[str], root: Path) -> Promp
     if found is None:
         embeds = sampler.encode(prompts)
         found = {"tokens": embeds.tokens.contiguous().cpu(), "pooled": embeds.pooled.contiguous().cpu()}
-        _write(file, found)
+        save_with_checksum(found, file)
     return sampler.as_embeds(**found)
 
 
@@ -58,14 +57,7 @@ def _read(file: Path) -> dict[str, torch.Tensor] | None:
     if not file.exists():
         return None
     try:
-        return load_sealed(file)
+        return load_with_checksum(file)
     except (OSError, ValueError):
         log.warning("%s: damaged; encoding its prompts anew", file.name)
         return None
-
-
-def _write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}")  # processes may write the same file at once
-    save_sealed(tensors, partial)
-    partial.replace(file)

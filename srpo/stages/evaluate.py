@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import torch
 from tqdm import tqdm
 
@@ -19,7 +18,7 @@ from srpo.data import parquet
 from srpo.data.images import encode_png
 from srpo.data.prompts import Prompt, check_disjoint, load_prompts
 from srpo.data.records import read_sweep
-from srpo.data.schemas import IMAGE
+from srpo.data.schemas import PER_PROMPT_FIELDS, SAMPLE_FIELDS, with_rewards
 from srpo.errors import UserError
 from srpo.evaluation.accumulator import Observation
 from srpo.evaluation.bootstrap import Estimate, win_rate
@@ -35,7 +34,7 @@ from srpo.rounds import BASE, Round, RoundFiles
 from srpo.sampling.conditioning import PromptEmbeds
 from srpo.sampling.prompt_cache import prompt_embeds
 from srpo.sampling.sampler import Sampler, sample_images
-from srpo.storage.checksummed import load_sealed, save_sealed
+from srpo.storage.checksummed import load_with_checksum, save_with_checksum
 from srpo.storage.files import publish
 from srpo.storage.hashing import derive_seed
 from srpo.storage.json_files import write_json
@@ -74,7 +73,7 @@ def evaluate(round: Round) -> None:
     check_base(round.root)
     sampler = Sampler(round.params, files.adapter, fast=True)
     embeds = prompt_embeds(sampler, [prompt.prompt for prompt in prompts], round.root)
-    scratch = scratch_folder(round.root, "evaluate", round.key, "redone from the start")
+    scratch = scratch_folder(round.root, "evaluate", round.key)
     rows, samples, sweep, drift = [], [], {}, {}
     total = len(prompts) * settings.images_per_prompt * len(settings.guidance_scales)
     with tqdm(total=total, unit="img", desc=f"evaluate {round.key}", mininterval=2) as progress:
@@ -133,11 +132,11 @@ def _sample(
 def _drift(root: Path, key: str, features: np.ndarray, scratch: Path) -> dict[str, float]:
     """FID and KID against base's own pictures of the same prompts and noise; base leaves its features for that."""
     if key == BASE:
-        save_sealed({"features": torch.from_numpy(features)}, scratch / "features.safetensors")
+        save_with_checksum({"features": torch.from_numpy(features)}, scratch / "features.safetensors")
         return {"drift": 0.0, "drift_kid": 0.0}
     path = RoundFiles(root, BASE).evaluation / "features.safetensors"
     try:
-        base = load_sealed(path)["features"].numpy()
+        base = load_with_checksum(path)["features"].numpy()
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable ({error}); run `srpo evaluate base`, or `dvc checkout`") from None
     if base.shape != features.shape:
@@ -211,13 +210,11 @@ def _samples(images: torch.Tensor, places: Sequence[Place], kept: set[str]) -> l
 
 
 def _write_samples(path: Path, rows: list[dict[str, Any]]) -> None:
-    fields = {"prompt_id": pa.string(), "prompt": pa.string(), "index": pa.int32(), "image": IMAGE}
-    parquet.write_table(path, rows, fields)
+    parquet.write_table(path, rows, SAMPLE_FIELDS)
 
 
 def _write_scores(path: Path, rows: list[dict[str, Any]], rewards: list[str]) -> None:
-    fields = {"prompt_id": pa.string(), "prompt": pa.string(), "index": pa.int32(), "guidance": pa.float32()}
-    parquet.write_table(path, rows, fields | dict.fromkeys(rewards, pa.float32()))
+    parquet.write_table(path, rows, with_rewards(PER_PROMPT_FIELDS, rewards))
 
 
 def _write_sweep(path: Path, sweep: Mapping[str, Mapping[str, float]]) -> None:

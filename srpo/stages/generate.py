@@ -199,7 +199,7 @@ class Shards:
             "index": candidate.index,
             "seed": candidate.seed,
             "image": None if image is None else encode_png(image),
-            "latents": None if latents is None else latents.flatten().numpy(),
+            "latents": None if latents is None else parquet.latents_bytes(latents.numpy()),
             "latents_shape": None if latents is None else list(latents.shape),
             "steps": self.settings.num_inference_steps,
             "guidance": self.settings.guidance_scale,

@@ -56,7 +56,7 @@ def report(round: Round) -> None:
         selection=_selection(files),
         rejection=_early_rejection(round.params, files),
     )  # fmt: skip
-    scratch = scratch_folder(round.root, "report", round.key, "redone from the start")
+    scratch = scratch_folder(round.root, "report", round.key)
     (scratch / "index.html").write_text(page, encoding="utf-8")
     _save_sheet(learned, f"Round {round.key}: what it learned from", "the winner", "the worst of its prompt",
                 scratch / "winners.png")  # fmt: skip

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from srpo.data import parquet
-from srpo.data.schemas import IDENTITY_FIELDS, arrow_schema
+from srpo.data.schemas import IDENTITY_FIELDS, SCORE_FIELDS, arrow_schema, with_rewards
 from srpo.rewards.batches import BATCH, batched, is_flat, score_batch, to_tensor
 from srpo.rewards.loading import load_pinned_rewards
 from srpo.rewards.protocol import Reward
@@ -35,21 +35,20 @@ def score(round: Round) -> None:
     """
     files = round.files
     rewards = load_pinned_rewards(round.params, round.root)
-    broken = parquet.broken_latents(files.candidates)
-    fields = IDENTITY_FIELDS | dict.fromkeys(rewards, pa.float32()) | {"invalid": pa.bool_()}
-    schema, counts = arrow_schema(fields), Counter()
+    broken = parquet.nonfinite_latents(files.candidates)
+    schema, counts = arrow_schema(with_rewards(SCORE_FIELDS, rewards)), Counter()
 
     def tables() -> Iterator[pa.Table]:
         with tqdm(unit="img", desc=f"score {round.key}", mininterval=2) as progress:
             rows = parquet.read_rows(files.candidates, [*IDENTITY_FIELDS, "prompt", "image"])
-            for part in batched(_scored(rows, rewards, broken, progress.update), parquet.ROW_GROUP.stop):
+            for part in batched(_scored(rows, rewards, broken, progress.update), parquet.ROW_GROUP_ROWS):
                 table = pa.Table.from_pylist(part, schema=schema)
                 counts["all"] += table.num_rows
                 counts["early"] += table.column(len(IDENTITY_FIELDS)).null_count
                 counts["invalid"] += pc.sum(table["invalid"]).as_py()
                 yield table
 
-    unpublished = scratch_folder(round.root, "score", round.key, "redone from the start") / files.scores.name
+    unpublished = scratch_folder(round.root, "score", round.key) / files.scores.name
     parquet.write_arrow(unpublished, tables())
     publish(unpublished, files.scores)
     log.info(

@@ -43,7 +43,7 @@ def select(round: Round) -> None:
             f"rounds.{round.key}.select: no winner is left of {summary['candidates']} candidates ({summary['invalid']}"
             " invalid); loosen min_margin or combine, or look at the scores"
         )
-    scratch = scratch_folder(round.root, "select", round.key, "redone from the start")
+    scratch = scratch_folder(round.root, "select", round.key)
     for left in scratch.iterdir():  # by a killed run that may have made more shards
         left.unlink()
     try:

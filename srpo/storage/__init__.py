@@ -1,1 +1,1 @@
-"""Files: atomic writes, hashes, scratch folders."""
+"""Files on disk: atomic writes, checksums, content hashes, scratch folders."""

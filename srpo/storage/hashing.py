@@ -1,4 +1,4 @@
-"""Content hashes: of files and folders, of the code, and the seeds derived from names."""
+"""Content hashes of files, folders, values and code; seeds derived from names."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ CHUNK = 1 << 20
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
+    """Return the sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file, or of a folder's (relative name, content) pairs in name order."""
+    """Return the sha256 of a file, or of a folder's (relative name, content) pairs in name order."""
     if path.is_file():
         return file_digest(path)
     files = sorted(item for item in path.rglob("*") if item.is_file())
@@ -25,7 +25,7 @@ def digest(path: Path) -> str:
 
 
 def dvc_digest(path: Path) -> str:
-    """What DVC calls a file or folder in dvc.lock: the md5 of its bytes, or of its listing with the suffix `.dir`.
+    """Return the hash of a file or folder in dvc.lock: the md5 of its bytes, or of its listing with suffix `.dir`.
 
     The listing is the one in DVC's cache: JSON of every file's md5 and relative path, sorted by path.
     """
@@ -38,12 +38,12 @@ def dvc_digest(path: Path) -> str:
 
 
 def value_digest(value: Any) -> str:
-    """sha256 of a JSON-able value, independent of the order of its keys."""
+    """Return the sha256 of a JSON-able value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def code_digest() -> str:
-    """sha256 of this package's Python sources: what the running code is, committed or not."""
+    """Return the sha256 of this package's Python sources, committed or not."""
     package = Path(__file__).parents[1]
     return value_digest(
         [(file.relative_to(package).as_posix(), file_digest(file)) for file in sorted(package.rglob("*.py"))]
@@ -51,6 +51,6 @@ def code_digest() -> str:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed in [0, 2**63) that depends on every part and on nothing else."""
+    """Return a seed in [0, 2**63) that depends on every part and on nothing else."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,4 +1,4 @@
-"""JSON files: written whole, read with errors of one line."""
+"""JSON files: atomic writes, and one-line errors on reading."""
 
 from __future__ import annotations
 
@@ -9,35 +9,34 @@ from pathlib import Path
 from typing import Any
 
 from srpo.errors import MissingFile, UserError, one_line
+from srpo.storage.files import atomic_write
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON that reads well in a diff, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write indented JSON atomically."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object of a JSON file of this project's own.
+    """Read a JSON file of this project whose content is an object.
 
     Raises:
-        UserError: the file is damaged; a `MissingFile` where it is not there.
+        UserError: the file is damaged; `MissingFile` if there is no such file.
     """
     with reading(path):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("no JSON object")
-        return found
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        return value
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What goes wrong in reading this file of a round is one line that names it.
+    """Turn errors of reading this file of a round into one line that names it.
 
     Raises:
-        UserError: the file is damaged; a `MissingFile` where it is not there.
+        UserError: the file is damaged; `MissingFile` if there is no such file.
     """
     try:
         yield

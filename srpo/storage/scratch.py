@@ -1,8 +1,7 @@
-"""Scratch folders that survive a crash.
+"""Scratch folders for unfinished outputs, which survive a crash.
 
-DVC deletes a stage's outputs before it runs the stage again, so unfinished work can't live there. It lives
-in `.srpo/scratch/`, in a folder named by the hash of the stage's inputs: the same inputs find their finished
-parts again, other inputs never see them.
+DVC deletes a stage's outputs before it runs the stage again, so unfinished files are kept in `.srpo/scratch/`, in a
+folder named by the hash of what they depend on.
 """
 
 from __future__ import annotations
@@ -14,13 +13,15 @@ from typing import Any
 from srpo.storage.hashing import value_digest
 
 
-def scratch_folder(root: Path, stage: str, key: str, inputs: Any) -> Path:
-    """The scratch folder of this stage, round and JSON-able inputs, made if need be.
+def scratch_folder(root: Path, stage: str, key: str, resume_key: Any = None) -> Path:
+    """Return the scratch folder of this stage and round, created if missing.
 
-    Folders of the same stage and round with other inputs can never be resumed and are removed.
+    Args:
+        resume_key: JSON-able; everything that the unfinished output depends on. Folders of the same stage and round
+            with another key are removed: their files can't be used. None for a stage that starts over.
     """
     parent = root / ".srpo" / "scratch"
-    folder = parent / f"{stage}@{key}-{value_digest(inputs)[:16]}"
+    folder = parent / f"{stage}@{key}-{value_digest(resume_key)[:16]}"
     for stale in parent.glob(f"{stage}@{key}-*"):
         if stale != folder:
             shutil.rmtree(stale, ignore_errors=True)

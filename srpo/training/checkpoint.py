@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 
+from srpo.storage.files import atomic_write
 from srpo.storage.hashing import file_digest
 from srpo.storage.json_files import write_json
 
@@ -43,12 +43,9 @@ class TrainingState:
     def save(self, folder: Path, history: list[Row]) -> None:
         """Keep the state after `len(history)` steps, and of older ones the last."""
         path = folder / f"state-{len(history):06d}.safetensors"
-        partial = path.with_suffix(".partial")
         tensors = {name: value.detach().cpu().contiguous() for name, value in self._tensors().items()}
-        save_file(tensors, partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with atomic_write(path) as partial:
+            save_file(tensors, partial)
         write_json(path.with_suffix(".json"), {"history": history, "tensors": file_digest(path)})
         for old in _states(folder)[KEPT:]:
             old.unlink()

@@ -35,7 +35,7 @@ def write_round(root: Path, rewards: dict[str, list[float | None]], params: Para
         for index, value in enumerate(values):
             name = f"{KEY}-{prompt}-{index:04d}"
             identity = {"candidate_id": name, "prompt_id": prompt, "index": index}
-            latents = np.full(4, len(rows) + 1, np.float16)
+            latents = parquet.latents_bytes(np.full(4, len(rows) + 1))
             image = encode_png(np.full((2, 2, 3), len(rows), np.uint8))
             rows.append(
                 {"prompt": f"a {prompt}", "seed": len(rows), "image": image, "latents": latents}
@@ -60,12 +60,12 @@ def test_losers_latents_come_along(campaign) -> None:
     select(Round.of(params, root, KEY))
     found = {row["prompt_id"]: row for row in parquet.read_rows(RoundFiles(root, KEY).winners)}
     assert {name: row["index"] for name, row in found.items()} == {"p": 1, "q": 1, "r": 0, "s": 1}
-    assert found["p"]["loser_latents"] == list(made[0]["latents"])
-    assert found["q"]["loser_latents"] == list(made[2]["latents"])
+    assert found["p"]["loser_latents"] == made[0]["latents"]
+    assert found["q"]["loser_latents"] == made[2]["latents"]
     assert found["r"]["loser_latents"] is None and found["s"]["loser_latents"] is None
     for row in found.values():
         own = next(one for one in made if one["candidate_id"] == row["candidate_id"])
-        assert row["latents"] == list(own["latents"]) and row["image"] == own["image"] and row["seed"] == own["seed"]
+        assert row["latents"] == own["latents"] and row["image"] == own["image"] and row["seed"] == own["seed"]
 
 
 def test_shards_and_row_groups_change_nothing(campaign, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,12 +77,12 @@ def test_shards_and_row_groups_change_nothing(campaign, monkeypatch: pytest.Monk
     out = RoundFiles(root, KEY).winners
     whole = pl.read_parquet(out / "*.parquet")
     assert len(list(out.glob("*.parquet"))) == 1 and whole["loser_latents"].null_count() == 1
-    monkeypatch.setattr("srpo.data.parquet.ROW_GROUP", range(2, 3))
+    monkeypatch.setattr("srpo.data.parquet.ROW_GROUP_ROWS", 2)
     write_round(root, rewards, params)
     monkeypatch.setattr("srpo.selection.winners.SHARD_BYTES", 1)
     select(Round.of(params, root, KEY))
     assert len(list(out.glob("*.parquet"))) > 3 and pl.read_parquet(out / "*.parquet").equals(whole)
-    stale = scratch_folder(root, "select", KEY, "redone from the start") / "shard-99999.parquet"
+    stale = scratch_folder(root, "select", KEY) / "shard-99999.parquet"
     stale.write_bytes((out / "shard-00000.parquet").read_bytes())
     select(Round.of(params, root, KEY))
     assert pl.read_parquet(out / "*.parquet").equals(whole)

@@ -30,12 +30,13 @@ def params(world: Path) -> Params:
 
 
 def spoil(candidates: Path, change) -> None:
-    """Rewrite every shard with `change(row)` applied."""
+    """Rewrite every shard with `change(row, latents)` applied."""
     for shard in parquet.shards(candidates):
         rows = list(parquet.read_rows(shard))
         for row in rows:
-            row["latents"] = parquet.latents_array(row).flatten()
-            change(row)
+            latents = parquet.latents_array(row).copy()
+            change(row, latents.reshape(-1))
+            row["latents"] = parquet.latents_bytes(latents)
         parquet.write_table(shard, rows, CANDIDATE_FIELDS)
 
 
@@ -47,13 +48,13 @@ def test_black_pictures_and_nan_latents_never_win(params: Params, world: Path, c
     assert json.loads((files.winners / "selection.json").read_text())["invalid"] == 0
     first = pl.read_parquet(parquet.shards(files.winners), columns=["candidate_id"])["candidate_id"].to_list()
 
-    def change(row: dict) -> None:
+    def change(row: dict, latents: np.ndarray) -> None:
         if row["candidate_id"] == first[0]:
             row["image"] = encode_png(np.zeros((32, 32, 3), np.uint8))
         if row["candidate_id"] == first[1]:
-            row["latents"][-1] = np.nan
+            latents[-1] = np.nan
         if row["candidate_id"] == first[2]:
-            row["latents"][0] = np.inf
+            latents[0] = np.inf
 
     spoil(files.candidates, change)
     with caplog.at_level("INFO", logger="srpo"):
@@ -90,7 +91,7 @@ def test_a_round_of_black_pictures_is_an_error(params: Params, world: Path) -> N
     files = RoundFiles(world, "001")
     generate(Round.of(params, world, "001"))
     black = encode_png(np.zeros((32, 32, 3), np.uint8))
-    spoil(files.candidates, lambda row: row.update(image=black))
+    spoil(files.candidates, lambda row, _: row.update(image=black))
     score(Round.of(params, world, "001"))
     with pytest.raises(UserError, match=r"rounds\.001\.select: no winner is left of 12 candidates \(12 invalid\)"):
         select(Round.of(params, world, "001"))
@@ -105,9 +106,11 @@ def test_one_colour_is_flat_and_one_other_pixel_is_not() -> None:
 
 def test_broken_latents_are_found_across_row_groups_and_slices(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    rows = [{"candidate_id": f"c{i}", "latents": rng.normal(size=3 + i % 5).astype(np.float16)} for i in range(150)]
+    latents = [rng.normal(size=3 + i % 5).astype(np.float16) for i in range(150)]
     for i in (0, 63, 64, 149):
-        rows[i]["latents"][0 if i % 2 else -1] = np.nan
+        latents[i][0 if i % 2 else -1] = np.nan
+    rows = [{"candidate_id": f"c{i}", "latents": parquet.latents_bytes(values)} for i, values in enumerate(latents)]
+    rows[7]["latents"] = None
     fields = {name: CANDIDATE_FIELDS[name] for name in ("candidate_id", "latents")}
     parquet.write_table(tmp_path / "shard.parquet", rows, fields)
-    assert parquet.broken_latents(tmp_path) == {"c0", "c63", "c64", "c149"}
+    assert parquet.nonfinite_latents(tmp_path) == {"c0", "c63", "c64", "c149"}

@@ -166,7 +166,7 @@ def _write_candidates(params: Params, root: Path, key: str, size: int) -> None:
             rows.append(
                 identity
                 | {"prompt": prompt, "seed": index, "image": _picture(i, quality, size, key, index)}
-                | {"latents": np.zeros(4, np.float16), "latents_shape": [1, 2, 2], "steps": 12, "guidance": 3.0}
+                | {"latents": bytes(8), "latents_shape": [1, 2, 2], "steps": 12, "guidance": 3.0}
             )
             judged = {name: quality - 0.1 * j * quality**2 for j, name in enumerate(params.rewards)}
             scores.append(identity | judged | {"invalid": False})

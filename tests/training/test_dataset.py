@@ -36,10 +36,15 @@ def write_winners(root: Path, key: str, size: int = 2, losers: bool = True, alon
     """Winner i of round k holds the number code(k) + i everywhere, its loser the negative of it."""
     rows = []
     for i in range(COUNTS[key]):
-        value = np.full(4 * size * size, CODE[key] + i, np.float16)
+        value = np.full((4, size, size), CODE[key] + i, np.float16)
         rows.append(
-            {"prompt": f"{key} {i}", "latents": value, "latents_shape": [4, size, size], "weight": 1.0 + i}
-            | {"loser_latents": None if i < alone else -value}
+            {
+                "prompt": f"{key} {i}",
+                "latents": parquet.latents_bytes(value),
+                "latents_shape": [4, size, size],
+                "weight": 1.0 + i,
+            }
+            | {"loser_latents": None if i < alone else parquet.latents_bytes(-value)}
         )
     fields = FIELDS if losers else {name: kind for name, kind in FIELDS.items() if name != "loser_latents"}
     parquet.write_table(RoundFiles(root, key).winners / "shard-00000.parquet", rows, fields)
