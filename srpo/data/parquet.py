@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srpo.data.schemas import IMAGE, LATENTS, arrow_schema
+from srpo.data.schemas import IMAGE, LATENTS, TYPES, arrow_schema
 from srpo.errors import UserError, one_line
 from srpo.storage.files import atomic_write
 
@@ -330,8 +330,10 @@ def _check_columns(file: pq.ParquetFile, shard: Path, columns: Sequence[str] | N
     schema = file.schema_arrow
     if missing := set(columns or ()) - set(schema.names):
         raise UserError(f"{shard}: has no column {sorted(missing)[0]!r}; rerun what makes this file")
-    if "image" in schema.names and schema.field("image").type != IMAGE:
-        raise UserError(f"{shard}: column 'image' must be a struct of bytes and path; rerun what makes this file")
+    for name in schema.names if columns is None else columns:
+        kind = schema.field(name).type
+        if kind != TYPES.get(name, kind):
+            raise UserError(f"{shard}: column {name!r} must be {TYPES[name]}, not {kind}; rerun what makes this file")
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from pathlib import Path
 from srpo.errors import UserError
 
 PROMPT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-LONGEST = 10_000  # characters; CLIP reads some 300
-UNUSABLE = re.compile("[\0\ud800-\udfff]")  # half a character, which no file can hold, and NUL
+LONGEST = 10_000  # characters; CLIP reads about 300
+UNUSABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and surrogates, which UTF-8 can't encode
 
 
 @dataclass(frozen=True)
@@ -28,35 +28,35 @@ def load_prompts(path: Path | str) -> list[Prompt]:
     """Read a prompt file, in file order.
 
     Raises:
-        UserError: missing file, a line that is not such an object, a duplicate or unusable id, an empty prompt.
+        UserError: the file is missing, a line is not such an object, an id is unusable or not unique, or a prompt is
+            empty.
     """
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: no such prompt file; `dvc pull data.dvc` brings the embedded one") from None
+        raise UserError(f"{path}: no such prompt file; `dvc pull data.dvc` downloads the project's own") from None
     except (UnicodeDecodeError, IsADirectoryError):
         raise UserError(f"{path}: not a UTF-8 text file of JSON lines") from None
-    except (OSError, ValueError) as error:  # no name for a file, or not to be read by this user
+    except (OSError, ValueError) as error:  # not a possible file name, or not readable by this user
         raise UserError(f"{path}: no such prompt file ({getattr(error, 'strerror', None) or error})") from None
-    prompts, line_of = [], {}
+    prompts: list[Prompt] = []
+    line_of: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         prompt = _parse(line, f"{path}:{number}")
         if prompt.id in line_of:
-            raise UserError(
-                f"{path}:{number}: id {prompt.id!r} stands on line {line_of[prompt.id]} too; make it unique"
-            )
+            raise UserError(f"{path}:{number}: id {prompt.id!r} is also on line {line_of[prompt.id]}; make it unique")
         line_of[prompt.id] = number
         prompts.append(prompt)
     if not prompts:
-        raise UserError(f"{path}: holds no prompt; add at least one line")
+        raise UserError(f"{path}: has no prompts; add at least one line")
     return prompts
 
 
 def check_disjoint(train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> None:
-    """Held-out means held out: no text may stand in both files, whatever its case or spacing.
+    """Check that no prompt is in both files, ignoring case and spacing: evaluation prompts are held out.
 
     Raises:
         UserError: naming the first shared prompt.
@@ -83,7 +83,7 @@ def _parse(line: str, place: str) -> Prompt:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # a number or brackets without end
+    except (ValueError, RecursionError) as error:  # an endless number, or too many brackets
         raise UserError(f"{place}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f"{place}: must be a JSON object with id and prompt, found {type(row).__name__}")
@@ -94,7 +94,7 @@ def _parse(line: str, place: str) -> Prompt:
         raise UserError(f"{place}: id {row['id']!r:.80} must be letters, digits and . _ - (64 at most)")
     if not row["prompt"].strip() or UNUSABLE.search(row["prompt"]):
         raise UserError(
-            f"{place}: prompt of {row['id']!r} is empty or holds a NUL character or half a character; write a text"
+            f"{place}: prompt of {row['id']!r} is empty, or has a NUL character or a lone surrogate; write valid text"
         )
     if len(row["prompt"]) > LONGEST:
         raise UserError(f"{place}: prompt of {row['id']!r} has {len(row['prompt'])} characters; at most {LONGEST}")

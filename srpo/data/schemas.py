@@ -60,9 +60,10 @@ PER_PROMPT_FIELDS: Fields = {
 SAMPLE_FIELDS: Fields = {"prompt_id": pa.string(), "prompt": pa.string(), "index": pa.int32(), "image": IMAGE}
 REFERENCE_FIELDS: Fields = {"image": IMAGE}
 
-RESERVED = frozenset().union(
-    CANDIDATE_FIELDS, SCORE_FIELDS, WINNER_FIELDS, PER_PROMPT_FIELDS, SAMPLE_FIELDS, REFERENCE_FIELDS
-)
+TYPES: Fields = CANDIDATE_FIELDS | SCORE_FIELDS | WINNER_FIELDS | PER_PROMPT_FIELDS | SAMPLE_FIELDS | REFERENCE_FIELDS
+"""The type of every column that is not a reward's: a name has the same type in all datasets."""
+
+RESERVED = frozenset(TYPES)
 """Column names that a reward can't have."""
 
 _DTYPES = {

@@ -1,8 +1,7 @@
-"""The campaign page: all evaluated rounds on one self-contained page. No torch in here."""
+"""The campaign page: all evaluated rounds on one self-contained page."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,22 @@ from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.errors import MissingFile, UserError
 from srpo.lineage.record import read_lineage
 from srpo.reporting import charts, contact_sheets
-from srpo.reporting.html import chart, numbers, picture, render_page
+from srpo.reporting.html import chart, embedded_image, numbers, render_page
 from srpo.reporting.table import CAMPAIGN_PAGE, SET_MEASURES
 from srpo.rounds import BASE, RoundFiles
-from srpo.storage.scratch import scratch_folder
+from srpo.storage.files import atomic_write
 
-PROMPTS = 8  # in the strip of pictures
+PROMPTS = 8  # with images
 
 
 def write_campaign(params: Params, root: Path) -> Path:
-    """Write `rounds/index.html` over whatever rounds are evaluated, and return its path.
+    """Write `rounds/index.html` about all evaluated rounds, and return its path.
 
-    Of a round only the evaluation's metrics.json is needed; intervals, win rates, pictures and hashes are shown
-    where their files are. The same files give the same bytes; the page is replaced whole or not at all.
+    A round needs only its evaluation's metrics.json; intervals, win rates, images and hashes are shown if their files
+    are there. The same files give the same bytes.
 
     Raises:
-        UserError: base is not evaluated, without which no round can be; or a round's samples are damaged.
+        UserError: base is not evaluated, or a round's samples are damaged.
     """
     keys = [key for key in (BASE, *params.rounds) if (RoundFiles(root, key).evaluation / "metrics.json").exists()]
     if BASE not in keys:
@@ -56,14 +55,13 @@ def write_campaign(params: Params, root: Path) -> Path:
         lineages=lineages,
     )  # fmt: skip
     out = root / CAMPAIGN_PAGE
-    partial = scratch_folder(root, "campaign", "page", "redone") / f"{os.getpid()}.html"  # two flows may end at once
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(out)
+    with atomic_write(out) as partial:
+        partial.write_text(page, encoding="utf-8")
     return out
 
 
 def _optional(read: Callable[[RoundFiles], Any], files: RoundFiles) -> Any:
-    """What `read` finds, or None: the page shows whatever is checked out."""
+    """Return the result of `read`, or None if its file is missing: the page shows what is checked out."""
     try:
         return read(files)
     except MissingFile:
@@ -75,7 +73,7 @@ def _numbers(root: Path, key: str) -> dict[str, Any]:
 
 
 def _depths(paths: Sequence[Sequence[str]]) -> dict[str, int]:
-    """By round, how many branchings lie between it and the trunk."""
+    """Return by round the number of forks between it and the trunk."""
     depths = dict.fromkeys(paths[0], 0)
     for path in paths[1:]:
         depths |= dict.fromkeys(path[1:], depths[path[0]] + 1)
@@ -85,9 +83,10 @@ def _depths(paths: Sequence[Sequence[str]]) -> dict[str, int]:
 def _charts(
     params: Params, root: Path, measured: Mapping[str, Mapping], paths: Sequence[Sequence[str]]
 ) -> dict[str, list[tuple[str, str]]]:
-    """By section, (name, SVG data URI)."""
+    """Return by section [(name, SVG data URI)]."""
     roles = {name: spec.role for name, spec in params.rewards.items()}
-    rates, whole = {key: _win_rates(root, key, roles) for key in measured}, []
+    rates = {key: _win_rates(root, key, roles) for key in measured}
+    whole = []
     for path in paths:
         above = [BASE, *tree.ancestors(params.rounds, path[-1])] if path[-1] != BASE else []
         whole.append([key for key in (*above, path[-1]) if key in measured])
@@ -102,21 +101,21 @@ def _charts(
 
 
 def _win_rates(root: Path, key: str, names: Mapping[str, str]) -> dict[str, float]:
-    """Win rates over base, each model at its own best guidance, with their intervals; base is even with itself."""
+    """Return win rates over base, each model at its own best guidance, with intervals; 0.5 for base itself."""
     if key == BASE:
         return dict.fromkeys(names, 0.5)
-    found = (_optional(read_gate, RoundFiles(root, key)) or {}).get("win_rate", {})
-    rates = {name: rate["best"] for name, rate in found.items()}
+    gate = _optional(read_gate, RoundFiles(root, key)) or {}
+    rates = {name: rate["best"] for name, rate in gate.get("win_rate", {}).items()}
     return {name: rate["value"] for name, rate in rates.items()} | {
         f"{name}_{end}": rate[end] for name, rate in rates.items() for end in ("low", "high")
     }
 
 
 def _strip(root: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """By held-out prompt: its text, and by round a picture from the same noise, None where samples are missing."""
-    there = [key for key in keys if (RoundFiles(root, key).evaluation / "samples.parquet").exists()]
-    found = contact_sheets.held_out(root, there, PROMPTS) if there else []
+    """Return held-out prompts, each with one image per round from the same noise, None where samples are missing."""
+    sampled = [key for key in keys if (RoundFiles(root, key).evaluation / "samples.parquet").exists()]
+    prompts = contact_sheets.held_out(root, sampled, PROMPTS) if sampled else []
     return [
-        {"prompt": prompt, "cells": [(key, picture(images[key]) if key in images else None) for key in keys]}
-        for prompt, images in found
+        {"prompt": prompt, "cells": [(key, embedded_image(images[key]) if key in images else None) for key in keys]}
+        for prompt, images in prompts
     ]

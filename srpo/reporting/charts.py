@@ -1,10 +1,11 @@
-"""The pages' charts, as SVG text, one chart each. The same numbers give the same bytes."""
+"""Charts of the pages as SVG text. The same numbers give the same bytes."""
 
 from __future__ import annotations
 
 import io
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -12,17 +13,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-COLOURS = {"base": "#8a9099", "parent": "#3b82c4", "round": "#d9480f"}
+COLORS = {"base": "#8a9099", "parent": "#3b82c4", "round": "#d9480f"}
 ROLES = {"select": "#d9480f", "judge": "#3b82c4", "measure": "#5c636d"}
 JUDGES = ("#3b82c4", "#2b8a3e", "#7048e8", "#0b7285")
-STROKES = ("-", "--", ":", "-.")  # a branch each
+STROKES = ("-", "--", ":", "-.")  # one per branch
 WIDE, SMALL = (3.3, 2.7), (2.3, 2.0)  # inches
-Measured = Mapping[str, Mapping[str, float | None]]
-"""Numbers by round or guidance, then by name; `<name>_low` and `<name>_high` beside a name are its interval."""
+Measured = Mapping[str, Mapping[str, Any]]
+"""Numbers, or None, by round or guidance, then by name; `<name>_low` and `<name>_high` are the interval of `<name>`."""
 
 
 def over_rounds(measured: Measured, paths: Sequence[Sequence[str]], name: str, role: str = "measure") -> str:
-    """A measure and its intervals over the rounds: a line per path, its colour by `role` (a key of ROLES).
+    """Draw a measure and its intervals over the rounds: one line per path, in the color of `role` (a key of ROLES).
 
     Args:
         measured: by round; a round without the number is left out.
@@ -45,9 +46,10 @@ def over_rounds(measured: Measured, paths: Sequence[Sequence[str]], name: str, r
 
 
 def win_rates(measured: Measured, path: Sequence[str], roles: Mapping[str, str]) -> str:
-    """Every reward's win rate over base along one path; `roles` says of each reward whether it selects or judges.
+    """Draw every reward's win rate over base along one path, on one scale.
 
-    One scale for all: a selecting reward that rises alone stands out.
+    Args:
+        roles: by reward, `select` or `judge`.
     """
     figure, axis = _axis(WIDE)
     shades = iter(JUDGES * len(roles))
@@ -56,7 +58,7 @@ def win_rates(measured: Measured, path: Sequence[str], roles: Mapping[str, str])
         style = {"color": ROLES[role], "linewidth": 2.4} if role == "select" else {"color": next(shades)}
         label = f"{name} (selects)" if role == "select" else name
         _line(axis, [place for place, _ in known], [row for _, row in known], name, label=label, **style)
-    axis.axhline(0.5, color=COLOURS["base"], linewidth=1, linestyle="--")
+    axis.axhline(0.5, color=COLORS["base"], linewidth=1, linestyle="--")
     axis.set_ylim(-0.02, 1.02)
     _name_rounds(axis, {key: place for place, key in enumerate(path)})
     axis.set_title(f"base to {path[-1]}", fontsize=10)
@@ -64,12 +66,13 @@ def win_rates(measured: Measured, path: Sequence[str], roles: Mapping[str, str])
 
 
 def sweep(sweeps: Mapping[str, Measured], name: str) -> str:
-    """A measure against guidance, with its band: a line per entry of `sweeps` (label -> measures by guidance)."""
+    """Draw a measure and its interval against guidance: one line per entry of `sweeps` (label -> by guidance)."""
     figure, axis = _axis(WIDE)
-    palette = dict(zip(sweeps, [COLOURS["base"], COLOURS["parent"], COLOURS["round"]][-len(sweeps) :], strict=True))
+    palette = dict(zip(sweeps, [COLORS["base"], COLORS["parent"], COLORS["round"]][-len(sweeps) :], strict=True))
     for label, measured in sweeps.items():
         guidance = sorted(measured, key=float)
-        rows, xs = [measured[g] for g in guidance], [float(g) for g in guidance]
+        rows = [measured[g] for g in guidance]
+        xs = [float(g) for g in guidance]
         axis.plot(xs, [row[name] for row in rows], "o-", markersize=4, label=label, color=palette[label])
         if f"{name}_low" in rows[0]:
             low, high = ([row[f"{name}_{side}"] for row in rows] for side in ("low", "high"))
@@ -80,24 +83,24 @@ def sweep(sweeps: Mapping[str, Measured], name: str) -> str:
 
 
 def histograms(name: str, candidates: np.ndarray, winners: np.ndarray) -> str:
-    """A reward over all candidates and over the winners, each as a share of its own number."""
+    """Draw the distributions of a reward over all candidates and over the winners, each as shares."""
     figure, axis = _axis(WIDE)
     edges = np.histogram_bin_edges(candidates[np.isfinite(candidates)], bins=24)
-    for label, part, colour in (("candidates", candidates, "base"), ("winners", winners, "round")):
+    for label, part, color in (("candidates", candidates, "base"), ("winners", winners, "round")):
         share = np.ones(len(part)) / max(1, len(part))
-        axis.hist(part, edges, weights=share, alpha=0.6, label=label, color=COLOURS[colour])
+        axis.hist(part, edges.tolist(), weights=share, alpha=0.6, label=label, color=COLORS[color])
     axis.set_title(name, fontsize=10)
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return _legend(figure)
 
 
 def training(steps: Sequence[int], loss: Sequence[float]) -> str:
-    """The loss of every step, and its running mean."""
+    """Draw the loss of every step, and its running mean."""
     figure, axis = _axis(WIDE)
-    axis.plot(steps, loss, color=COLOURS["base"], alpha=0.5, linewidth=0.8, label="each step")
+    axis.plot(steps, loss, color=COLORS["base"], alpha=0.5, linewidth=0.8, label="each step")
     window = max(1, len(loss) // 15)
     smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
-    axis.plot(steps[window - 1 :], smooth, color=COLOURS["round"], label=f"mean of {window}")
+    axis.plot(steps[window - 1 :], smooth, color=COLORS["round"], label=f"mean of {window}")
     axis.set_title("training loss", fontsize=10)
     axis.set_xlabel("step", fontsize=9)
     return _legend(figure)
@@ -113,10 +116,10 @@ def _axis(size: tuple[float, float]) -> tuple[Figure, Axes]:
     return figure, axis
 
 
-def _line(axis: Axes, xs: Sequence[float], rows: Sequence[Mapping], name: str, **style) -> None:
-    """A line with error bars where a row has an interval."""
+def _line(axis: Axes, xs: Sequence[float], rows: Sequence[Mapping], name: str, **style: Any) -> None:
+    """Draw a line with error bars where a row has an interval."""
     values = np.array([row[name] for row in rows], float)
-    # a bootstrap's interval need not hold the mean; an error bar can't be negative
+    # a bootstrap interval may not contain the mean; an error bar can't be negative
     below, above = (
         [max(0.0, sign * (row.get(f"{name}_{side}", row[name]) - row[name])) for row in rows]
         for side, sign in (("low", -1), ("high", 1))
@@ -126,7 +129,7 @@ def _line(axis: Axes, xs: Sequence[float], rows: Sequence[Mapping], name: str, *
 
 
 def _places(paths: Sequence[Sequence[str]]) -> dict[str, int]:
-    """A round's place on the x axis: how many measured rounds are above it."""
+    """Return by round its position on the x axis: the number of measured rounds above it."""
     places: dict[str, int] = {}
     for path in paths:
         start = places.get(path[0], 0)
@@ -146,7 +149,7 @@ def _known(value: float | None) -> bool:
 
 
 def _legend(figure: Figure) -> str:
-    # below the axes, where it can hide no line
+    # below the axes, where it hides no line
     labels = figure.axes[0].get_legend_handles_labels()[1]
     columns = min(3, len(labels)) if sum(map(len, labels)) <= 32 else 1
     figure.legend(

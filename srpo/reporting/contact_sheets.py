@@ -1,15 +1,20 @@
-"""Pictures beside pictures: which ones to compare, and the contact sheets that show them. No torch in here."""
+"""Image comparisons: which images are compared, and the contact sheets that show them."""
 
 from __future__ import annotations
 
+import math
+import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import matplotlib as mpl
+import numpy as np
 import polars as pl
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
+from PIL import Image
 
 from srpo.config.loader import Params
 from srpo.data import parquet
@@ -17,15 +22,16 @@ from srpo.data.images import decode_image
 from srpo.errors import UserError
 from srpo.rounds import BASE, RoundFiles
 
-PAPER, INK, FAINT = (255, 255, 255), (25, 27, 31), (110, 116, 125)
-PAIRS, COLUMNS, GAP = 12, 4, 14
-TINY, LARGE = 128, 256  # pixels: tiny pictures are enlarged up to the first, larger ones reduced to the second
+PAIRS = 12
+COLUMNS = 4
+TINY = 128  # pixels: smaller images are enlarged up to this
+LARGE = 256  # pixels: larger images are reduced to this
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pictures to compare, what was asked for, and the lines of text under each."""
+    """Two images of one prompt, and the lines of text under each."""
 
     left: Image.Image
     right: Image.Image
@@ -35,18 +41,18 @@ class Pair:
 
 
 def winners_and_losers(params: Params, files: RoundFiles, count: int = PAIRS) -> list[Pair]:
-    """Winner and loser of prompts spread evenly over all margins, widest first, with every reward's score.
+    """Return winner and loser of prompts evenly spread over all margins, widest first, with every reward's score.
 
     Raises:
-        UserError: winners, candidates or scores are missing or do not belong together.
+        UserError: winners, candidates or scores are missing or do not match.
     """
     names = [*params.reward_names("select"), *params.reward_names("judge")]
     winners = parquet.table(files.winners, ["candidate_id", "prompt", "margin", "loser_id", *names])
     winners = winners.sort(["margin", "candidate_id"], descending=[True, False])
     chosen = [winners.row(i, named=True) for i in _spread(range(winners.height), count)]
     losers = [row["loser_id"] for row in chosen]
-    left = _pictures(files.winners, [row["candidate_id"] for row in chosen])
-    right = _pictures(files.candidates, losers)
+    left = _images(files.winners, [row["candidate_id"] for row in chosen])
+    right = _images(files.candidates, losers)
     known = parquet.scan(files.scores, ["candidate_id", *names]).filter(pl.col("candidate_id").is_in(losers)).collect()
     scores = {row["candidate_id"]: row for row in known.iter_rows(named=True)}
     if not scores.keys() >= set(losers):
@@ -68,19 +74,19 @@ def winners_and_losers(params: Params, files: RoundFiles, count: int = PAIRS) ->
 
 
 def before_and_after(root: Path, key: str, count: int = PAIRS) -> list[Pair]:
-    """Base's picture and this round's for the same held-out prompt and the same noise.
+    """Return base's and this round's image of the same held-out prompts and the same noise.
 
     Raises:
         UserError: samples of base or of the round are missing or damaged, or share no prompt.
     """
-    found = held_out(root, (BASE, key), count)
-    if not found:
+    samples = held_out(root, (BASE, key), count)
+    if not samples:
         raise UserError(f"rounds/{key}/evaluation: its samples share no prompt with base's; rerun evaluate")
-    return [Pair(images[BASE], images[key], prompt, (BASE,), (f"round {key}",)) for prompt, images in found]
+    return [Pair(images[BASE], images[key], prompt, (BASE,), (f"round {key}",)) for prompt, images in samples]
 
 
 def held_out(root: Path, keys: Sequence[str], count: int) -> list[tuple[str, dict[str, Image.Image]]]:
-    """Held-out prompts, evenly spread over those that all of `keys` have, with every round's first picture.
+    """Return held-out prompts, evenly spread over those that all of `keys` have, with every round's first image.
 
     Raises:
         UserError: a round's samples are missing or damaged.
@@ -100,32 +106,34 @@ def held_out(root: Path, keys: Sequence[str], count: int) -> list[tuple[str, dic
     return [(prompts[-1][prompt], images[prompt]) for prompt in chosen]
 
 
-def contact_sheet(pairs: Sequence[Pair], title: str, left: str, right: str) -> Image.Image:
-    """A sheet of pairs, four a row, under a title and a legend that says what left and right are."""
-    thumbs = [(thumbnail(pair.left), thumbnail(pair.right)) for pair in pairs]
-    side = max(max(image.size) for both in thumbs for image in both)
-    lines = max(len(text) for pair in pairs for text in (pair.left_lines, pair.right_lines))
-    width, height = 2 * side + 4, side + 16 * lines + 42
+def save_contact_sheet(pairs: Sequence[Pair], title: str, left: str, right: str, path: Path) -> None:
+    """Save a PNG of all pairs, four per row, under a title that says what left and right are.
+
+    The same pairs give the same bytes.
+    """
     columns = min(COLUMNS, len(pairs))
-    rows, top = -(-len(pairs) // columns), 68
-    sheet = Image.new("RGB", (max(560, columns * (width + GAP) + GAP), top + rows * (height + GAP)), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    pen.text((GAP, 12), title, INK, font(20))
-    pen.text((GAP, 40), f"left: {left}    right: {right}", FAINT, font(14))
-    for number, (pair, both) in enumerate(zip(pairs, thumbs, strict=True)):
-        x = GAP + (number % columns) * (width + GAP)
-        y = top + (number // columns) * (height + GAP)
-        for offset, image, text in zip((0, side + 4), both, (pair.left_lines, pair.right_lines), strict=True):
-            sheet.paste(image, (x + offset, y))
-            for line, words in enumerate(text):
-                pen.text((x + offset, y + side + 4 + 16 * line), _fit(pen, words, side, 12), FAINT, font(12))
-        for line, words in enumerate(_wrap(pen, pair.prompt, width, 13, lines=2)):
-            pen.text((x, y + side + 6 + 16 * (lines + line)), words, INK, font(13))
-    return sheet
+    rows = math.ceil(len(pairs) / columns)
+    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 8}):
+        figure = Figure(figsize=(3.4 * columns, 2.6 * rows + 0.6), layout="constrained", dpi=100)
+        figure.suptitle(f"{title}\nleft: {left}    right: {right}", fontsize=13, parse_math=False)
+        cells = figure.subfigures(rows, columns, squeeze=False).flat
+        for cell, pair in zip(cells, pairs, strict=False):
+            # a prompt may hold anything: dollar signs are no formula, and its line breaks are spaces
+            cell.suptitle(textwrap.fill(pair.prompt, 52, max_lines=2, placeholder=" …"), fontsize=9, parse_math=False)
+            sides = ((pair.left, pair.left_lines), (pair.right, pair.right_lines))
+            for axis, (image, lines) in zip(cell.subplots(1, 2), sides, strict=True):
+                axis.imshow(np.asarray(thumbnail(image)))
+                axis.set_xticks([])
+                axis.set_yticks([])
+                axis.set_xlabel("\n".join(lines), parse_math=False)
+                axis.spines[:].set_visible(False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # a prompt may have characters that the font lacks
+            figure.savefig(path, metadata={"Software": None})
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """Tiny pictures by a whole factor, so that every pixel stays a square; large ones averaged down to 256."""
+    """Return a tiny image enlarged by a whole factor, so that pixels stay squares, or a large one reduced to 256."""
     longest = max(image.size)
     if longest <= TINY:
         factor = TINY // longest
@@ -135,50 +143,19 @@ def thumbnail(image: Image.Image) -> Image.Image:
     return small
 
 
-@cache
-def font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which Matplotlib carries, so that sheets look the same everywhere."""
-    import matplotlib
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
-
-
-def _pictures(path: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
-    # a dataset of 1024 px candidates is far larger than memory: only the row groups of those asked for are read
-    places = parquet.find_candidates(path, pl.Series(ids, dtype=pl.String))["row"].to_numpy()
-    found = parquet.RowReader(path).take(places, ["candidate_id", "image"])
-    rows = [row for table in found for row in table.to_pylist()]
-    pictures = {row["candidate_id"]: decode_image(row["image"]) for row in rows}
-    if missing := set(ids) - pictures.keys():
+def _images(path: Path, ids: Sequence[str]) -> dict[str, Image.Image]:
+    # a dataset of 1024 px candidates is far larger than memory: only the row groups of these candidates are read
+    numbers = parquet.find_candidates(path, pl.Series(ids, dtype=pl.String))["row"].to_numpy()
+    tables = parquet.RowReader(path).take(numbers, ["candidate_id", "image"])
+    rows = [row for table in tables for row in table.to_pylist()]
+    images = {row["candidate_id"]: decode_image(row["image"]) for row in rows}
+    if missing := set(ids) - images.keys():
         raise UserError(f"{path}: lacks {sorted(missing)[0]!r}; candidates, scores and winners are not of one run")
-    return pictures
+    return images
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:
-    """`count` items at even distances, the first and the last among them."""
+    """Return `count` items at even distances, the first and the last among them."""
     if len(items) <= count:
         return list(items)
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
-
-
-def _fit(pen: ImageDraw.ImageDraw, text: str, width: int, size: int) -> str:
-    if pen.textlength(text, font(size)) <= width:
-        return text
-    while text and pen.textlength(f"{text}…", font(size)) > width:
-        text = text[:-1]
-    return f"{text}…"
-
-
-def _wrap(pen: ImageDraw.ImageDraw, text: str, width: int, size: int, lines: int) -> list[str]:
-    done, line = [], ""
-    for word in text[:1000].split():  # more could never show
-        longer = f"{line} {word}".strip()
-        if line and pen.textlength(longer, font(size)) > width:
-            done.append(line)
-            longer = word
-        line = longer
-    done.append(line)
-    kept = done[:lines]
-    if len(done) > lines:
-        kept[-1] = f"{kept[-1]} …"
-    return [_fit(pen, part, width, size) for part in kept]

@@ -1,4 +1,4 @@
-"""What the report and the campaign page share: templates, embedded pictures, numbers with intervals. No torch here."""
+"""Parts that the report and the campaign page share: templates, embedded images, numbers with intervals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from srpo.reporting.table import show, verdict
 
 
 def render_page(template: str, **values: Any) -> str:
-    """The page of a template in srpo/reporting/templates. Prompts are other people's text: everything is escaped."""
+    """Return the page of a template in srpo/reporting/templates. All values are escaped: prompts are untrusted text."""
     environment = Environment(
         loader=PackageLoader("srpo.reporting"),
         autoescape=True,
@@ -28,17 +28,17 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def numbers(name: str, metrics: Mapping[str, Any], sweep: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """A round's headline numbers: metrics.json with, from its sweep, `<measure>_low` and `_high` where there are any.
+    """Return a round's headline numbers: metrics.json, and from its sweep `<measure>_low` and `_high` if it has them.
 
-    `round` is `name`; `verdict` also says what the gate found.
+    `round` is `name`; `verdict` includes the gate's finding.
     """
     reported = sweep.get(str(metrics.get("guidance")), {})
     intervals = {key: value for key, value in reported.items() if key.endswith(("_low", "_high"))}
     return {**metrics, **intervals, "round": name, "verdict": verdict(metrics)}
 
 
-def picture(image: Image.Image) -> dict[str, Any]:
-    """A picture to embed: `uri`, and `tiny` when the browser should enlarge it pixel by pixel."""
+def embedded_image(image: Image.Image) -> dict[str, Any]:
+    """Return an image to embed: `uri`, and `tiny` if the browser should enlarge it without smoothing."""
     buffer = io.BytesIO()
     tiny = max(image.size) <= contact_sheets.TINY
     if tiny:
@@ -49,7 +49,7 @@ def picture(image: Image.Image) -> dict[str, Any]:
 
 
 def chart(svg: str) -> str:
-    """A chart's data URI."""
+    """Return a chart's data URI."""
     return _data_uri(svg.encode(), "image/svg+xml")
 
 

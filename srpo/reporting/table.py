@@ -20,10 +20,10 @@ SET_MEASURES = ("fid", "kid", "cmmd", "diversity", "drift")
 
 
 def campaign_rows(root: Path, params: Params) -> list[dict[str, Any]]:
-    """Base first, then rounds parents before children, those that have an evaluation.
+    """Return one row per evaluated round: base first, parents before children.
 
-    Keys: round, every reward's name, SET_MEASURES (numbers at the reported guidance) and verdict, which also says
-    what the gate found.
+    Keys: round, every reward's name, SET_MEASURES (numbers at the reported guidance) and verdict, with the gate's
+    finding.
     """
     rows = []
     for key in (tree.BASE, *tree.order(params.rounds)):
@@ -35,20 +35,20 @@ def campaign_rows(root: Path, params: Params) -> list[dict[str, Any]]:
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:
-    """The verdict of a `metrics.json`, with the gate's finding if there is one."""
+    """Return the verdict of a `metrics.json`, with the gate's finding if there is one."""
     finding = metrics.get("finding", "-")
     return metrics["verdict"] if finding == "-" else f"{metrics['verdict']}: {finding}"
 
 
 def campaign_table(root: Path | str) -> list[dict[str, Any]]:
-    """`campaign_rows` of the project folder `root`, by its params.yaml."""
+    """Return `campaign_rows` of the project folder `root`, by its params.yaml."""
     return campaign_rows(Path(root), load_params(Path(root) / PARAMS_FILE))
 
 
 def addresses(params: Params, key: str) -> dict[str, str]:
-    """Where to look at a round: its report's path, the campaign page's, and what opens MLflow.
+    """Return a round's report, the campaign page, and the address or command that opens MLflow.
 
-    User and password are left out of the address: what prints this is for everyone to read.
+    User and password are left out of the address: this is printed.
     """
     uri = without_secrets(params.tracking.uri)
     return {
@@ -59,11 +59,11 @@ def addresses(params: Params, key: str) -> dict[str, str]:
 
 
 def render(rows: list[dict[str, Any]]) -> Table:
-    """The rows as a table for the terminal; `-` where there is nothing."""
+    """Return the rows as a table for the terminal; `-` where a value is missing."""
     from rich import box
     from rich.table import Table
 
-    # narrow enough for 80 columns; where a name is long, the words of the verdict wrap and no number does
+    # fits 80 columns: with long names the verdict wraps, numbers never do
     table = Table(
         title="SRPO campaign, on held-out prompts",
         box=box.SIMPLE_HEAD,
@@ -80,7 +80,7 @@ def render(rows: list[dict[str, Any]]) -> Table:
 
 
 def show(value: Any) -> str:
-    """A cell's text: three decimals, fewer for numbers that are large."""
+    """Return a cell's text: three decimals, fewer for large numbers."""
     if isinstance(value, float):
         return f"{value:.{1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 3}f}"
     return "-" if value is None else str(value)

@@ -1,1 +1,1 @@
-"""Choosing winners; the audit of early rejection."""
+"""Selection of winners; the audit of early rejection."""

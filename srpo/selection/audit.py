@@ -1,7 +1,4 @@
-"""Early rejection: which candidates go on, which prompts are audited, and what rejecting lost and saved.
-
-No torch in here: selection reads it, too.
-"""
+"""Rules of early rejection: surviving candidates, audited prompts, and the audit of its costs and savings."""
 
 from __future__ import annotations
 
@@ -18,31 +15,31 @@ AUDITED_COLUMNS = ["prompt_id", "candidate_id", "preview_scores", "stopped_at", 
 
 
 def survivors(scores: Sequence[float], keep: int) -> list[int]:
-    """Positions of the `keep` best scores, in order of position.
+    """Return the positions of the `keep` best scores, ascending.
 
-    Equals go to the first; NaN and infinity lose against every number.
+    Among equal scores the first wins; NaN and infinity rank last.
     """
     ranked = sorted(range(len(scores)), key=lambda i: (not math.isfinite(scores[i]), -_finite(scores[i]), i))
     return sorted(ranked[:keep])
 
 
 def is_audited(fraction: float, seed: int, key: str, prompt_id: str) -> bool:
-    """Whether all candidates of this prompt are finished in this round, so that what rejection loses is measured."""
+    """Return whether this round finishes all candidates of this prompt, so that the loss of rejection is measured."""
     return derive_seed(seed, key, "audit", prompt_id) < fraction * 2**63
 
 
 def audit(candidates: pl.LazyFrame, scores: pl.DataFrame, settings: GenerateParams) -> dict[str, float | int | None]:
-    """What early rejection lost and saved in a round, flat; empty when nothing was rejected early.
+    """Return the costs and savings of early rejection in a round as flat numbers; empty if it is off.
 
-    Regret is the best final reward of a prompt minus the best that rejection leaves of it, mean over the audited
-    prompts; its share is of the best-of-N gain, the best minus the mean, over the same prompts. The rank correlation is
-    Spearman's, of preview and final reward within a prompt, mean over the audited prompts. A number that can't be had
-    (nothing audited, or all equal) is None.
+    Regret is the best final reward of a prompt minus the best that remains after rejection, averaged over the audited
+    prompts; `regret_share` divides it by the best-of-N gain (best minus mean) of the same prompts. The rank correlation
+    is Spearman's, of preview and final reward within a prompt, averaged over the audited prompts. A number that is
+    undefined (nothing audited, or all values equal) is None.
 
     Args:
-        candidates: the round's whole dataset, of which only the columns needed are read.
-        scores: candidate_id, rejected, and the reward that scored the previews.
-        settings: of the round; says steps, checkpoints, and the reward.
+        candidates: the round's candidates, with AUDITED_COLUMNS.
+        scores: candidate_id, invalid, and the reward that scored the previews.
+        settings: steps, checkpoints and reward of the round.
     """
     rejection = settings.early_rejection
     if rejection is None:
@@ -51,39 +48,47 @@ def audit(candidates: pl.LazyFrame, scores: pl.DataFrame, settings: GeneratePara
     table = candidates.select(AUDITED_COLUMNS).collect()
     table = table.join(scores.select("candidate_id", "invalid", final), on="candidate_id", how="left")
     audited = table.filter("audited")
-    sound = audited.filter(~pl.col("invalid") & pl.col("final").is_finite())
+    valid = audited.filter(~pl.col("invalid") & pl.col("final").is_finite())
     kept = pl.col("would_stop_at") == settings.num_inference_steps
-    prompts = sound.group_by("prompt_id").agg(
+    prompts = valid.group_by("prompt_id").agg(
         pl.col("final").max().alias("best"),
         pl.col("final").mean().alias("mean"),
         pl.col("final").filter(kept).max().alias("left"),
     )
-    # what rejection left of a prompt may hold no sound picture at all; then a winner is lost, not only a better one
+    # if no valid candidate of a prompt remains, its winner is lost, not only a better one
     prompts = prompts.with_columns(pl.col("left").fill_null(pl.col("mean")))
-    regret, gain = (prompts["best"] - prompts["left"]).mean(), (prompts["best"] - prompts["mean"]).mean()
+    regret = _mean(prompts["best"] - prompts["left"])
+    gain = _mean(prompts["best"] - prompts["mean"])
     full = table.height * settings.num_inference_steps
     unaudited = audited if audited.height == table.height else table.filter(~pl.col("audited"))
-    found: dict[str, float | int | None] = {
+    numbers: dict[str, float | int | None] = {
         "audited_prompts": audited["prompt_id"].n_unique(),
         "regret": regret,
         "gain": gain,
         "regret_share": regret / gain if regret is not None and gain else None,
-        "same_best": (prompts["best"] == prompts["left"]).cast(pl.Float64).mean(),
+        "same_best": _mean(prompts["best"] == prompts["left"]),
     }
     for number, point in enumerate(rejection.checkpoints):
-        found[f"rank_correlation_{point.step}"] = _rank_correlation(sound, number)
-    steps_asked = unaudited["would_stop_at"].sum()
-    found["unet_evaluations"] = int(table["stopped_at"].sum())
-    found["unet_evaluations_share"] = table["stopped_at"].sum() / full
-    found["unet_evaluations_share_unaudited"] = steps_asked / (unaudited.height * settings.num_inference_steps)
-    return {PREFIX + name: value for name, value in found.items()}
+        numbers[f"rank_correlation_{point.step}"] = _rank_correlation(valid, number)
+    steps = int(table["stopped_at"].sum())
+    numbers["unet_evaluations"] = steps
+    numbers["unet_evaluations_share"] = steps / full
+    numbers["unet_evaluations_share_unaudited"] = int(unaudited["would_stop_at"].sum()) / (
+        unaudited.height * settings.num_inference_steps
+    )
+    return {PREFIX + name: value for name, value in numbers.items()}
 
 
-def _rank_correlation(sound: pl.DataFrame, checkpoint: int) -> float | None:
+def _rank_correlation(valid: pl.DataFrame, checkpoint: int) -> float | None:
     preview = pl.col("preview_scores").list.get(checkpoint, null_on_oob=True).cast(pl.Float64)
-    pairs = sound.with_columns(preview.alias("preview")).filter(pl.col("preview").is_finite())
+    pairs = valid.with_columns(preview.alias("preview")).filter(pl.col("preview").is_finite())
     by_prompt = pairs.group_by("prompt_id").agg(pl.corr("preview", "final", method="spearman").alias("r"))
-    return by_prompt["r"].filter(by_prompt["r"].is_finite()).mean()
+    return _mean(by_prompt["r"].filter(by_prompt["r"].is_finite()))
+
+
+def _mean(values: pl.Series) -> float | None:
+    mean = values.cast(pl.Float64).mean()
+    return float(mean) if isinstance(mean, float) else None
 
 
 def _finite(score: float) -> float:

@@ -1,4 +1,4 @@
-"""Choosing each prompt's winner by its candidates' scores."""
+"""Best-of-N selection: each prompt's winner by its candidates' scores."""
 
 from __future__ import annotations
 
@@ -10,28 +10,31 @@ import polars as pl
 from srpo.config.schema import SelectParams
 from srpo.storage.hashing import derive_seed
 
-ROW, PROMPT, NOISE = "_row", "_prompt", "_noise"  # numbers in place of ids: millions of those would fill the memory
+# numbers in place of ids: millions of strings would fill the memory
+ROW = "_row"
+PROMPT = "_prompt"
+NOISE = "_noise"
 
 
 def choose_winners(
     scores: pl.DataFrame | pl.LazyFrame, weights: Mapping[str, float], settings: SelectParams, seed: int = 0
 ) -> pl.DataFrame:
-    """One row per kept prompt: the scores of its winner, in prompt order.
+    """Return one row per kept prompt: the scores of its winner, in prompt order.
 
     The winner is the best candidate, or with a `temperature` T one drawn with probability proportional to
     exp(score / T) (the optimum of reward under a KL penalty: Liu et al., Statistical Rejection Sampling Improves
-    Preference Optimization, 2023). A draw depends on the seed and the candidate's id alone (Gumbel-max).
+    Preference Optimization, 2023). A draw depends only on the seed and the candidate's id (Gumbel-max).
 
-    The selection score is the reward itself when one reward selects; when several do, `settings.combine` makes it
-    of theirs. Ties go to the lowest index. A candidate with a null, NaN or infinite selecting reward can't win, nor
-    does it count in its prompt's means and ranks. A reward that is constant for a prompt has nothing to say about it.
+    The selection score is the reward itself if one reward selects; several rewards are combined by `settings.combine`.
+    Ties go to the lowest index. A candidate with a null, NaN or infinite selecting reward can't win and does not count
+    in its prompt's means and ranks. A reward that is constant for a prompt does not affect its selection.
 
     Args:
         scores: columns prompt_id, candidate_id, index and the rewards, in any order of rows.
         weights: by name of the selecting rewards.
         seed: of the draws.
-        settings: `min_margin` drops prompts whose winner is hardly better than its prompt's mean; then
-            `top_fraction` keeps the largest margins (at least one prompt).
+        settings: `min_margin` drops prompts whose winner has a smaller margin; then `top_fraction` keeps the
+            prompts with the largest margins (at least one).
 
     Returns:
         The columns of `scores`, and selection_score, margin (winner minus its prompt's mean), loser_id (the worst
@@ -43,7 +46,7 @@ def choose_winners(
         rows.filter(pl.all_horizontal(pl.col(list(weights)).is_finite()))
         .select(ROW, pl.col("prompt_id").cast(pl.Categorical).to_physical().alias(PROMPT), "index", *weights, *noise)
         .collect(engine="streaming")
-        # in this order means are summed, so the order of the file changes nothing, and the first best is the winner
+        # means are summed in this order, whatever the order of the file; the first of the best is the winner
         .sort(PROMPT, "index", maintain_order=True)
     )
     score = pl.col("selection_score")
@@ -73,7 +76,7 @@ def choose_winners(
 
 
 def _gumbel(seed: int) -> pl.Expr:
-    """A number for every candidate, of the standard Gumbel distribution."""
+    """Return one number of the standard Gumbel distribution per candidate."""
 
     def number(candidate_id: str) -> float:
         uniform = ((derive_seed(seed, "select", candidate_id) >> 11) + 0.5) / 2.0**52  # never 0 or 1
@@ -83,15 +86,18 @@ def _gumbel(seed: int) -> pl.Expr:
 
 
 def odd_scores(scores: pl.DataFrame | pl.LazyFrame, weights: Mapping[str, float]) -> dict[str, int]:
-    """By selecting reward: `not_finite_<name>`, its scores that are NaN or infinite, and
-    `constant_prompts_<name>`, the prompts for which the rest are all equal. A null score is none."""
+    """Count unusable scores by selecting reward.
+
+    `not_finite_<name>` counts scores that are NaN or infinite, `constant_prompts_<name>` prompts whose finite scores
+    are all equal. Null scores are not counted.
+    """
     finite = {name: pl.col(name).filter(pl.col(name).is_finite()) for name in weights}
     prompts = (
         scores.lazy()
         .group_by("prompt_id")
         .agg(
             *(pl.col(name).is_finite().not_().sum().alias(f"not_finite_{name}") for name in weights),
-            # a lone candidate says nothing about the reward
+            # a single candidate is no evidence
             *(
                 ((column.len() > 1) & (column.min() == column.max())).alias(f"constant_prompts_{name}")
                 for name, column in finite.items()
@@ -102,7 +108,7 @@ def odd_scores(scores: pl.DataFrame | pl.LazyFrame, weights: Mapping[str, float]
 
 
 def _weight(winners: pl.DataFrame, weighting: str) -> pl.Expr:
-    # where nothing stands out anywhere there is nothing to weight by
+    # all margins are zero
     if weighting == "uniform" or not winners["margin"].sum():
         return pl.lit(1.0)
     return pl.col("margin") / pl.col("margin").mean()
@@ -112,7 +118,8 @@ def _selection_score(weights: Mapping[str, float], combine: str) -> pl.Expr:
     if len(weights) == 1:
         return pl.col(next(iter(weights))).cast(pl.Float64)
     if combine == "rank":
-        return sum(weight * _rank(name) for name, weight in weights.items()) / sum(weights.values())
+        ranks = (weight * _rank(name) for name, weight in weights.items())
+        return sum(ranks, start=pl.lit(0.0)) / sum(weights.values())
     return sum((weight * _z_score(name) for name, weight in weights.items()), start=pl.lit(0.0))
 
 
@@ -123,7 +130,7 @@ def _z_score(name: str) -> pl.Expr:
 
 
 def _rank(name: str) -> pl.Expr:
-    """0 for the worst of the prompt, 1 for the best; equals share their mean rank."""
+    """Return 0 for the worst of the prompt, 1 for the best; equal scores share their mean rank."""
     rank = (pl.col(name).rank("average").over(PROMPT) - 1) / (pl.len().over(PROMPT) - 1)
     return pl.when(_constant(name)).then(0.5).otherwise(rank)
 

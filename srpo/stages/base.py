@@ -1,4 +1,4 @@
-"""Stage `base`: write down which base model and which reward models these rounds stand on."""
+"""Stage `base`: the identities of the base model and the reward models of a campaign."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from srpo.rounds import Round
 from srpo.storage.files import publish
 from srpo.storage.json_files import write_json
 
-log = logging.getLogger("srpo")
+log = logging.getLogger(__name__)
 
 
 def pin_base(round: Round) -> None:
     """Write `rounds/base/adapter/lineage.json`, `rounds/base/rewards.json` and `rounds/base/preview.json`.
 
-    Every other stage depends on one of them, so a changed model folder or revision reruns what it must. The last names
-    only the reward that scores previews: with another judge the candidates stay.
+    Every other stage depends on one of these files, so a changed model folder or revision reruns the stages that use
+    it. preview.json has only the reward that scores previews: generate does not depend on the other rewards.
 
     Raises:
-        UserError: a model is neither a folder or file here nor shaped like a Hub id.
+        UserError: a model is neither a local folder or file nor formatted like a Hub id.
     """
     files = round.files
-    params, root = round.params, round.root
+    params = round.params
+    root = round.root
     scratch = root / ".srpo" / "scratch" / "base"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Stage `report`: one self-contained page that shows what a round did. No torch in here."""
+"""Stage `report`: one self-contained page about a round."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from srpo.data import parquet
 from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.lineage.record import read_lineage
 from srpo.reporting import charts, contact_sheets
-from srpo.reporting.html import chart, numbers, picture, render_page
+from srpo.reporting.html import chart, embedded_image, numbers, render_page
 from srpo.reporting.table import SET_MEASURES
 from srpo.rounds import BASE, Round, RoundFiles
 from srpo.selection.audit import PREFIX
@@ -24,8 +24,8 @@ from srpo.storage.scratch import scratch_folder
 def report(round: Round) -> None:
     """Write `rounds/<key>/report/`: index.html, winners.png and tuned.png.
 
-    The page embeds its pictures and loads nothing. The same files give the same bytes. Of other rounds only
-    the evaluations of base and of the parent are read.
+    The page embeds its images and loads nothing. The same files give the same bytes. Of other rounds, only the
+    evaluations of base and of the parent are read.
 
     Raises:
         UserError: a dataset of the round is missing or damaged.
@@ -35,7 +35,7 @@ def report(round: Round) -> None:
     tuned = contact_sheets.before_and_after(round.root, round.key)
     sweeps = {name: read_sweep(RoundFiles(round.root, name)) for name in dict.fromkeys((BASE, parent, round.key))}
     measured = {
-        name: numbers(name, read_metrics(RoundFiles(round.root, name)), found) for name, found in sweeps.items()
+        name: numbers(name, read_metrics(RoundFiles(round.root, name)), sweep) for name, sweep in sweeps.items()
     }
     training = _training(files.training)
     page = render_page(
@@ -58,10 +58,16 @@ def report(round: Round) -> None:
     )  # fmt: skip
     scratch = scratch_folder(round.root, "report", round.key)
     (scratch / "index.html").write_text(page, encoding="utf-8")
-    _save_sheet(learned, f"Round {round.key}: what it learned from", "the winner", "the worst of its prompt",
-                scratch / "winners.png")  # fmt: skip
-    _save_sheet(tuned, f"Round {round.key}: held-out prompts, same noise", "the base model", f"after round {round.key}",
-                scratch / "tuned.png")  # fmt: skip
+    contact_sheets.save_contact_sheet(
+        learned, f"Round {round.key}: training data", "winner", "worst candidate of its prompt", scratch / "winners.png"
+    )
+    contact_sheets.save_contact_sheet(
+        tuned,
+        f"Round {round.key}: held-out prompts, same noise",
+        "base model",
+        f"after round {round.key}",
+        scratch / "tuned.png",
+    )
     publish(scratch, files.report)
 
 
@@ -73,24 +79,21 @@ def _training(path: Path) -> pl.DataFrame:
             raise ValueError(error) from None
 
 
-def _save_sheet(pairs: list[contact_sheets.Pair], title: str, left: str, right: str, path: Path) -> None:
-    contact_sheets.contact_sheet(pairs, title, left, right).save(path, optimize=True)
-
-
 def _figure(pair: contact_sheets.Pair) -> dict[str, Any]:
-    """A pair for the page: separate pictures and real text, so that it reads on a phone and aloud."""
+    """Return a pair for the page: separate images and real text, for small screens and screen readers."""
     sides = ((pair.left, pair.left_lines), (pair.right, pair.right_lines))
-    return {"prompt": pair.prompt, "sides": [picture(image) | {"lines": lines} for image, lines in sides]}
+    return {"prompt": pair.prompt, "sides": [embedded_image(image) | {"lines": lines} for image, lines in sides]}
 
 
 def _charts(
     params: Params, files: RoundFiles, measured: dict[str, dict], sweeps: dict[str, dict], training: pl.DataFrame
 ) -> dict[str, list]:
-    """By section, (name, SVG data URI): a chart each, so that the page can stack them on a narrow screen."""
+    """Return by section [(name, SVG data URI)], one chart each, so that a narrow screen can stack them."""
     rewards = {name: spec.role for name, spec in params.rewards.items()}
     scores, winners = (parquet.table(path, list(rewards)) for path in (files.scores, files.winners))
-    sweeps = {name if name == BASE else f"round {name}": found for name, found in sweeps.items()}
-    path, roles = [list(measured)], rewards | dict.fromkeys(SET_MEASURES, "measure")
+    sweeps = {name if name == BASE else f"round {name}": sweep for name, sweep in sweeps.items()}
+    path = [list(measured)]
+    roles = rewards | dict.fromkeys(SET_MEASURES, "measure")
     drawn = {
         "rounds": {name: charts.over_rounds(measured, path, name, role) for name, role in roles.items()},
         "sweep": {name: charts.sweep(sweeps, name) for name in [*rewards, "fid", "cmmd", "saturation"]},
@@ -100,16 +103,16 @@ def _charts(
         },
         "training": {"training loss": charts.training(training["step"].to_list(), training["loss"].to_list())},
     }
-    return {section: [(name, chart(svg)) for name, svg in found.items()] for section, found in drawn.items()}
+    return {section: [(name, chart(svg)) for name, svg in svgs.items()] for section, svgs in drawn.items()}
 
 
 def _lineage_rows(files: RoundFiles) -> list[tuple[str, str]]:
     lineage = read_lineage(files)
     base = lineage["base"]
     return [
-        ("this round's adapter", lineage["adapter"]),
-        ("winners it was trained on", lineage["winners"]),
-        (f"parent's adapter ({lineage['parent']})", lineage["parent_adapter"] or "none: starts from base"),
+        ("adapter of this round", lineage["adapter"]),
+        ("winners used for training", lineage["winners"]),
+        (f"adapter of the parent ({lineage['parent']})", lineage["parent_adapter"] or "none: the parent is base"),
         ("base model", f"{base['source']}  {base['digest'] or base['revision'] or 'not pinned'}"),
         ("code", lineage["code"]),
         ("versions", ", ".join(f"{name} {version}" for name, version in lineage["versions"].items())),
@@ -117,28 +120,28 @@ def _lineage_rows(files: RoundFiles) -> list[tuple[str, str]]:
 
 
 def _selection(files: RoundFiles) -> dict[str, Any]:
-    """How many candidates became winners, from the data itself: no file but the datasets need be there."""
+    """Return the numbers of candidates, prompts and winners, counted in the datasets."""
     scores = parquet.table(files.scores, ["prompt_id"])
     winners = parquet.table(files.winners, ["candidate_id"])
     return {"candidates": scores.height, "prompts": scores["prompt_id"].n_unique(), "winners": winners.height}
 
 
 def _early_rejection(params: Params, files: RoundFiles) -> list[tuple[str, float | None]]:
-    """What selection wrote about early rejection, as (what, value); empty when nothing was given up early."""
+    """Return early rejection's numbers in selection.json as (label, value); empty when it is off."""
     rules = params.generate.early_rejection
     if rules is None:
         return []
     path = files.winners / "selection.json"
-    found = read_json(path) if path.exists() else {}
+    summary = read_json(path) if path.exists() else {}
     labels = {
-        "unet_evaluations_share": "UNet evaluations done, as a share of finishing all",
-        "unet_evaluations_share_unaudited": "the same without the audit",
-        "audited_prompts": "audited prompts, whose candidates were all finished",
-        "regret": f"regret: best {rules.reward} minus the best that rejection leaves",
+        "unet_evaluations_share": "UNet evaluations, as a share of those without early rejection",
+        "unet_evaluations_share_unaudited": "the same, audited prompts left out",
+        "audited_prompts": "audited prompts (all candidates were finished)",
+        "regret": f"regret: best {rules.reward} minus the best after early rejection",
         "regret_share": "regret as a share of the best-of-N gain",
-        "same_best": "audited prompts that keep their best candidate",
+        "same_best": "share of audited prompts that keep their best candidate",
     } | {
         f"rank_correlation_{point.step}": f"rank correlation of preview and final {rules.reward}, step {point.step}"
         for point in rules.checkpoints
     }
-    return [(label, found[PREFIX + name]) for name, label in labels.items() if PREFIX + name in found]
+    return [(label, summary[PREFIX + name]) for name, label in labels.items() if PREFIX + name in summary]

@@ -1,4 +1,4 @@
-"""Stage `select`: keep each prompt's best candidate, or one drawn by its score. No torch in here."""
+"""Stage `select`: each prompt's winner, the best candidate or one drawn by its score."""
 
 from __future__ import annotations
 
@@ -17,42 +17,41 @@ from srpo.storage.files import publish
 from srpo.storage.json_files import write_json
 from srpo.storage.scratch import scratch_folder
 
-log = logging.getLogger("srpo")
+log = logging.getLogger(__name__)
 
 
 def select(round: Round) -> None:
-    """Write `rounds/<key>/winners/`: the winners with all that training needs, and `selection.json`.
+    """Write `rounds/<key>/winners/`: the winners with all columns that training needs, and `selection.json`.
 
-    `selection.json` also counts what could not win or had no say: invalid candidates, unfinished ones (a selecting
-    reward is null), and for every selecting reward its scores that are NaN or infinite and the prompts for which it
-    is constant. After early rejection it holds what `rejection.audit` found.
+    `selection.json` also counts invalid candidates, unfinished ones (a selecting reward is null) and, per selecting
+    reward, scores that are NaN or infinite and prompts for which it is constant (`odd_scores`). After early rejection
+    it includes the numbers of `audit`.
 
     Raises:
-        UserError: no candidate is left, or scores and candidates do not belong together.
+        UserError: no candidate is left, or scores and candidates do not match.
     """
-    files, settings = round.files, round.params.select
+    files = round.files
+    settings = round.params.select
     weights = {name: round.params.rewards[name].weight for name in round.params.reward_names("select")}
     scores = parquet.scan(files.scores, ["candidate_id", "prompt_id", "index", *round.params.rewards, "invalid"])
-    sound = scores.filter(pl.col("invalid").not_().fill_null(True)).drop("invalid")
-    summary = _counts(scores, weights)
-    oddities = odd_scores(sound, weights)
-    _report_oddities(round.key, summary["invalid"], oddities, weights)
-    winners = choose_winners(sound, weights, settings, round.params.seed)
+    valid = scores.filter(pl.col("invalid").not_().fill_null(True)).drop("invalid")
+    counts = _counts(scores, weights)
+    oddities = odd_scores(valid, weights)
+    _report_oddities(round.key, counts["invalid"], oddities, weights)
+    winners = choose_winners(valid, weights, settings, round.params.seed)
     if winners.is_empty():
         raise UserError(
-            f"rounds.{round.key}.select: no winner is left of {summary['candidates']} candidates ({summary['invalid']}"
-            " invalid); loosen min_margin or combine, or look at the scores"
+            f"rounds.{round.key}.select: no winner is left of {counts['candidates']} candidates ({counts['invalid']}"
+            " invalid); lower min_margin, change combine, or check the scores"
         )
     scratch = scratch_folder(round.root, "select", round.key)
-    for left in scratch.iterdir():  # by a killed run that may have made more shards
-        left.unlink()
+    for leftover in scratch.iterdir():  # a killed run may have written more shards
+        leftover.unlink()
     try:
         write_winners(scratch, winners, files.candidates)
     except KeyError:
-        raise UserError(
-            f"{files.scores}: scores of other candidates than {files.candidates} holds; rerun score"
-        ) from None
-    summary |= {"winners": winners.height} | oddities
+        raise UserError(f"{files.scores}: does not match the candidates in {files.candidates}; rerun score") from None
+    summary: dict[str, float | int | None] = {**counts, "winners": winners.height, **oddities}
     summary |= {f"candidates_{name}": value for name, value in _means(scores, round.params.rewards).items()}
     summary |= {f"winners_{name}": value for name, value in _means(winners.lazy(), round.params.rewards).items()}
     generated = round.params.generate
@@ -62,7 +61,7 @@ def select(round: Round) -> None:
     publish(scratch, files.winners)
     log.info(
         "select %s: %d winners of %d candidates for %d prompts",
-        *(round.key, winners.height, summary["candidates"], summary["prompts"]),
+        *(round.key, winners.height, counts["candidates"], counts["prompts"]),
     )
 
 
@@ -78,13 +77,13 @@ def _counts(scores: pl.LazyFrame, weights: Mapping[str, float]) -> dict[str, int
 
 
 def _means(scores: pl.LazyFrame, names: Iterable[str]) -> dict[str, float | None]:
-    """Over the finite scores: JSON has no NaN."""
-    found = scores.select(pl.col(name).filter(pl.col(name).is_finite()).mean() for name in names)
-    return found.collect().row(0, named=True)
+    """Return the means of the finite scores: JSON has no NaN."""
+    means = scores.select(pl.col(name).filter(pl.col(name).is_finite()).mean() for name in names)
+    return means.collect().row(0, named=True)
 
 
 def _report_oddities(key: str, invalid: int, odd: dict[str, int], weights: Mapping[str, float]) -> None:
-    parts = [f"{invalid} invalid candidates (flat images or latents that are not numbers)"] if invalid else []
+    parts = [f"{invalid} invalid candidates (single-color images, or latents with NaN or infinity)"] if invalid else []
     for name in weights:
         if count := odd[f"not_finite_{name}"]:
             parts.append(f"{name} is NaN or infinite for {count} candidates")

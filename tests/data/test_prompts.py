@@ -30,7 +30,7 @@ BAD = {
     "nul": ('{"id": "a", "prompt": "x\\u0000y"}', "NUL"),
     "unknown key": ('{"id": "a", "prompt": "x", "promt": "y"}', "unknown key 'promt'"),
     "bad tags": ('{"id": "a", "prompt": "x", "tags": ["y"]}', "must map names to texts"),
-    "duplicate id": ('{"id": "ok", "prompt": "x"}', "'ok' stands on line 1 too"),
+    "duplicate id": ('{"id": "ok", "prompt": "x"}', "'ok' is also on line 1"),
 }
 
 
@@ -48,7 +48,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such prompt file"):
         load_prompts(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n \n")
-    with pytest.raises(UserError, match="holds no prompt"):
+    with pytest.raises(UserError, match="has no prompts"):
         load_prompts(tmp_path / "empty.jsonl")
     (tmp_path / "latin.jsonl").write_bytes('{"id": "a", "prompt": "caf\u00e9"}'.encode("latin-1"))
     with pytest.raises(UserError, match="UTF-8"):
