@@ -255,7 +255,7 @@ def lineage(
     from srpo.lineage import graph
     from srpo.release import registry
 
-    found = registry.chain_of(params, root, which)
+    found = registry.provenance(params, root, which)
     if check:
         graph.verify(root, found)
     if as_json:

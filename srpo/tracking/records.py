@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from typing import Any
 from srpo.config.loader import STAGES_WITH_OVERRIDES, Params
 from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.evaluation.image_stats import IMAGE_STATS
-from srpo.lineage.dvc_lock import read_dvc_lock
+from srpo.lineage.dvc_lock import round_hashes
 from srpo.lineage.record import read_lineage
 from srpo.reporting.table import SET_MEASURES, verdict
 from srpo.rounds import BASE, Round, RoundFiles, ancestors, order
+from srpo.storage import git
 from srpo.storage.hashing import file_digest, value_digest
 
 ARTIFACTS_TAG = "srpo.artifacts"
@@ -62,7 +62,7 @@ def round_record(round: Round) -> RoundRecord:
     hashes = round_hashes(round.root, round.key)
     record.tags = {f"dvc.{name}": value for name, value in hashes.items()}
     record.datasets = {name: hashes[name] for name in ("candidates", "winners") if name in hashes}
-    if revision := _git_revision(round.root):
+    if revision := git.revision(round.root):
         record.tags["srpo.git_revision"] = revision
     if round.key != BASE:
         resolved = round.params
@@ -147,18 +147,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             found[f"{prefix}{name}"] = json.dumps(value) if isinstance(value, list) else str(value)
     return found
-
-
-def round_hashes(root: Path, key: str) -> dict[str, str]:
-    """Hashes that dvc.lock records of this round's outputs, by their name under rounds/<key>/."""
-    folder, found = f"rounds/{key}/", {}
-    for stage in read_dvc_lock(root).values():
-        for out in stage.get("outs", []):
-            if out["path"].startswith(folder) and "md5" in out:
-                found[out["path"].removeprefix(folder).replace("/", ".")] = out["md5"]
-    return found
-
-
-def _git_revision(root: Path) -> str | None:
-    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
