@@ -28,8 +28,9 @@ from srpo.release.mlflow_model import save_model
 from srpo.release.model_card import license_of
 from srpo.rounds import Round
 from srpo.storage.hashing import dvc_digest, file_digest
-from srpo.tracking import records as projection
-from srpo.tracking import sync
+from srpo.tracking.connection import as_default, reason
+from srpo.tracking.records import round_params, round_record
+from srpo.tracking.sync import CAMPAIGN, PROJECT, Campaign, opened, sync_round
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -58,9 +59,19 @@ class Decision:
         return tags | ({"srpo.override": self.override or ""} if verdict != "pass" else {})
 
 
-def model_name(params: Params) -> str:
-    """Return the campaign's registered model, `<experiment>-<campaign>`, without characters that MLflow refuses."""
-    return re.sub(r"[/:%.\"']", "-", f"{params.tracking.experiment}-{params.tracking.campaign}")
+def model_name(params: Params, campaign: Campaign) -> str:
+    """Return the name of the campaign's registered model, which its tags tell apart from other projects' models.
+
+    A new model is called `<experiment>-<campaign>`, without characters that MLflow refuses; if another project's model
+    has this name, the project's identity is added.
+    """
+    client = campaign.client
+    for model in client.search_registered_models(f"tags.`{PROJECT}` = '{campaign.project}'"):
+        if model.tags.get(CAMPAIGN) == campaign.name:
+            return model.name
+    name = re.sub(r"[/:%.\"']", "-", f"{params.tracking.experiment}-{campaign.name}")
+    taken = client.search_registered_models(f"name = '{name}'")
+    return f"{name}-{campaign.project}" if taken else name
 
 
 def check(round: Round, override: str | None = None) -> str:
@@ -111,13 +122,13 @@ def promote(round: Round, decision: Decision, adapter: str | None = None) -> Mod
     current = check(round, decision.override)
     if adapter not in (None, current):
         raise UserError(f"rounds/{round.key}/adapter: changed since the decision; promote it again")
-    sync.project(round)
-    with _records(round.params, round.root) as records:
-        client, name = records.client, model_name(round.params)
+    sync_round(round)
+    with _registry(round.params, round.root) as campaign:
+        client, name = campaign.client, model_name(round.params, campaign)
         version = _find(_versions(client, name), current)
         approval = decision.tags(read_gate(round.files)["verdict"])
         if version is None:
-            version = _register(records, name, round, approval)
+            version = _register(campaign, name, round, approval)
         else:
             for tag, value in approval.items():
                 client.set_model_version_tag(name, version.version, tag, value)
@@ -139,8 +150,7 @@ def versions(params: Params, root: Path) -> list[ModelVersion]:
     Raises:
         UserError: MLflow can't be reached.
     """
-    with _records(params, root) as records:
-        return _versions(records.client, model_name(params))
+    return _known(params, root)[1]
 
 
 def look_up(params: Params, root: Path, which: str) -> ModelVersion:
@@ -149,12 +159,18 @@ def look_up(params: Params, root: Path, which: str) -> ModelVersion:
     Raises:
         UserError: there is none, or MLflow can't be reached.
     """
-    known = versions(params, root)
+    model, known = _known(params, root)
     for version in known:
         if which.removeprefix("v") == number(version) or which in version.aliases:
             return version
     names = ", ".join(number(version) for version in known) or "none; promote a round first"
-    raise UserError(f"{model_name(params)}: no version or alias {which!r}; there is {names}")
+    raise UserError(f"{model}: no version or alias {which!r}; there is {names}")
+
+
+def _known(params: Params, root: Path) -> tuple[str, list[ModelVersion]]:
+    with _registry(params, root) as campaign:
+        name = model_name(params, campaign)
+        return name, _versions(campaign.client, name)
 
 
 def provenance(params: Params, root: Path, which: str) -> graph.Node:
@@ -193,35 +209,23 @@ def registered_provenance(params: Params, root: Path, version: ModelVersion) -> 
     """
     from mlflow.artifacts import download_artifacts
 
-    with _records(params, root) as records, tempfile.TemporaryDirectory() as folder:
+    with _registry(params, root) as campaign, tempfile.TemporaryDirectory() as folder:
         place = f"models:/{version.name}/{version.version}/{graph.FILE}"
-        path = download_artifacts(place, dst_path=folder, tracking_uri=records.uri)
+        path = download_artifacts(place, dst_path=folder, tracking_uri=campaign.uri)
         return graph.Node.model_validate_json(Path(path).read_text(encoding="utf-8"))
 
 
 @contextlib.contextmanager
-def _records(params: Params, root: Path) -> Iterator[sync.Records]:
+def _registry(params: Params, root: Path) -> Iterator[Campaign]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", UPLOAD_SECONDS)
     try:
-        with sync.opened(params, root) as records, _as_default(records.uri):
-            yield records
+        # a registry in a database looks up logged models at MLflow's default address, not at the client's
+        with opened(params, root) as campaign, as_default(campaign.uri):
+            yield campaign
     except UserError:
         raise
     except Exception as error:  # a server may fail in any way
-        raise UserError(f"tracking.uri: the request to MLflow's registry failed ({sync.reason(error)})") from error
-
-
-@contextlib.contextmanager
-def _as_default(uri: str) -> Iterator[None]:
-    """Make `uri` MLflow's default: a registry in a database looks up logged models there, not at the client's."""
-    import mlflow
-
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(uri)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(before)
+        raise UserError(f"tracking.uri: the request to MLflow's registry failed ({reason(error)})") from error
 
 
 def _versions(client: Any, name: str) -> list[ModelVersion]:
@@ -234,15 +238,19 @@ def _find(known: list[ModelVersion], adapter: str) -> ModelVersion | None:
     return next((version for version in known if version.tags.get("srpo.adapter") == adapter), None)
 
 
-def _register(records: sync.Records, name: str, round: Round, approval: dict[str, str]) -> ModelVersion:
-    client, campaign = records.client, round.params.tracking.campaign
+def _register(campaign: Campaign, name: str, round: Round, approval: dict[str, str]) -> ModelVersion:
+    client = campaign.client
     if not any(model.name == name for model in client.search_registered_models(f"name = '{name}'")):
-        client.create_registered_model(name, description=f"Adapters of the campaign {campaign}.")
-    record = projection.round_record(round)
-    runs = records.children(round.key)
+        owner = {PROJECT: campaign.project, CAMPAIGN: campaign.name}
+        client.create_registered_model(name, owner, f"Adapters of the campaign {campaign.name}.")
+    runs = campaign.runs_of(round.key)
     run_id = runs[0].info.run_id if runs else None
     model = client.create_logged_model(
-        records.experiment, f"round-{round.key}", source_run_id=run_id, params=record.params, model_type="LoRA adapter"
+        campaign.experiment,
+        f"round-{round.key}",
+        source_run_id=run_id,
+        params=round_params(round),
+        model_type="LoRA adapter",
     )
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder) / "model", round, model.model_id, run_id)
@@ -250,7 +258,7 @@ def _register(records: sync.Records, name: str, round: Round, approval: dict[str
     client.finalize_logged_model(model.model_id, "READY")
     tags = version_tags(round, _versions(client, name)) | approval
     source = f"models:/{model.model_id}"
-    note = f"Round {round.key} of the campaign {campaign}. Gate: {tags['srpo.verdict']}."
+    note = f"Round {round.key} of the campaign {campaign.name}. Gate: {tags['srpo.verdict']}."
     return client.create_model_version(name, source, run_id, tags, description=note, model_id=model.model_id)
 
 
@@ -262,7 +270,8 @@ def version_tags(round: Round, known: list[ModelVersion]) -> dict[str, str]:
     """
     lineage = read_lineage(round.files)
     parent = _find(known, lineage["parent_adapter"]) if lineage["parent_adapter"] else None
-    tags = projection.round_record(round).tags | {
+    record = round_record(round)
+    tags = {name: value for name, value in record.tags.items() if name.startswith(("srpo.", "dvc."))} | {
         "srpo.round": round.key,
         "srpo.parent": lineage["parent"],
         "srpo.parent_version": number(parent) if parent else "none",
