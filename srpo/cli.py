@@ -124,10 +124,10 @@ def train(key: RoundKey) -> None:
     with _round(key, "train") as round:
         from srpo.data.parquet import shards
         from srpo.stages.train import train
-        from srpo.tracking import sync
+        from srpo.tracking.live import live
 
         shards(round.files.winners)  # else MLflow would record a training that can't start
-        with sync.live(round) as curve:
+        with live(round) as curve:
             train(round, curve.log)
 
 
@@ -136,10 +136,10 @@ def evaluate(key: RoundOrBase) -> None:
     """Sample the eval prompts and measure."""
     with _round(key, "evaluate") as round:
         from srpo.stages.evaluate import evaluate
-        from srpo.tracking import sync
+        from srpo.tracking.sync import sync_round
 
         evaluate(round)
-        sync.project(round)
+        sync_round(round)
 
 
 @app.command()
@@ -147,10 +147,10 @@ def report(key: RoundKey) -> None:
     """Write the round's report page."""
     with _round(key, "report") as round:
         from srpo.stages.report import report
-        from srpo.tracking import sync
+        from srpo.tracking.sync import sync_round
 
         report(round)
-        sync.project(round)
+        sync_round(round)
 
 
 @app.command("score-images")
@@ -173,12 +173,14 @@ def score_images(
 
 
 @app.command()
-def track() -> None:
-    """Rebuild all of MLflow's records from rounds/ and dvc.lock."""
+def track(
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="first delete this project's runs in MLflow")] = False,
+) -> None:
+    """Add to MLflow what is missing of rounds/ and dvc.lock."""
     params, root = _project()
-    from srpo.tracking import sync
+    from srpo.tracking.sync import sync_campaign
 
-    if not sync.sync(params, root):
+    if not sync_campaign(params, root, rebuild):
         raise typer.Exit(1)
 
 
@@ -255,7 +257,7 @@ def lineage(
     from srpo.lineage import graph
     from srpo.release import registry
 
-    found = registry.chain_of(params, root, which)
+    found = registry.provenance(params, root, which)
     if check:
         graph.verify(root, found)
     if as_json:

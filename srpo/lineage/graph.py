@@ -1,7 +1,7 @@
-"""What a round was made from, step by step back to the base model and the prompts, each by content hash.
+"""Provenance of a round: a tree of its inputs back to the base model and the prompts, each by content hash.
 
-Hashes are what the later step says it read (dvc.lock's deps, lineage.json), not what the earlier step last wrote: so
-a round that was trained anew shows up as differing in the chains of its children.
+A hash is the one the later stage read (`deps` in dvc.lock, lineage.json), not the one the earlier stage wrote last. So
+a round that was trained again is marked `differs` in the trees of its children.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel
 
 from srpo.errors import UserError
-from srpo.lineage.dvc_lock import read_dvc_lock
+from srpo.lineage.dvc_lock import read_dvc_lock, recorded
 from srpo.lineage.record import adapter_weights, read_lineage
 from srpo.rounds import BASE, RoundFiles
 from srpo.storage.hashing import digest, dvc_digest
@@ -32,10 +32,13 @@ SHORT = 12
 
 
 class Node(BaseModel):
-    """One step of a chain.
+    """One input, with its own inputs as children.
 
-    `path` is relative to the project; `dvc` is DVC's hash of it, `sha256` of it or of `sha256_of` in it. `state` says
-    whether what is at `path` now has these hashes.
+    Attributes:
+        path: relative to the project.
+        dvc: DVC's hash of the file or folder at `path`.
+        sha256: of the file or folder at `path`, or of the file `sha256_of` in it.
+        state: whether the file or folder at `path` has these hashes now.
     """
 
     name: str
@@ -48,20 +51,15 @@ class Node(BaseModel):
     children: list[Node] = []
 
     def walk(self) -> list[Node]:
-        """This node and all below, from the top."""
+        """Return this node and all below, from the top."""
         return [self, *(node for child in self.children for node in child.walk())]
 
 
-def recorded(lock: Mapping[str, Any], stage: str, side: Literal["deps", "outs"]) -> dict[str, str]:
-    """DVC's hashes by path, of what a stage of dvc.lock read (`deps`) or wrote (`outs`)."""
-    return {item["path"]: item["md5"] for item in lock.get(stage, {}).get(side, []) if "md5" in item}
-
-
-def round_chain(root: Path, key: str) -> Node:
-    """The chain of a round, from its adapter to base, by dvc.lock and the lineage.json files.
+def round_provenance(root: Path, key: str) -> Node:
+    """Return the provenance of a round, from its adapter back to base, by dvc.lock and the lineage.json files.
 
     Raises:
-        UserError: the round has no adapter here.
+        UserError: the round has no adapter in this project folder.
     """
     if not (RoundFiles(root, key).adapter / "lineage.json").exists():
         raise UserError(f"rounds/{key}/adapter: no lineage.json; `dvc repro train@{key}` or `dvc pull train@{key}`")
@@ -71,16 +69,16 @@ def round_chain(root: Path, key: str) -> Node:
 
 
 def verify(root: Path, node: Node) -> None:
-    """Set the state of a node and of all below: hashes every file there is, so it takes as long as reading them."""
+    """Set the state of a node and of all below. Every file is read and hashed."""
     from tqdm import tqdm
 
-    nodes = [found for found in node.walk() if found.path]
-    for found in tqdm(nodes, desc="verify", unit="step", disable=None, leave=False):
-        found.state = _state(root, found)
+    nodes = [(below, root / below.path) for below in node.walk() if below.path]
+    for below, path in tqdm(nodes, desc="verify", unit="file", disable=None, leave=False):
+        below.state = _state(path, below)
 
 
 def render(node: Node, tree: Tree | None = None) -> Tree:
-    """As a tree for the terminal."""
+    """Return the node as a tree for the terminal."""
     from rich.markup import escape
     from rich.tree import Tree
 
@@ -94,13 +92,14 @@ def render(node: Node, tree: Tree | None = None) -> Tree:
 
 
 def _round(root: Path, lock: Mapping[str, Any], key: str, adapter: str | None, sha256: str | None) -> Node:
-    files, folder = RoundFiles(root, key), f"rounds/{key}"
+    files = RoundFiles(root, key)
+    folder = f"rounds/{key}"
     trained, selected, scored, generated = (
         recorded(lock, f"{stage}@{key}", "deps") for stage in ("train", "select", "score", "generate")
     )
     lineage = read_lineage(RoundFiles(root, key)) if (files.adapter / "lineage.json").exists() else {}
     weights = adapter_weights(files.adapter)
-    pieces = [
+    inputs = [
         Node(
             name="adapter",
             path=f"{folder}/adapter",
@@ -118,16 +117,16 @@ def _round(root: Path, lock: Mapping[str, Any], key: str, adapter: str | None, s
         Node(name="candidates", path=f"{folder}/candidates", dvc=scored.get(f"{folder}/candidates")),
     ]
     if rewards := scored.get("rounds/base/rewards.json"):
-        pieces.append(Node(name="rewards", path="rounds/base/rewards.json", dvc=rewards))
+        inputs.append(Node(name="rewards", path="rounds/base/rewards.json", dvc=rewards))
     prompts = {path: value for path, value in generated.items() if not path.startswith("rounds/")}
-    pieces += [Node(name="prompts", path=path, dvc=value) for path, value in prompts.items()]
+    inputs += [Node(name="prompts", path=path, dvc=value) for path, value in prompts.items()]
     parent = lineage.get("parent")
     if parent == BASE:
-        pieces.append(_base(lineage["base"]))
+        inputs.append(_base(lineage["base"]))
     elif parent:
         above = f"rounds/{parent}/adapter"
-        pieces.append(_round(root, lock, parent, trained.get(above), lineage["parent_adapter"]))
-    return Node(name=f"round {key}", children=pieces)
+        inputs.append(_round(root, lock, parent, trained.get(above), lineage["parent_adapter"]))
+    return Node(name=f"round {key}", children=inputs)
 
 
 def _base(base: Mapping[str, str | None]) -> Node:
@@ -140,8 +139,7 @@ def _base(base: Mapping[str, str | None]) -> Node:
     )
 
 
-def _state(root: Path, node: Node) -> Literal["ok", "missing", "differs", "unchecked"]:
-    path = root / node.path
+def _state(path: Path, node: Node) -> Literal["ok", "missing", "differs", "unchecked"]:
     if not path.exists():
         return "missing"
     checks = []

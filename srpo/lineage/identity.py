@@ -1,4 +1,4 @@
-"""What identifies a model: the content digest of a local one, the pinned revision of one on the Hub."""
+"""Identity of a model: the content digest of a local one, the pinned revision of one on the Hub."""
 
 from __future__ import annotations
 
@@ -12,18 +12,26 @@ from srpo.storage.hashing import digest
 log = logging.getLogger(__name__)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_identity(root: Path, key: str, source: str, revision: str | None) -> dict[str, str | None]:
+    """Return `source`, `revision` (Hub models only) and `digest` (local models only) of a model.
+
+    Args:
+        key: the key of params.yaml that names the model, for messages.
+        source: a file or folder relative to `root`, or a Hub id.
+
+    Raises:
+        UserError: `source` is neither.
+    """
     local = root / source
     if local.exists():
         return {"source": source, "revision": None, "digest": digest(local)}
     if not HUB_ID.fullmatch(source) or source.startswith("data/"):
         raise UserError(
-            f"{key}: {source!r} is no folder here and no Hub id; `dvc pull data.dvc` brings the embedded ones"
+            f"{key}: {source!r} is neither a file or folder here nor a Hub id; `dvc pull data.dvc` fetches data/"
         )
     if revision is None or not COMMIT.fullmatch(revision):
-        log.warning("%s: %s is not pinned to a commit; what it names may change under you", key, source)
+        log.warning("%s: %s is not pinned to a commit, so the model may change; set the revision", key, source)
     return {"source": source, "revision": revision, "digest": None}

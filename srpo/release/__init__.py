@@ -1,1 +1,1 @@
-"""Registry, restore, export, model card."""
+"""Release of rounds: model registry, restore, export, model card."""

@@ -1,4 +1,4 @@
-"""`srpo export`: a round as a folder that others can use, ready to be put on the Hub."""
+"""Export of a round: a folder of weights, images and model card, ready for the Hub."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from srpo.rounds import Round, RoundFiles
 from srpo.storage.hashing import file_digest
 from srpo.storage.json_files import write_json
 
-PICTURES = 8
+NUM_IMAGES = 8
 MERGED = "merged"
 
 
 def export(round: Round, to: Path, merged: bool = False) -> list[str]:
-    """Write a round's weights, example pictures, lineage and model card into a new folder.
+    """Write a round's weights, example images, lineage and model card into a new folder.
 
-    A LoRA is written for diffusers (`pytorch_lora_weights.safetensors`, the adapter's own bytes) and under kohya's
-    names, for ComfyUI. Where the round trained the whole UNet there is no LoRA, only the merged pipeline.
+    A LoRA is written for diffusers (`pytorch_lora_weights.safetensors`, a copy of the adapter's file) and with kohya's
+    names, for ComfyUI. A round that trained the whole UNet has no LoRA, only the merged pipeline.
 
     Args:
         to: a folder that does not exist or is empty.
-        merged: write `merged/`, too, the base pipeline with the tuned weights in it, in the number type of `runtime`.
+        merged: also write `merged/`, the base pipeline with the fine-tuned weights in it, in the dtype of `runtime`.
 
     Returns:
-        The files and folders in it.
+        The names of the files and folders in it.
 
     Raises:
-        UserError: the folder is not empty; the round has no adapter or no evaluation here; or it has no LoRA and
-            `merged` is not asked for.
+        UserError: the folder is not empty; the round has no adapter or no evaluation in this project folder; or it
+            has no LoRA and `merged` is False.
     """
     adapter = round.files.adapter
     is_lora = (adapter / WEIGHTS_FILE).exists()
@@ -48,10 +48,10 @@ def export(round: Round, to: Path, merged: bool = False) -> list[str]:
         raise UserError(f"round {round.key}: train.method is full, so there is no LoRA to export; add --merged")
     if not (round.files.evaluation / "gate.json").exists():
         raise UserError(
-            f"rounds/{round.key}/evaluation: not evaluated; `dvc repro evaluate@{round.key}` makes what the card needs"
+            f"rounds/{round.key}/evaluation: not evaluated, so it has no model card; `dvc repro evaluate@{round.key}`"
         )
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"--to: {to} is there and not empty; name a new folder")
+        raise UserError(f"--to: {to} is not empty; name a new folder")
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as temporary:
         folder = Path(temporary) / "export"
@@ -61,25 +61,28 @@ def export(round: Round, to: Path, merged: bool = False) -> list[str]:
 
 
 def write_kohya(adapter: Path, path: Path) -> None:
-    """Write a diffusers LoRA's weights under kohya's names: `lora_unet_<module>.lora_down.weight`, `.lora_up.weight`,
-    `.alpha`.
+    """Write a diffusers LoRA with kohya's names: `lora_unet_<module>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
 
-    The numbers stay as they are; alpha is the rank, so the scale is 1, as it was in training.
+    Values do not change. Alpha is the rank, so the scale is 1, as in training.
     """
     from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
     from safetensors.torch import load_file, save_file
 
     state = convert_state_dict_to_kohya(convert_unet_state_dict_to_peft(load_file(adapter / WEIGHTS_FILE)))
     ranks = sorted({int(value) for name, value in state.items() if name.endswith(".alpha")})
-    # by ss_base_model_version WebUI and its kin tell which models a LoRA fits
-    told = {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_module": "networks.lora"}
-    told |= {"ss_network_dim": str(ranks[-1]), "ss_network_alpha": str(ranks[-1])}
-    told |= {"srpo_adapter_sha256": file_digest(adapter / WEIGHTS_FILE)}
-    save_file({name: value.contiguous() for name, value in state.items()}, path, metadata=told)
+    metadata = {
+        "ss_base_model_version": "sdxl_base_v1-0",  # WebUIs filter LoRAs by it
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(ranks[-1]),
+        "ss_network_alpha": str(ranks[-1]),
+        "srpo_adapter_sha256": file_digest(adapter / WEIGHTS_FILE),
+    }
+    save_file({name: value.contiguous() for name, value in state.items()}, path, metadata=metadata)
 
 
 def _fill(folder: Path, round: Round, *, is_lora: bool, merged: bool) -> None:
-    adapter, files = round.files.adapter, {}
+    adapter = round.files.adapter
+    files: dict[str, str] = {}
     folder.mkdir()
     if is_lora:
         files = {"diffusers": WEIGHTS_FILE, "kohya": f"{round.params.tracking.campaign}-{round.key}_kohya.safetensors"}
@@ -89,10 +92,10 @@ def _fill(folder: Path, round: Round, *, is_lora: bool, merged: bool) -> None:
     if merged:
         files["merged"] = MERGED
         _write_merged(round.params, adapter, folder / MERGED)
-    pictures = _write_pictures(round.root, round.key, folder / "pictures")
+    images = _write_images(round.files, folder / "images")
     write_json(folder / "lineage.json", read_lineage(round.files))
-    write_json(folder / graph.FILE, graph.round_chain(round.root, round.key).model_dump())
-    text = model_card.render_card(round, files, [(f"pictures/{name}", prompt) for name, prompt in pictures])
+    write_json(folder / graph.FILE, graph.round_provenance(round.root, round.key).model_dump())
+    text = model_card.render_card(round, files, [(f"images/{name}", prompt) for name, prompt in images])
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -106,13 +109,11 @@ def _write_merged(params: Params, adapter: Path, folder: Path) -> None:
     pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def _write_pictures(root: Path, key: str, folder: Path) -> list[tuple[str, str]]:
-    """The evaluation's first pictures of evenly many held-out prompts, as (file name, prompt)."""
+def _write_images(files: RoundFiles, folder: Path) -> list[tuple[str, str]]:
+    """Write the first image of each of the first held-out prompts; return (file name, prompt) of each."""
     folder.mkdir()
-    rows = parquet.read_rows(
-        RoundFiles(root, key).evaluation / "samples.parquet", ["prompt_id", "prompt", "index", "image"]
-    )
-    first = [row for row in rows if row["index"] == 0][:PICTURES]
+    rows = parquet.read_rows(files.evaluation / "samples.parquet", ["prompt_id", "prompt", "index", "image"])
+    first = [row for row in rows if row["index"] == 0][:NUM_IMAGES]
     for row in first:
         decode_image(row["image"]).save(folder / f"{row['prompt_id']}.png")
     return [(f"{row['prompt_id']}.png", row["prompt"]) for row in first]

@@ -1,4 +1,4 @@
-"""An adapter as an MLflow model: what `mlflow.diffusers.load_model` reads."""
+"""Adapters as MLflow models, for `mlflow.diffusers.load_model`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from srpo.storage.json_files import write_json
 
 
 def save_model(folder: Path, round: Round, model_id: str, run_id: str | None) -> None:
-    """Write the model's folder: a LoRA's whole adapter folder under MLflow's diffusers flavour, and `provenance.json`.
+    """Write a model folder: a LoRA's adapter folder in MLflow's diffusers flavor, and provenance.json.
 
-    Of a round that trained the whole UNet only lineage.json is in it: gigabytes stay in DVC, and no flavour fits.
+    For a round that trained the whole UNet the folder has lineage.json instead of weights: gigabytes stay in DVC, and
+    MLflow has no flavor for a UNet alone.
 
     Args:
-        folder: to make.
-        model_id: of the LoggedModel that gets the folder.
-        run_id: of the round's run, if there is one.
+        folder: the folder to make.
+        model_id: id of MLflow's LoggedModel that gets the folder.
+        run_id: id of the round's run, if there is one.
     """
     adapter = round.files.adapter
     if (adapter / WEIGHTS_FILE).exists():
         _save_lora(folder, round.params, adapter, read_lineage(round.files)["base"], model_id, run_id)
     else:
         write_json(folder / "lineage.json", read_lineage(round.files))
-    write_json(folder / graph.FILE, graph.round_chain(round.root, round.key).model_dump())
+    write_json(folder / graph.FILE, graph.round_provenance(round.root, round.key).model_dump())
 
 
 def _save_lora(
@@ -37,7 +38,7 @@ def _save_lora(
     from mlflow.models import Model
 
     model = Model(run_id=run_id, model_id=model_id, model_uuid=model_id)
-    # a path that says it is one, because MLflow asks the Hub about everything else, and for its newest revision
+    # a relative path: for any other name MLflow asks the Hub, and for its newest revision
     mlflow.diffusers.save_model(
         adapter_path=str(adapter),
         path=str(folder),

@@ -12,6 +12,7 @@ from srpo.config.loader import Params
 from srpo.data.metric_keys import IMAGE_STATS
 from srpo.data.prompts import load_prompts
 from srpo.data.records import read_gate, read_metrics, read_sweep
+from srpo.lineage.dvc_lock import round_hashes
 from srpo.lineage.identity import HUB_ID
 from srpo.lineage.record import read_lineage
 from srpo.reporting.table import SET_MEASURES, show, verdict
@@ -21,73 +22,54 @@ LOWER_IS_BETTER = ("fid", "kid", "cmmd")
 
 
 @dataclass(frozen=True)
-class Licence:
-    """A licence: its id on the Hub, its name, where its text is, and the uses that it forbids."""
+class License:
+    """A license: its id on the Hub, its name, where its text is, and the uses it forbids, as a Markdown list."""
 
     id: str
     name: str
     link: str | None = None
-    restrictions: tuple[str, ...] = ()
+    restrictions: str = ""
 
 
-# Attachment A of the licence that Stable Diffusion XL base 1.0 is under; every derivative has to pass these on
-OPENRAIL = Licence(
+# Attachment A of the license of Stable Diffusion XL base 1.0; every derivative must include it
+OPENRAIL = License(
     id="openrail++",
     name="CreativeML Open RAIL++-M License of July 26, 2023",
     link="https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md",
-    restrictions=(
-        "In any way that violates any applicable national, federal, state, local or international law or regulation;",
-        "For the purpose of exploiting, harming or attempting to exploit or harm minors in any way;",
-        "To generate or disseminate verifiably false information and/or content with the purpose of harming others;",
-        "To generate or disseminate personal identifiable information that can be used to harm an individual;",
-        "To defame, disparage or otherwise harass others;",
-        "For fully automated decision making that adversely impacts an individual's legal rights or otherwise creates "
-        "or modifies a binding, enforceable obligation;",
-        "For any use intended to or which has the effect of discriminating against or harming individuals or groups "
-        "based on online or offline social behavior or known or predicted personal or personality characteristics;",
-        "To exploit any of the vulnerabilities of a specific group of persons based on their age, social, physical or "
-        "mental characteristics, in order to materially distort the behavior of a person pertaining to that group in "
-        "a manner that causes or is likely to cause that person or another person physical or psychological harm;",
-        "For any use intended to or which has the effect of discriminating against individuals or groups based on "
-        "legally protected characteristics or categories;",
-        "To provide medical advice and medical results interpretation;",
-        "To generate or disseminate information for the purpose to be used for administration of justice, law "
-        "enforcement, immigration or asylum processes, such as predicting an individual will commit fraud/crime "
-        "commitment (e.g. by text profiling, drawing causal relationships between assertions made in documents, "
-        "indiscriminate and arbitrarily-targeted use).",
-    ),
+    restrictions=(Path(__file__).parent / "licenses" / "openrail++.md").read_text(encoding="utf-8"),
 )
-UNKNOWN = Licence(id="other", name="the base model's licence")
-LICENCES = {"stabilityai/stable-diffusion-xl-base-1.0": OPENRAIL}
+UNKNOWN = License(id="other", name="the base model's license")
+LICENSES = {"stabilityai/stable-diffusion-xl-base-1.0": OPENRAIL}
 
 
-def licence_of(base: str) -> Licence:
-    """The licence a derivative of this base model is under; `UNKNOWN` where this project does not know."""
-    return LICENCES.get(base, UNKNOWN)
+def license_of(base: str) -> License:
+    """Return the license of a derivative of this base model; `UNKNOWN` for a model that is not in `LICENSES`."""
+    return LICENSES.get(base, UNKNOWN)
 
 
-def render_card(round: Round, files: dict[str, str], pictures: Sequence[tuple[str, str]]) -> str:
-    """The card of a round's export: YAML front matter for the Hub, then Markdown.
+def render_card(round: Round, files: dict[str, str], images: Sequence[tuple[str, str]]) -> str:
+    """Return the model card of a round's export: YAML front matter for the Hub, then Markdown.
 
     Args:
-        files: what the export holds, by kind: any of `diffusers`, `kohya`, `merged`, each a path in the export.
-        pictures: (path in the export, prompt) of the example pictures.
+        files: the export's weights by kind: any of `diffusers`, `kohya`, `merged`, each a path in the export.
+        images: (path in the export, prompt) of the example images.
     """
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     lineage = read_lineage(round.files)
     source = lineage["base"]["source"]
-    licence, on_hub = licence_of(source), lineage["base"]["digest"] is None and bool(HUB_ID.fullmatch(source))
+    license_ = license_of(source)
+    on_hub = lineage["base"]["digest"] is None and bool(HUB_ID.fullmatch(source))
     data = ModelCardData(
-        license=licence.id,
-        license_name="base-models-licence" if licence is UNKNOWN else None,
+        license=license_.id,
+        license_name="base-models-license" if license_ is UNKNOWN else None,
         base_model=source if on_hub else None,
         base_model_relation=("adapter" if "diffusers" in files else "finetune") if on_hub else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["stable-diffusion-xl", "text-to-image", "srpo", *(["lora"] if "diffusers" in files else [])],
-        widget=[{"text": prompt, "output": {"url": path}} for path, prompt in pictures],
+        widget=[{"text": prompt, "output": {"url": path}} for path, prompt in images],
     )
     environment = Environment(
         loader=PackageLoader("srpo.release"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -99,9 +81,9 @@ def render_card(round: Round, files: dict[str, str], pictures: Sequence[tuple[st
         path=[BASE, *round.ancestors, round.key],
         base=lineage["base"],
         on_hub=on_hub,
-        licence=licence,
+        license=license_,
         files=files,
-        pictures=pictures,
+        images=images,
         params=round.params,
         rewards={role: _models(round.params, role) for role in ("select", "judge")},
         train_prompts=_count(round.root, round.params.prompts.train),
@@ -115,30 +97,31 @@ def render_card(round: Round, files: dict[str, str], pictures: Sequence[tuple[st
 
 
 def cell(text: Any) -> str:
-    """Other people's text as one cell of a Markdown table: no markup and no HTML of theirs comes through."""
+    """Return text as one cell of a Markdown table, with its Markdown and HTML escaped."""
     return re.sub(r"([\\`*_\[\]<>|#~&!])", r"\\\1", " ".join(str(text).split()))
 
 
 def _measures(round: Round) -> list[dict[str, str]]:
-    """Rows of the evaluation table: name, role, better, base, round; values with their 95 % intervals."""
-    ours, theirs = read_sweep(round.files), read_sweep(round.base_files)
+    """Return rows of the evaluation table: name, role, better, base, round; values with their 95 % intervals."""
+    sweep = read_sweep(round.files)
+    base_sweep = read_sweep(round.base_files)
     guidance = str(read_metrics(round.files)["guidance"])
     rows = []
     for name in (*round.params.rewards, *SET_MEASURES, *IMAGE_STATS):
-        if name not in ours[guidance]:
+        if name not in sweep[guidance]:
             continue
         role = (
-            {"select": "chose the winners", "judge": "judge"}[round.params.rewards[name].role]
+            {"select": "selected the winners", "judge": "judge"}[round.params.rewards[name].role]
             if name in round.params.rewards
             else ""
         )
         better = "lower" if name in LOWER_IS_BETTER else "higher" if name in round.params.rewards else ""
-        values = {"base": _interval(theirs[guidance], name), "round": _interval(ours[guidance], name)}
+        values = {"base": _interval(base_sweep[guidance], name), "round": _interval(sweep[guidance], name)}
         rows.append({"name": name, "role": role, "better": better} | values)
     for name, rates in read_gate(round.files)["win_rate"].items():
         best = rates["best"]
-        told = {"name": f"{name}: win rate over base, each at its best guidance", "role": "", "better": "higher"}
-        rows.append(told | {"base": "0.5", "round": _spread(best["value"], best["low"], best["high"])})
+        row = {"name": f"{name}: win rate over base, each at its best guidance", "role": "", "better": "higher"}
+        rows.append(row | {"base": "0.5", "round": _spread(best["value"], best["low"], best["high"])})
     return rows
 
 
@@ -163,9 +146,7 @@ def _count(root: Path, path: str) -> int | None:
 
 
 def _hashes(root: Path, key: str, lineage: dict[str, Any]) -> dict[str, str]:
-    """By name: sha256 as lineage.json tells them, and DVC's hashes of this round's outputs."""
-    from srpo.tracking.records import round_hashes
-
+    """Return the sha256 hashes of lineage.json and DVC's hashes of the round's outputs, by name."""
     known = {name: lineage[name] for name in ("adapter", "parent_adapter", "winners", "code") if lineage[name]}
-    found = {f"{name.replace('_', ' ')} (sha256)": value for name, value in known.items()}
-    return found | {f"{name} (DVC)": value for name, value in round_hashes(root, key).items()}
+    hashes = {f"{name.replace('_', ' ')} (sha256)": value for name, value in known.items()}
+    return hashes | {f"{name} (DVC)": value for name, value in round_hashes(root, key).items()}

@@ -1,9 +1,9 @@
-"""MLflow's model registry: which rounds were promoted, and which of them is in use.
+"""MLflow's model registry: the promoted rounds, and the one in use.
 
-A campaign has one registered model. Every promoted adapter is a version of it, known by the sha256 of its weights:
-promoting the same weights again makes no second version. The alias `champion` names the one in use, `previous` the
-one before it. A LoRA is uploaded, so that `mlflow.diffusers.load_model` works; DVC stays what versions are
-restored from (srpo/release/restore.py), and a version's tags say by which hash.
+A campaign has one registered model. Each promoted adapter is a version of it, identified by the sha256 of its weights,
+so promoting the same weights again adds no version. The alias `champion` names the version in use, `previous` the one
+before it. A LoRA is uploaded for `mlflow.diffusers.load_model`; versions are restored from DVC (restore.py), by the
+hash in their tags.
 """
 
 from __future__ import annotations
@@ -22,27 +22,31 @@ from srpo.config.loader import Params
 from srpo.data.records import read_gate
 from srpo.errors import UserError
 from srpo.lineage import graph
-from srpo.lineage.dvc_lock import read_dvc_lock
+from srpo.lineage.dvc_lock import read_dvc_lock, recorded
 from srpo.lineage.record import adapter_weights, read_lineage
 from srpo.release.mlflow_model import save_model
-from srpo.release.model_card import licence_of
+from srpo.release.model_card import license_of
 from srpo.rounds import Round
 from srpo.storage.hashing import dvc_digest, file_digest
-from srpo.tracking import records as projection
-from srpo.tracking import sync
+from srpo.tracking.connection import as_default, reason
+from srpo.tracking.records import round_params, round_record
+from srpo.tracking.sync import CAMPAIGN, PROJECT, Campaign, opened, sync_round
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION, PREVIOUS = "champion", "previous"
-UPLOAD_SECONDS = "120"  # a server that passes a LoRA on to its store answers only when it is there
+UPLOAD_SECONDS = "120"  # a server answers an upload only after passing it on to its artifact store
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Why a round is promoted.
+    """The decision to promote a round.
 
-    `override` is the reason to promote it although the gate failed it; unused where the gate passed it.
+    Attributes:
+        by: `auto`, or the person who decided.
+        reason: free text.
+        override: the reason to promote a round that failed its gate; unused if it passed.
     """
 
     by: str
@@ -50,66 +54,81 @@ class Decision:
     override: str | None = None
 
     def tags(self, verdict: str) -> dict[str, str]:
-        found = {"srpo.promoted_by": self.by, "srpo.promotion_reason": self.reason}
-        return found | ({"srpo.override": self.override or ""} if verdict != "pass" else {})
+        """Return the decision as tags of a version, given the gate's verdict."""
+        tags = {"srpo.promoted_by": self.by, "srpo.promotion_reason": self.reason}
+        return tags | ({"srpo.override": self.override or ""} if verdict != "pass" else {})
 
 
-def model_name(params: Params) -> str:
-    """The campaign's registered model, `<experiment>-<campaign>`; MLflow takes no : and no / in it."""
-    return re.sub(r"[/:%.\"']", "-", f"{params.tracking.experiment}-{params.tracking.campaign}")
+def model_name(params: Params, campaign: Campaign) -> str:
+    """Return the name of the campaign's registered model, which its tags tell apart from other projects' models.
+
+    A new model is called `<experiment>-<campaign>`, without characters that MLflow refuses; if another project's model
+    has this name, the project's identity is added.
+    """
+    client = campaign.client
+    for model in client.search_registered_models(f"tags.`{PROJECT}` = '{campaign.project}'"):
+        if model.tags.get(CAMPAIGN) == campaign.name:
+            return model.name
+    name = re.sub(r"[/:%.\"']", "-", f"{params.tracking.experiment}-{campaign.name}")
+    taken = client.search_registered_models(f"name = '{name}'")
+    return f"{name}-{campaign.project}" if taken else name
 
 
 def check(round: Round, override: str | None = None) -> str:
-    """The sha256 of the round's adapter, when it may be promoted.
+    """Return the sha256 of the round's adapter if the round may be promoted.
 
     Raises:
-        UserError: no such round; its adapter is missing or is not what lineage.json and dvc.lock say; it was not
-            evaluated as it is; or the gate failed it and `override` gives no reason.
+        UserError: its adapter is missing or differs from lineage.json or dvc.lock; this adapter was not evaluated;
+            or it failed its gate and `override` gives no reason.
     """
     files, stage = round.files, f"train@{round.key}"
     weights = adapter_weights(files.adapter)
     if weights is None or not (files.adapter / "lineage.json").exists():
         raise UserError(
-            f"rounds/{round.key}/adapter: no adapter; `dvc repro {stage}` trains it, `dvc pull {stage}` brings it"
+            f"rounds/{round.key}/adapter: no adapter; `dvc repro {stage}` trains it, `dvc pull {stage}` downloads it"
         )
     adapter = read_lineage(round.files)["adapter"]
     if file_digest(weights) != adapter:
-        raise UserError(f"rounds/{round.key}/adapter: not the weights of its lineage.json; `dvc checkout {stage}`")
+        raise UserError(
+            f"rounds/{round.key}/adapter: its weights differ from lineage.json; `dvc checkout {stage}` restores them"
+        )
     lock, path = read_dvc_lock(round.root), f"rounds/{round.key}/adapter"
-    recorded = graph.recorded(lock, stage, "outs").get(path)
-    if recorded != dvc_digest(files.adapter):
-        raise UserError(f"{path}: not what dvc.lock says, so it could not be restored; `dvc repro {stage}`")
-    examined = graph.recorded(lock, f"evaluate@{round.key}", "deps").get(path)
-    if not (files.evaluation / "gate.json").exists() or examined != recorded:
-        raise UserError(f"rounds/{round.key}/evaluation: no verdict on this adapter; `dvc repro evaluate@{round.key}`")
+    trained = recorded(lock, stage, "outs").get(path)
+    if trained != dvc_digest(files.adapter):
+        raise UserError(f"{path}: differs from dvc.lock, so it could not be restored later; `dvc repro {stage}`")
+    evaluated = recorded(lock, f"evaluate@{round.key}", "deps").get(path)
+    if not (files.evaluation / "gate.json").exists() or evaluated != trained:
+        raise UserError(
+            f"rounds/{round.key}/evaluation: this adapter is not evaluated; `dvc repro evaluate@{round.key}`"
+        )
     gate = read_gate(round.files)
     if gate["verdict"] != "pass" and not (override or "").strip():
         failed = ", ".join(name for name, rule in gate["rules"].items() if not rule["passed"])
         raise UserError(
-            f"round {round.key}: the gate failed it ({failed}); give `override` a reason to promote it anyway"
+            f"round {round.key}: failed its gate ({failed}); `override` takes a reason to promote it anyway"
         )
     return adapter
 
 
 def promote(round: Round, decision: Decision, adapter: str | None = None) -> ModelVersion:
-    """Register the round's adapter, unless it is registered, and make it the champion.
+    """Register the round's adapter if it is not registered yet, and make it the champion.
 
     Args:
-        adapter: the sha256 that was decided on; None takes what is there.
+        adapter: the sha256 the decision was about; None for the adapter as it is now.
 
     Raises:
-        UserError: see `check`; the adapter is another by now; or MLflow can't be reached.
+        UserError: see `check`; the adapter has changed since the decision; or MLflow can't be reached.
     """
-    found = check(round, decision.override)
-    if adapter not in (None, found):
-        raise UserError(f"rounds/{round.key}/adapter: changed since it was decided on; promote it again")
-    sync.project(round)
-    with _records(round.params, round.root) as records:
-        client, name = records.client, model_name(round.params)
-        version = _find(_versions(client, name), found)
+    current = check(round, decision.override)
+    if adapter not in (None, current):
+        raise UserError(f"rounds/{round.key}/adapter: changed since the decision; promote it again")
+    sync_round(round)
+    with _registry(round.params, round.root) as campaign:
+        client, name = campaign.client, model_name(round.params, campaign)
+        version = _find(_versions(client, name), current)
         approval = decision.tags(read_gate(round.files)["verdict"])
         if version is None:
-            version = _register(records, name, round.key, approval)
+            version = _register(campaign, name, round, approval)
         else:
             for tag, value in approval.items():
                 client.set_model_version_tag(name, version.version, tag, value)
@@ -121,101 +140,96 @@ def promote(round: Round, decision: Decision, adapter: str | None = None) -> Mod
 
 
 def number(version: ModelVersion) -> str:
-    """The version's number as text; MLflow has an int where it reads a database, text where it asks a server."""
+    """Return the version's number as text; MLflow returns an int from a database and text from a server."""
     return str(version.version)
 
 
 def versions(params: Params, root: Path) -> list[ModelVersion]:
-    """All versions of the campaign's model, oldest first.
+    """Return all versions of the campaign's model, oldest first.
 
     Raises:
         UserError: MLflow can't be reached.
     """
-    with _records(params, root) as records:
-        return _versions(records.client, model_name(params))
+    return _known(params, root)[1]
 
 
 def look_up(params: Params, root: Path, which: str) -> ModelVersion:
-    """The version of this number (`3` or `v3`) or alias (`champion`).
+    """Return the version with this number (`3` or `v3`) or alias (`champion`).
 
     Raises:
         UserError: there is none, or MLflow can't be reached.
     """
-    known = versions(params, root)
+    model, known = _known(params, root)
     for version in known:
         if which.removeprefix("v") == number(version) or which in version.aliases:
             return version
     names = ", ".join(number(version) for version in known) or "none; promote a round first"
-    raise UserError(f"{model_name(params)}: no version or alias {which!r}; it has {names}")
+    raise UserError(f"{model}: no version or alias {which!r}; there is {names}")
 
 
-def chain_of(params: Params, root: Path, which: str) -> graph.Node:
-    """The chain of a round, under the versions that its adapter has; or of a version, as recorded when it was made.
+def _known(params: Params, root: Path) -> tuple[str, list[ModelVersion]]:
+    with _registry(params, root) as campaign:
+        name = model_name(params, campaign)
+        return name, _versions(campaign.client, name)
 
-    A name in params.yaml is a round, anything else a version.
+
+def provenance(params: Params, root: Path, which: str) -> graph.Node:
+    """Return the provenance of a round, below the versions of its adapter; or of a version, as it was registered.
+
+    Args:
+        which: a round of params.yaml; any other name is the number or alias of a version.
 
     Raises:
-        UserError: it is neither; the round has no adapter here; or MLflow can't be reached for a version.
+        UserError: it is neither; the round has no adapter in this project folder; or MLflow can't be reached to look
+            up a version.
     """
     if which not in params.rounds:
         version = look_up(params, root, which)
-        return _under([version], recorded_chain(params, root, version))
-    found = graph.round_chain(root, which)
+        return _below([version], registered_provenance(params, root, version))
+    tree = graph.round_provenance(root, which)
     try:
-        same = [v for v in versions(params, root) if v.tags.get("srpo.adapter") == found.children[0].sha256]
+        same = [v for v in versions(params, root) if v.tags.get("srpo.adapter") == tree.children[0].sha256]
     except UserError as error:
-        return graph.Node(name="versions", detail=f"unknown: {error}", children=[found])
-    return _under(same, found)
+        return graph.Node(name="versions", detail=f"unknown: {error}", children=[tree])
+    return _below(same, tree)
 
 
-def _under(found: list[ModelVersion], below: graph.Node) -> graph.Node:
-    if not found:
-        return graph.Node(name="no registered version", children=[below])
-    names = ", ".join(" ".join([f"{v.name} {number(v)}", *(f"@{alias}" for alias in v.aliases)]) for v in found)
-    return graph.Node(name=names, detail=f"Git {found[-1].tags['srpo.git_revision'][:12]}", children=[below])
+def _below(known: list[ModelVersion], tree: graph.Node) -> graph.Node:
+    if not known:
+        return graph.Node(name="no registered version", children=[tree])
+    names = ", ".join(" ".join([f"{v.name} {number(v)}", *(f"@{alias}" for alias in v.aliases)]) for v in known)
+    return graph.Node(name=names, detail=f"Git {known[-1].tags['srpo.git_revision'][:12]}", children=[tree])
 
 
-def recorded_chain(params: Params, root: Path, version: ModelVersion) -> graph.Node:
-    """The chain that was recorded when the version was registered.
+def registered_provenance(params: Params, root: Path, version: ModelVersion) -> graph.Node:
+    """Return the provenance that was uploaded when the version was registered.
 
     Raises:
-        UserError: MLflow can't be reached, or does not have it.
+        UserError: MLflow can't be reached or does not have it.
     """
     from mlflow.artifacts import download_artifacts
 
-    with _records(params, root) as records, tempfile.TemporaryDirectory() as folder:
+    with _registry(params, root) as campaign, tempfile.TemporaryDirectory() as folder:
         place = f"models:/{version.name}/{version.version}/{graph.FILE}"
-        path = download_artifacts(place, dst_path=folder, tracking_uri=records.uri)
+        path = download_artifacts(place, dst_path=folder, tracking_uri=campaign.uri)
         return graph.Node.model_validate_json(Path(path).read_text(encoding="utf-8"))
 
 
 @contextlib.contextmanager
-def _records(params: Params, root: Path) -> Iterator[sync.Records]:
+def _registry(params: Params, root: Path) -> Iterator[Campaign]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", UPLOAD_SECONDS)
     try:
-        with sync.opened(params, root) as records, _as_default(records.uri):
-            yield records
+        # a registry in a database looks up logged models at MLflow's default address, not at the client's
+        with opened(params, root) as campaign, as_default(campaign.uri):
+            yield campaign
     except UserError:
         raise
-    except Exception as error:  # whatever a tracking server can do wrong
-        raise UserError(f"tracking.uri: MLflow's registry did not do it ({sync.reason(error)})") from error
-
-
-@contextlib.contextmanager
-def _as_default(uri: str) -> Iterator[None]:
-    """MLflow's address for what asks no client: a registry in a database looks logged models up at that one."""
-    import mlflow
-
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(uri)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(before)
+    except Exception as error:  # a server may fail in any way
+        raise UserError(f"tracking.uri: the request to MLflow's registry failed ({reason(error)})") from error
 
 
 def _versions(client: Any, name: str) -> list[ModelVersion]:
-    # the search leaves aliases out
+    # a search leaves out aliases
     found = client.search_model_versions(f"name = '{name}'", max_results=10_000)
     return sorted((client.get_model_version(name, v.version) for v in found), key=lambda v: int(v.version))
 
@@ -224,39 +238,44 @@ def _find(known: list[ModelVersion], adapter: str) -> ModelVersion | None:
     return next((version for version in known if version.tags.get("srpo.adapter") == adapter), None)
 
 
-def _register(records: sync.Records, name: str, key: str, approval: dict[str, str]) -> ModelVersion:
-    client, params, root = records.client, records.params, records.root
+def _register(campaign: Campaign, name: str, round: Round, approval: dict[str, str]) -> ModelVersion:
+    client = campaign.client
     if not any(model.name == name for model in client.search_registered_models(f"name = '{name}'")):
-        client.create_registered_model(name, description=f"Adapters of the campaign {params.tracking.campaign}.")
-    record = projection.round_record(Round.of(params, root, key))
-    runs = records.children(key)
+        owner = {PROJECT: campaign.project, CAMPAIGN: campaign.name}
+        client.create_registered_model(name, owner, f"Adapters of the campaign {campaign.name}.")
+    runs = campaign.runs_of(round.key)
     run_id = runs[0].info.run_id if runs else None
     model = client.create_logged_model(
-        records.experiment, f"round-{key}", source_run_id=run_id, params=record.params, model_type="LoRA adapter"
+        campaign.experiment,
+        f"round-{round.key}",
+        source_run_id=run_id,
+        params=round_params(round),
+        model_type="LoRA adapter",
     )
     with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder) / "model", Round.of(params, root, key), model.model_id, run_id)
+        save_model(Path(folder) / "model", round, model.model_id, run_id)
         client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
     client.finalize_logged_model(model.model_id, "READY")
-    tags = version_tags(Round.of(params, root, key), _versions(client, name)) | approval
+    tags = version_tags(round, _versions(client, name)) | approval
     source = f"models:/{model.model_id}"
-    note = f"Round {key} of the campaign {params.tracking.campaign}. The gate says: {tags['srpo.verdict']}."
+    note = f"Round {round.key} of the campaign {campaign.name}. Gate: {tags['srpo.verdict']}."
     return client.create_model_version(name, source, run_id, tags, description=note, model_id=model.model_id)
 
 
 def version_tags(round: Round, known: list[ModelVersion]) -> dict[str, str]:
-    """What a version says of its origin: hashes by DVC (`dvc.<output>`) and by sha256, Git revision, params, licence.
+    """Return a version's tags: hashes by DVC (`dvc.<output>`) and by sha256, Git revision, params, license.
 
     Args:
-        known: the versions there are; the one of the parent's adapter becomes `srpo.parent_version`.
+        known: all versions; the one with the parent's adapter becomes `srpo.parent_version`.
     """
     lineage = read_lineage(round.files)
     parent = _find(known, lineage["parent_adapter"]) if lineage["parent_adapter"] else None
-    tags = projection.round_record(round).tags | {
+    record = round_record(round)
+    tags = {name: value for name, value in record.tags.items() if name.startswith(("srpo.", "dvc."))} | {
         "srpo.round": round.key,
         "srpo.parent": lineage["parent"],
         "srpo.parent_version": number(parent) if parent else "none",
         "srpo.params": json.dumps(lineage["params"], sort_keys=True),
-        "srpo.license": licence_of(lineage["base"]["source"]).id,
+        "srpo.license": license_of(lineage["base"]["source"]).id,
     }
     return {"srpo.git_revision": "none"} | tags

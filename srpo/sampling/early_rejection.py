@@ -28,9 +28,8 @@ class EarlyRejection:
     """Samples candidates and gives up those whose previews score low."""
 
     def __init__(self, sampler: Sampler, settings: GenerateParams, reward: Reward) -> None:
-        """
-        Raises:
-            UserError: the base model's scheduler keeps history, which is lost where a way is cut.
+        """Raises:
+        UserError: the base model's scheduler keeps history, which is lost where a way is cut.
         """
         scheduler = type(sampler.pipeline.scheduler).__name__
         if scheduler not in MEMORYLESS:

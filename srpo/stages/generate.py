@@ -61,9 +61,8 @@ class Shards:
     """The shards of a round's candidates."""
 
     def __init__(self, round: Round) -> None:
-        """
-        Raises:
-            UserError: bad prompt files, or a parent without an adapter.
+        """Raises:
+        UserError: bad prompt files, or a parent without an adapter.
         """
         self.params, self.root, self.key = round.params, round.root, round.key
         self.settings = round.params.generate

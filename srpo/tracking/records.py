@@ -1,10 +1,9 @@
-"""What MLflow should show of a round, read from files: no MLflow call in here changes anything."""
+"""Records of a round for MLflow, read from its files. Nothing in this module calls MLflow."""
 
 from __future__ import annotations
 
 import csv
 import json
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,153 +11,149 @@ from typing import Any
 from srpo.config.loader import STAGES_WITH_OVERRIDES, Params
 from srpo.data.metric_keys import IMAGE_STATS
 from srpo.data.records import read_gate, read_metrics, read_sweep
-from srpo.lineage.dvc_lock import read_dvc_lock
-from srpo.lineage.record import read_lineage
+from srpo.lineage.dvc_lock import read_dvc_lock, recorded, round_hashes
+from srpo.lineage.record import adapter_weights, read_lineage
 from srpo.reporting.table import SET_MEASURES, verdict
-from srpo.rounds import BASE, Round, RoundFiles, ancestors, order
+from srpo.rounds import BASE, Round, ancestors, order
+from srpo.storage import git
 from srpo.storage.hashing import file_digest, value_digest
 
-ARTIFACTS_TAG = "srpo.artifacts"
 Point = tuple[str, float, int]
-"""Metric name, value, step."""
+"""Name, value and step of a metric."""
+LONGEST_PARAM = 6000  # MLflow's limit
+GUIDANCE_STEPS = 100  # the step of a sweep's point is guidance times this, as steps are whole numbers
 
 
 @dataclass
 class RoundRecord:
-    """All of one round's child run."""
+    """The contents of one round's run in MLflow.
 
-    points: list[Point] = field(default_factory=list)
+    Attributes:
+        weights: identity of what the run is about: sha256 of the round's adapter, or base's digest or revision.
+        training: points of the training curve, with the optimizer step.
+        evaluation: headline numbers with step 0, and the guidance sweep with step guidance x 100.
+        params: resolved settings, values cut at MLflow's limit.
+        datasets: DVC's hashes of the round's datasets, by name.
+        artifacts: files by their paths in MLflow.
+    """
+
+    weights: str
+    training: list[Point] = field(default_factory=list)
+    evaluation: list[Point] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
-    artifacts: list[tuple[Path, str | None]] = field(default_factory=list)
     datasets: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def artifacts_digest(self) -> str:
-        """Changes when an artifact's content does."""
-        return value_digest([(path.name, folder, file_digest(path)) for path, folder in self.artifacts])
+    artifacts: dict[str, Path] = field(default_factory=dict)
 
 
-def campaign_points(params: Params, root: Path) -> list[Point]:
-    """The campaign's curves: every measure of every evaluated round, with its depth in the tree as step."""
-    points, taken = [], set()
-    for key in (BASE, *order(params.rounds)):
-        depth = 0 if key == BASE else len(ancestors(params.rounds, key)) + 1
-        suffix = f"/{key}" if depth in taken else ""
-        taken.add(depth)
-        if not (RoundFiles(root, key).evaluation / "metrics.json").exists():
-            continue
-        metrics = read_metrics(RoundFiles(root, key))
-        rates = [f"{judge}_win_rate{end}" for judge in params.reward_names("judge") for end in ("", "_low")]
-        names = (*params.rewards, *SET_MEASURES, "drift_kid", *rates)
-        values = {name: metrics[name] for name in names if name in metrics} | _selection(root, key)
-        points += [(f"{name}{suffix}", float(value), depth) for name, value in values.items()]
-    return points
-
-
-def round_record(round: Round) -> RoundRecord:
-    """Everything there is of one round (or base) on disk."""
-    files, record = round.files, RoundRecord()
-    hashes = round_hashes(round.root, round.key)
-    record.tags = {f"dvc.{name}": value for name, value in hashes.items()}
+def round_record(round: Round) -> RoundRecord | None:
+    """Return everything that the files of a round, or of base, have for MLflow; None before it has an adapter."""
+    files = round.files
+    if not (files.adapter / "lineage.json").exists():
+        return None
+    lineage = read_lineage(files)
+    base, hashes = lineage["base"], round_hashes(round.root, round.key)
+    identity = base["digest"] or base["revision"]
+    record = RoundRecord(weights=lineage["adapter"] if round.key != BASE else identity or base["source"])
+    record.params = round_params(round)
     record.datasets = {name: hashes[name] for name in ("candidates", "winners") if name in hashes}
-    if revision := _git_revision(round.root):
+    record.tags = {f"dvc.{name}": value for name, value in hashes.items()}
+    record.tags["srpo.base"] = f"{base['source']} {identity or 'not pinned'}"
+    if revision := git.revision(round.root):
         record.tags["srpo.git_revision"] = revision
     if round.key != BASE:
-        resolved = round.params
-        record.params = _flat({stage: getattr(resolved, stage).model_dump() for stage in STAGES_WITH_OVERRIDES})
-        record.params |= {"seed": str(round.params.seed), "parent": round.parent}
-    record.params |= _flat({"model": round.params.model.model_dump()})
-    if (files.adapter / "lineage.json").exists():
-        lineage = read_lineage(round.files)
-        base = lineage["base"]
-        record.tags["srpo.base"] = f"{base['source']} {base['digest'] or base['revision'] or 'not pinned'}"
-        if round.key != BASE:
-            record.tags["srpo.adapter"] = lineage["adapter"]
-            record.tags["srpo.parent_adapter"] = lineage["parent_adapter"] or "none"
-            record.tags["srpo.winners"] = lineage["winners"]
-            record.tags["srpo.code"] = lineage["code"]
-        record.artifacts.append((files.adapter / "lineage.json", None))
+        record.tags |= {f"srpo.{name}": lineage[name] or "none" for name in ("adapter", "parent_adapter", "winners")}
+        record.tags["srpo.code"] = lineage["code"]
     if files.training.exists():
-        with files.training.open(newline="") as file:
-            for row in csv.DictReader(file):
-                step = int(row.pop("step"))
-                record.points += [(name, float(value), step) for name, value in row.items()]
-    record.points += [(name, float(value), 0) for name, value in _selection(round.root, round.key).items()]
+        record.training = _training_points(files.training)
     if (files.evaluation / "metrics.json").exists():
-        metrics = read_metrics(round.files)
-        swept = (*round.params.rewards, "fid", "kid", "cmmd", "diversity", *IMAGE_STATS)
-        sweep = {at: {name: values[name] for name in swept} for at, values in read_sweep(round.files).items()}
-        measured = metrics | {"sweep": sweep}
+        metrics = read_metrics(files)
         record.tags["srpo.verdict"] = verdict(metrics)
-        record.artifacts.append((files.evaluation / "metrics.json", None))
-        if round.key != BASE:
-            gate = read_gate(round.files)
-            rules = {name: rule["value"] for name, rule in gate["rules"].items()}
-            measured |= {"gate": rules, "win_rate": gate["win_rate"]}
-            record.artifacts.append((files.evaluation / "gate.json", None))
-        record.points += [(f"eval/{name}", value, 0) for name, value in _numbers(measured).items()]
-    for name in ("index.html", "winners.png", "tuned.png"):
-        if (files.report / name).exists():
-            record.artifacts.append((files.report / name, "report"))
+        record.tags["mlflow.note.content"] = _note(round, verdict(metrics))
+        record.evaluation = [(name, value, 0) for name, value in headline(round.params, metrics).items()]
+        record.evaluation += _sweep_points(round)
+    paths = {
+        "lineage.json": files.adapter / "lineage.json",
+        "selection.json": files.winners / "selection.json",
+        **{name: files.evaluation / name for name in ("metrics.json", "gate.json", "guidance.csv")},
+        **{f"report/{name}": files.report / name for name in ("index.html", "winners.png", "tuned.png")},
+    }
+    record.artifacts = {name: path for name, path in paths.items() if path.exists()}
     return record
 
 
-def param_entities(values: dict[str, str]) -> list:
-    """As MLflow's entities."""
-    from mlflow.entities import Param
+def round_params(round: Round) -> dict[str, str]:
+    """Return the resolved settings that MLflow shows as params, as text, by their paths in params.yaml."""
+    values: dict[str, Any] = {"model": round.params.model.model_dump()}
+    if round.key != BASE:
+        values |= {stage: getattr(round.params, stage).model_dump() for stage in STAGES_WITH_OVERRIDES}
+        values |= {"seed": round.params.seed, "parent": round.parent}
+    return {name: value[:LONGEST_PARAM] for name, value in _flat(values).items()}
 
-    return [Param(name, value) for name, value in values.items()]
+
+def training_identity(round: Round) -> str:
+    """Return a digest of a training's inputs. It is the same before and after, so that a resumed one is recognized."""
+    trained_on = recorded(read_dvc_lock(round.root), f"select@{round.key}", "outs")
+    parent = adapter_weights(round.parent_files.adapter)
+    inputs = {
+        "params": [round.params.seed, round.params.model.model_dump(), round.params.train.model_dump()],
+        "winners": trained_on.get(f"rounds/{round.key}/winners"),
+        "parent": file_digest(parent) if parent else None,
+    }
+    return value_digest(inputs)[:16]
 
 
-def dataset_inputs(hashes: dict[str, str]) -> list:
-    """Datasets as MLflow inputs, named by their DVC hash (the digest's limit of 36 characters just fits)."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
+def curve_points(round: Round) -> list[Point]:
+    """Return the round's points on the campaign's curves, with the round's depth in the tree as step (base is 0).
 
+    Of the rounds at one depth the first in params.yaml has plain names, the others `<name>/<round>`.
+    """
+    if not (round.files.evaluation / "metrics.json").exists():
+        return []
+    tree, depth = round.params.rounds, len(round.ancestors) + (round.key != BASE)
+    level = [BASE] if depth == 0 else [key for key in order(tree) if len(ancestors(tree, key)) + 1 == depth]
+    suffix = "" if round.key == level[0] else f"/{round.key}"
+    values = headline(round.params, read_metrics(round.files))
+    return [(f"{name}{suffix}", value, depth) for name, value in values.items()]
+
+
+def headline(params: Params, metrics: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers to look at first: rewards, the judges' win rates, and the measures of image sets."""
+    rates = [f"{judge}_win_rate" for judge in params.reward_names("judge")]
+    return {name: float(metrics[name]) for name in (*params.rewards, *rates, *SET_MEASURES) if name in metrics}
+
+
+def _sweep_points(round: Round) -> list[Point]:
+    names = (*round.params.rewards, *SET_MEASURES, *IMAGE_STATS)
     return [
-        DatasetInput(
-            Dataset(name, digest, source_type="dvc", source=json.dumps({"dvc": digest})),
-            [InputTag("mlflow.data.context", "candidates" if name == "candidates" else "training")],
-        )
-        for name, digest in hashes.items()
+        (f"sweep/{name}", values[name], int(float(guidance) * GUIDANCE_STEPS + 0.5))
+        for guidance, values in read_sweep(round.files).items()
+        for name in names
+        if name in values
     ]
 
 
-def _selection(root: Path, key: str) -> dict[str, float]:
-    path = RoundFiles(root, key).winners / "selection.json"
-    return _numbers(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+def _training_points(path: Path) -> list[Point]:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [(int(row.pop("step")), row) for row in csv.DictReader(file)]
+    return [(f"train/{name}", float(value), step) for step, row in rows for name, value in row.items() if value]
 
 
-def _numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    found = {}
-    for name, value in metrics.items():
-        if isinstance(value, dict):
-            found |= _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, bool | int | float):
-            found[f"{prefix}{name}"] = float(value)
-    return found
+def _note(round: Round, verdict: str) -> str:
+    steps = f"Metrics under `sweep/` have guidance x {GUIDANCE_STEPS} as step."
+    if round.key == BASE:
+        return f"The base model, evaluated as every round is. {steps}"
+    rules = read_gate(round.files)["rules"]
+    failed = ", ".join(name for name, rule in rules.items() if not rule["passed"])
+    gate = f"Gate: {verdict}{f' ({failed})' if failed else ''}."
+    return f"Trained from {round.parent} on its winners. {gate} {steps} Open report/index.html under Artifacts."
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    found = {}
+    flat: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
+            flat |= _flat(value, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = json.dumps(value) if isinstance(value, list) else str(value)
-    return found
-
-
-def round_hashes(root: Path, key: str) -> dict[str, str]:
-    """Hashes that dvc.lock records of this round's outputs, by their name under rounds/<key>/."""
-    folder, found = f"rounds/{key}/", {}
-    for stage in read_dvc_lock(root).values():
-        for out in stage.get("outs", []):
-            if out["path"].startswith(folder) and "md5" in out:
-                found[out["path"].removeprefix(folder).replace("/", ".")] = out["md5"]
-    return found
-
-
-def _git_revision(root: Path) -> str | None:
-    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
+            flat[f"{prefix}{name}"] = json.dumps(value) if isinstance(value, list) else str(value)
+    return flat

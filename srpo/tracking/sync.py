@@ -1,385 +1,372 @@
-"""Everything MLflow. What stands there is a projection of `rounds/` and `dvc.lock` and can be rebuilt from them.
+"""Synchronization of rounds to MLflow, which only ever adds.
 
-One run spans the campaign: its curves have the round's depth in the tree as step (base is 0). Of rounds of the
-same depth the first in params.yaml has the plain metric names, the others `<metric>/<round>`. Each round, base
-included, has a child run with its training curve, measures, contact sheets, hashes and params. A child run is
-RUNNING until the round has an adapter.
+A campaign has one run with its curves over the rounds, and below it a run for each round and for base. All of them
+carry the project's identity, so that projects and clones share a server. A round's run is identified by its weights: a
+round that was trained again gets a new run, and the newest is tagged `srpo.current`. What another clone logged stays;
+only `rebuild` deletes.
 
-A run may only grow toward what the files say. Where it says anything else, it goes to MLflow's bin (`mlflow gc`
-empties that) and is made anew. A training that died leaves its curve in place until the next one.
-
-MLflow never stops a round: what fails here is one warning, and `srpo track` fills the gap later.
+MLflow never stops a round: any error is one warning, and `srpo track` adds later what is missing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
-import re
-import socket
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from srpo.config.loader import Params
-from srpo.errors import UserError, one_line, without_secrets
-from srpo.rounds import BASE, Round, RoundFiles, ancestors, order
-from srpo.runtime import distributed
+from srpo.rounds import BASE, Round, RoundFiles, order
 from srpo.runtime.extras import require
 from srpo.storage.hashing import file_digest, value_digest
-from srpo.tracking import records as projection
-from srpo.tracking.records import Point
+from srpo.storage.project import project_folder, project_identity
+from srpo.tracking.connection import connect, reason
+from srpo.tracking.records import Point, RoundRecord, curve_points, round_record, training_identity
 
 if TYPE_CHECKING:
-    from filelock import BaseFileLock
     from mlflow import MlflowClient
-    from mlflow.entities import Run
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+    from mlflow.entities import DatasetInput, Metric, Run
 
-log = logging.getLogger("srpo")
-FLUSH_SECONDS = 2.0
+log = logging.getLogger(__name__)
+
 LOCK_SECONDS = 120
-DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-BATCH = 1000  # MLflow's limit of metrics in one request
-SYSTEM = "system/"  # load and memory while the round trained: from no file, so they are left alone
-PICTURES_TAG, NOTE_TAG = "srpo.pictures", "mlflow.note.content"
+HEARTBEAT_SECONDS = 600  # a training that has logged nothing for so long has died
+MAX_RUNS = 50_000
+MAX_MARKS = 500  # fit a tag, which holds 8,000 characters
+KIND, PROJECT, CAMPAIGN, ROUND = "srpo.kind", "srpo.project", "srpo.campaign", "srpo.round"
+IDENTITY, TRAINING, CURRENT, HEARTBEAT = "srpo.identity", "srpo.training", "srpo.current", "srpo.heartbeat"
+CLONE = "srpo.clone"  # digest of the machine and folder that made the run
+REPLACED = "srpo.replaced"  # a run that `rebuild` deleted
+LOGGED = "srpo.logged"  # digests of the curves and artifacts that the run has
 CAMPAIGN_NOTE = (
-    "Every round of the campaign on held-out prompts. Step is the round's place in the tree: 0 is base, 1 its children."
-    " A name such as `judge/002b` is the curve of round 002b, a branch. Judges, FID, KID and diversity decide; a rise"
-    " of the selecting reward alone proves little. Each round's pictures and report are in its own run below this one."
+    "Every round of the campaign on held-out prompts. Step is the round's depth in the tree: 0 is base, 1 its children."
+    " A metric such as `judge/002b` belongs to round 002b, a branch. Judges, FID, KID and diversity decide; a rise of"
+    " the selecting reward alone proves little. The runs below this one hold each round's images and report."
 )
-QUIET = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}
 
 
-class Curve:
-    """Where a stage logs while it runs."""
-
-    def __init__(self) -> None:
-        self._client: MlflowClient | None = None
-        self._monitor: SystemMetricsMonitor | None = None
-        self._run_id = ""
-        self._points: list[Point] = []
-        self._flushed = time.monotonic()
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Add one point per metric; sent in batches every two seconds, so that it does not slow the loop."""
-        self._points += [(name, value, step) for name, value in metrics.items()]
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Send what has gathered. The first failure ends the sending, with one warning."""
-        client, points = self._client, self._points
-        if client and points and not _attempt("live curve", lambda: _log_points(client, self._run_id, points)):
-            self._client = None
-        self._points, self._flushed = [], time.monotonic()
-
-    def _open(self, client: MlflowClient, uri: str, run_id: str) -> None:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        self._client, self._run_id = client, run_id
-        self._monitor = SystemMetricsMonitor(run_id, tracking_uri=uri)
-        self._monitor.start()
-
-    def _close(self, status: str) -> None:
-        if self._monitor:
-            self._monitor.finish()
-        self.flush()
-        if client := self._client:
-            _attempt("end of the live curve", lambda: client.set_terminated(self._run_id, status))
+def sync_round(round: Round) -> bool:
+    """Add to MLflow what is missing of one round, or of base; return False and warn if that failed."""
+    return _sync([round], stage=True)
 
 
-@contextlib.contextmanager
-def live(round: Round) -> Iterator[Curve]:
-    """A curve in a fresh child run of this round; an earlier one of the same round goes to MLflow's bin.
+def sync_campaign(params: Params, root: Path, rebuild: bool = False) -> bool:
+    """Add to MLflow what is missing of base and of all rounds; return False and warn if that failed.
 
-    Among several processes only the first has one; what the others log goes nowhere.
-    """
-    curve, status = Curve(), "FINISHED"
-    if distributed.rank() or distributed.is_parent(round.params.runtime):
-        yield curve
-        return
-    with contextlib.ExitStack() as stack:
-
-        def open_run() -> None:
-            # while this is held, MLflow knows more than the round's files, and `project` leaves the round alone
-            stack.enter_context(_lock(round.root, f"live@{round.key}", timeout=0))
-            with opened(round.params, round.root) as records:
-                campaign = records.campaign()
-                for run in records.children(round.key):
-                    records.client.delete_run(run.info.run_id)
-                curve._open(records.client, records.uri, records.create_child(round.key, campaign))
-
-        _attempt("live curve", open_run)
-        try:
-            yield curve
-        except BaseException as error:
-            status = "FAILED" if isinstance(error, Exception) else "KILLED"
-            raise
-        finally:
-            curve._close(status)
-
-
-def project(round: Round) -> bool:
-    """Bring MLflow's records of one round (or of base) up to date; False when that failed, with a warning."""
-    return _project(round.params, round.root, [round.key])
-
-
-def sync(params: Params, root: Path) -> bool:
-    """Project base and every round of params.yaml that has files; False when something failed, with a warning.
+    Args:
+        rebuild: first delete all runs of this project's campaign, except those of living trainings.
 
     Raises:
         UserError: MLflow is not installed.
     """
     require("mlflow", "`srpo track`")
     keys = [key for key in (BASE, *order(params.rounds)) if RoundFiles(root, key).folder.is_dir()]
-    return _project(params, root, keys)
+    return _sync([Round.of(params, root, key) for key in keys], rebuild=rebuild)
 
 
-def _project(params: Params, root: Path, keys: list[str]) -> bool:
-    done = []
+def _sync(rounds: list[Round], stage: bool = False, rebuild: bool = False) -> bool:
+    failed: list[Round] = []
 
     def work() -> None:
-        with opened(params, root) as records:
-            campaign = records.project_campaign()
-            done.extend(_attempt(f"round {key}", lambda key=key: records.project_round(key, campaign)) for key in keys)
+        with opened(rounds[0].params, rounds[0].root) as campaign:
+            if rebuild:
+                campaign.delete()
+            campaign.end_dead_runs()
+            failed.extend(r for r in rounds if not attempt(f"round {r.key}", lambda r=r: campaign.sync(r, stage)))
 
-    return _attempt("campaign", work) and all(done)
-
-
-@dataclass(frozen=True)
-class Records:
-    """The runs of one campaign in one experiment, at the address `uri`."""
-
-    client: MlflowClient
-    uri: str
-    experiment: str
-    params: Params
-    root: Path
-
-    def campaign(self) -> str:
-        """The id of the campaign's run, made if there is none."""
-        tags = {"srpo.campaign": self.params.tracking.campaign, "srpo.kind": "campaign", NOTE_TAG: CAMPAIGN_NOTE}
-        if found := self._search("srpo.kind", "campaign"):
-            return found[0].info.run_id
-        run = self.client.create_run(self.experiment, run_name=self.params.tracking.campaign, tags=tags)
-        self.client.set_terminated(run.info.run_id, "FINISHED")
-        return run.info.run_id
-
-    def children(self, key: str) -> list[Run]:
-        return self._search("srpo.round", key)
-
-    def create_child(self, key: str, campaign: str) -> str:
-        tags = {"srpo.kind": "round", "srpo.round": key, "mlflow.parentRunId": campaign}
-        tags["srpo.campaign"] = self.params.tracking.campaign
-        name = key if key == BASE else f"round {key}"
-        return self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
-
-    def project_campaign(self) -> str:
-        wanted = projection.campaign_points(self.params, self.root)
-        run_id = self.campaign()
-        known = self._history(self.client.get_run(run_id))
-        if not _agree(known, wanted):  # a round was run again: curves can't be edited, so they are drawn anew
-            self.client.delete_run(run_id)
-            children, run_id, known = self._search("mlflow.parentRunId", run_id), self.campaign(), []
-            for run in children:
-                self.client.set_tag(run.info.run_id, "mlflow.parentRunId", run_id)
-        _log_points(self.client, run_id, wanted, known)
-        return run_id
-
-    def project_round(self, key: str, campaign: str) -> None:
-        files, wanted = RoundFiles(self.root, key), projection.round_record(Round.of(self.params, self.root, key))
-        if _is_locked(self.root, f"live@{key}"):
-            return
-        sheets = [path for path, _ in wanted.artifacts if path.suffix == ".png"]
-        wanted.tags |= {PICTURES_TAG: value_digest([file_digest(path) for path in sheets])} if sheets else {}
-        wanted.tags[NOTE_TAG] = _note(self.params, key, wanted)
-        run, known = None, []
-        for found in self.children(key):
-            if found.info.status != "FINISHED" and "loss" in found.data.metrics and not files.training.exists():
-                # its training died; what it told is nowhere else
-                if found.info.status == "RUNNING":
-                    self.client.set_terminated(found.info.run_id, "KILLED")
-                return
-            history = self._history(found)
-            if run is None and _agree(history, wanted.points) and _may_grow(found, wanted):
-                run, known = found, history
-            else:
-                self.client.delete_run(found.info.run_id)
-        run = run or self.client.get_run(self.create_child(key, campaign))
-        self._complete(run, known, wanted, sheets)
-        trained = (files.adapter / "lineage.json").exists()
-        if run.info.status != "FINISHED" and trained:
-            self.client.set_terminated(run.info.run_id, "FINISHED")
-
-    def _complete(self, run: Run, known: list[Point], wanted: projection.RoundRecord, sheets: list[Path]) -> None:
-        """Give the run what it lacks. Tags that vouch for files go last, so that a crash is mended by a repeat."""
-        from mlflow.entities import RunTag
-        from PIL import Image
-
-        run_id, tags = run.info.run_id, run.data.tags
-        _log_points(self.client, run_id, wanted.points, known)
-        self.client.log_batch(run_id, params=projection.param_entities(wanted.params))
-        if missing := set(wanted.datasets) - {item.dataset.name for item in run.inputs.dataset_inputs}:
-            inputs = {name: wanted.datasets[name] for name in sorted(missing)}
-            self.client.log_inputs(run_id, datasets=projection.dataset_inputs(inputs))
-        wanted.tags[projection.ARTIFACTS_TAG] = wanted.artifacts_digest
-        if tags.get(projection.ARTIFACTS_TAG) != wanted.artifacts_digest:
-            for path, folder in wanted.artifacts:
-                self.client.log_artifact(run_id, str(path), folder)
-        if tags.get(PICTURES_TAG) != wanted.tags.get(PICTURES_TAG):
-            for path in sheets:  # the same key in every round, so that the UI's image grid lays rounds side by side
-                with Image.open(path) as sheet:
-                    self.client.log_image(run_id, sheet, key=path.stem, step=self._depth(run))
-        changed = [RunTag(name, value) for name, value in wanted.tags.items() if tags.get(name) != value]
-        self.client.log_batch(run_id, tags=changed)
-
-    def _depth(self, run: Run) -> int:
-        key = run.data.tags["srpo.round"]
-        return 0 if key == BASE else len(ancestors(self.params.rounds, key)) + 1
-
-    def _search(self, tag: str, value: str) -> list[Run]:
-        # the campaign's name may hold quotes, so it is compared here and not in the filter
-        found = self.client.search_runs([self.experiment], f"tags.`{tag}` = '{value}'", max_results=10_000)
-        return [run for run in found if run.data.tags.get("srpo.campaign") == self.params.tracking.campaign]
-
-    def _history(self, run: Run) -> list[Point]:
-        return [
-            (name, point.value, point.step)
-            for name in run.data.metrics
-            if not name.startswith(SYSTEM)
-            for point in self.client.get_metric_history(run.info.run_id, name)
-        ]
+    return not rounds or (attempt("campaign", work) and not failed)
 
 
 @contextlib.contextmanager
-def opened(params: Params, root: Path) -> Iterator[Records]:
-    """The campaign's records, held by this process alone.
+def opened(params: Params, root: Path) -> Iterator[Campaign]:
+    """Connect to MLflow, and keep other processes of this clone waiting meanwhile.
 
     Raises:
         UserError: MLflow is not installed.
     """
     require("mlflow", "tracking")
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-
-    for chatty in ("mlflow", "alembic", "urllib3.connectionpool"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    uri, artifacts = params.tracking.uri, None
-    if match := re.fullmatch(r"sqlite:///(?!/)(.*)", uri):
-        uri = f"sqlite:///{root.resolve() / match[1]}"
-    if _database(uri) in ("sqlite", *DATABASE_PORTS):  # no server to decide: else it would be the current folder
-        artifacts = (root / "mlartifacts").resolve().as_uri()
-    _knock(uri)
-    with _lock(root, "mlflow", timeout=LOCK_SECONDS):
-        client = MlflowClient(tracking_uri=uri)
-        experiment = client.get_experiment_by_name(params.tracking.experiment)
-        if experiment:
-            number = experiment.experiment_id
-        else:
-            # the tag opens the UI on training runs and not on chat traces
-            tags = {"mlflow.experimentKind": "custom_model_development"}
-            number = client.create_experiment(params.tracking.experiment, artifacts, tags)
-        yield Records(client, uri, number, params, root)
-
-
-def _knock(uri: str) -> None:
-    """Connect to a database's host once: MLflow itself tries for 100 seconds, at every stage.
-
-    Raises:
-        OSError: nobody is there.
-    """
-    place, port = urlsplit(uri), DATABASE_PORTS.get(_database(uri))
-    if port and place.hostname:
-        socket.create_connection((place.hostname, place.port or port), timeout=10).close()
-
-
-def _database(uri: str) -> str:
-    """What is before the driver's name: postgresql of postgresql+psycopg2://..."""
-    return urlsplit(uri).scheme.partition("+")[0]
-
-
-def _note(params: Params, key: str, wanted: projection.RoundRecord) -> str:
-    """The run's description in the UI."""
-    if key == BASE:
-        return "The untouched base model, measured as every round is."
-    verdict = wanted.tags.get("srpo.verdict")
-    state = f"The gate says: {verdict}." if verdict else "Not evaluated yet."
-    return f"Trained from {params.rounds[key].parent} on its winners. {state} Open report/index.html under Artifacts."
-
-
-def _agree(known: list[Point], wanted: list[Point]) -> bool:
-    """Whether every known point is wanted, as it is and once."""
-    values = {(name, step): value for name, value, step in wanted}
-    places = [(name, step) for name, _, step in known]
-    return len(places) == len(set(places)) and all(
-        (name, step) in values and _same(value, values[name, step]) for name, value, step in known
-    )
-
-
-def _may_grow(run: Run, wanted: projection.RoundRecord) -> bool:
-    """Whether what MLflow never lets go of (params, inputs, pictures) is what is wanted."""
-    inputs = {item.dataset.name: item.dataset.digest for item in run.inputs.dataset_inputs}
-    return (
-        run.data.params.items() <= wanted.params.items()
-        and inputs.items() <= wanted.datasets.items()
-        and run.data.tags.get(PICTURES_TAG) in (None, wanted.tags.get(PICTURES_TAG))
-    )
-
-
-def _log_points(client: MlflowClient, run_id: str, points: Iterable[Point], known: Iterable[Point] = ()) -> None:
-    from mlflow.entities import Metric
-
-    there, now = {(name, step) for name, _, step in known}, int(time.time() * 1000)
-    entities = [Metric(name, value, now, step) for name, value, step in points if (name, step) not in there]
-    for start in range(0, len(entities), BATCH):
-        client.log_batch(run_id, metrics=entities[start : start + BATCH])
-
-
-def _same(one: float, other: float) -> bool:
-    if math.isfinite(other):
-        return math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-12)
-    return math.isnan(one) if math.isnan(other) else abs(one) > 1e308  # a database holds infinity as its largest float
-
-
-def _lock(root: Path, name: str, timeout: float) -> BaseFileLock:
     from filelock import FileLock
 
-    (root / ".srpo").mkdir(exist_ok=True)
-    return FileLock(root / ".srpo" / f"{name}.lock", timeout=timeout)
+    folder = project_folder(root)
+    (folder / ".srpo").mkdir(exist_ok=True)
+    with FileLock(folder / ".srpo" / "mlflow.lock", timeout=LOCK_SECONDS):
+        client, uri, experiment = connect(params.tracking, folder)
+        is_copy = folder != root.resolve()
+        yield Campaign(client, uri, experiment, project_identity(root), params.tracking.campaign, is_copy)
 
 
-def _is_locked(root: Path, name: str) -> bool:
-    try:
-        with _lock(root, name, timeout=0):
-            return False
-    except TimeoutError:
-        return True
+@dataclass
+class Campaign:
+    """The runs of one campaign of one project.
+
+    Attributes:
+        uri: MLflow's address.
+        experiment: the experiment's id.
+        project: the project's identity.
+        name: the campaign's name.
+        is_copy: these rounds are in a temporary copy that DVC made for an experiment.
+    """
+
+    client: MlflowClient
+    uri: str
+    experiment: str
+    project: str
+    name: str
+    is_copy: bool = False
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """All runs of the campaign, oldest first, those in MLflow's bin included."""
+        return self._search(PROJECT, self.project)
+
+    def runs_of(self, key: str) -> list[Run]:
+        """Return the runs of a round that are not deleted, the current one first, then newest first."""
+        runs = [run for run in self.runs if run.data.tags.get(ROUND) == key and _is_active(run)]
+        return sorted(reversed(runs), key=lambda run: run.data.tags.get(CURRENT) != "true")
+
+    def sync(self, round: Round, stage: bool = False, run: Run | None = None) -> None:
+        """Add to the round's run, and to the campaign's curves, what they lack.
+
+        Args:
+            stage: a stage of this round has just run here, so its run becomes the current one.
+            run: the run of the training that has just ended; else it is looked up by the weights.
+        """
+        record = round_record(round)
+        if record is None:
+            return
+        identity = value_digest([self.name, round.key, record.weights])[:16]
+        record.tags[IDENTITY] = identity
+        run = run or self._find(round, identity) or self._create_round(round, identity)
+        self._complete(run, record)
+        self._make_current(run, stage)
+        if not self.is_copy:
+            self._log_curve(round)
+
+    @cached_property
+    def parent(self) -> Run:
+        """The campaign's own run, made or restored if needed."""
+        if found := [run for run in self.runs if run.data.tags[KIND] == "campaign"]:
+            return self._pick(found)
+        others = [run.data.tags[PROJECT] for run in self._search(KIND, "campaign") if _is_active(run)]
+        name = self.name
+        if others:
+            name = f"{self.name} ({self.project})"
+            log.warning(
+                "MLflow: the campaign %s of project %s is in this experiment, too; %s's runs are kept apart by the tag"
+                " %s; set tracking.campaign or tracking.experiment to another name to avoid confusion",
+                *(self.name, others[0], self.project, PROJECT),
+            )
+        run = self._create(name, "campaign", {KIND: "campaign", "mlflow.note.content": CAMPAIGN_NOTE})
+        self.client.set_terminated(run.info.run_id, "FINISHED")
+        return run
+
+    def open_training(self, round: Round) -> Run:
+        """Return a running run for a training: that of the same training which died, or a new one."""
+        training, now = training_identity(round), str(_now())
+        died = self._ended_training(round, training)
+        if died and _is_active(died):
+            self.client.update_run(died.info.run_id, status="RUNNING")
+            self.client.set_tag(died.info.run_id, HEARTBEAT, now)
+            return died
+        return self._create(f"round {round.key}", None, self._tags(round, {TRAINING: training, HEARTBEAT: now}))
+
+    def end_dead_runs(self) -> None:
+        """Mark each run whose training has died as killed, by its heartbeat."""
+        for run in self.runs:
+            if run.info.status == "RUNNING" and _is_active(run) and not is_alive(run):
+                self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def delete(self) -> None:
+        """Delete the campaign's runs, except living ones; each is named in the log."""
+        for run in filter(_is_active, self.runs):
+            if is_alive(run):
+                log.warning("MLflow: kept %s (%s): it is training now", run.info.run_name, run.info.run_id)
+                continue
+            self.client.set_tag(run.info.run_id, REPLACED, "true")
+            self.client.delete_run(run.info.run_id)
+            log.warning("MLflow: deleted %s (%s)", run.info.run_name, run.info.run_id)
+        del self.runs
+
+    def _find(self, round: Round, identity: str) -> Run | None:
+        """Find the run of these weights, or of a training that made them while MLflow was out of reach."""
+        if same := [run for run in self.runs if run.data.tags.get(IDENTITY) == identity]:
+            return self._pick(same)
+        ended = None if round.key == BASE else self._ended_training(round, training_identity(round))
+        return self._pick([ended]) if ended else None
+
+    def _ended_training(self, round: Round, training: str) -> Run | None:
+        """Return the newest run of a training with these inputs that did not finish and is not going on elsewhere."""
+        for run in reversed(self.runs):
+            tags = run.data.tags
+            if (tags.get(ROUND), tags.get(TRAINING)) != (round.key, training) or IDENTITY in tags:
+                continue
+            # in this clone the round's lock sees to it that no other training of the round is going on
+            if not is_alive(run) or tags.get(CLONE) == _clone(round.root):
+                return run
+        return None
+
+    def _create_round(self, round: Round, identity: str) -> Run:
+        name = round.key if round.key == BASE else f"round {round.key}"
+        return self._create(name, identity, self._tags(round, {}))
+
+    def _log_curve(self, round: Round) -> None:
+        from mlflow.entities import RunTag
+
+        parent, points = self.parent, curve_points(round)
+        name, mark = f"{LOGGED}.{round.key}", value_digest(points)[:12]
+        if points and parent.data.tags.get(name) != mark:
+            metrics = self._missing(parent, points)
+            self.client.log_batch(parent.info.run_id, metrics=metrics, tags=[RunTag(name, mark)])
+
+    def _complete(self, run: Run, record: RoundRecord) -> None:
+        """Give a run what it lacks. Tags are last, so that an interrupted synchronization is repeated."""
+        from mlflow.entities import Param, RunTag
+
+        run_id, tags = run.info.run_id, run.data.tags
+        logged = tags.get(LOGGED, "").split()
+        marks = {name: value_digest([name, file_digest(path)])[:12] for name, path in record.artifacts.items()}
+        for name, path in record.artifacts.items():
+            if marks[name] not in logged:
+                self.client.log_artifact(run_id, str(path), str(Path(name).parent) if "/" in name else None)
+        inputs = {(item.dataset.name, item.dataset.digest) for item in run.inputs.dataset_inputs}
+        if datasets := [_dataset(*item) for item in record.datasets.items() if item not in inputs]:
+            self.client.log_inputs(run_id, datasets=datasets)
+        metrics = []
+        for name, points in (("training", record.training), ("evaluation", record.evaluation)):
+            marks[name] = value_digest([name, points])[:12]
+            if points and marks[name] not in logged:
+                metrics += self._missing(run, points, values=name == "evaluation")
+        new = [mark for mark in marks.values() if mark not in logged]
+        wanted = {name: value for name, value in record.tags.items() if new or name not in tags}
+        wanted[LOGGED] = " ".join([*logged, *new][-MAX_MARKS:])
+        self.client.log_batch(
+            run_id,
+            metrics=metrics,
+            params=[Param(name, value) for name, value in record.params.items() if name not in run.data.params],
+            tags=[RunTag(name, value) for name, value in wanted.items() if tags.get(name) != value],
+        )
+        if run.info.status != "FINISHED":
+            self.client.set_terminated(run_id, "FINISHED")
+
+    def _missing(self, run: Run, points: list[Point], values: bool = True) -> list[Metric]:
+        """Return the points that the run lacks.
+
+        Clones that add the same point at the same time give it the same time, so that MLflow keeps it once.
+
+        Args:
+            values: another value at the same step is a new point; else there is one point a step.
+        """
+        from mlflow.entities import Metric
+
+        known: dict[tuple[str, int], set[str]] = {}
+        for name in {name for name, _, _ in points} & set(run.data.metrics):
+            for point in self.client.get_metric_history(run.info.run_id, name):
+                known.setdefault((name, point.step), set()).add(_shown(point.value))
+        missing = []
+        for name, value, step in points:
+            there = known.get((name, step), set())
+            if not there or (values and _shown(value) not in there):
+                missing.append(Metric(name, value, run.info.start_time + step + len(there), step))
+        return missing
+
+    def _make_current(self, run: Run, stage: bool) -> None:
+        runs = self.runs_of(run.data.tags[ROUND])
+        current = [other for other in runs if other.data.tags.get(CURRENT) == "true"]
+        if self.is_copy or (current and not stage) or [other.info.run_id for other in current] == [run.info.run_id]:
+            return
+        self.client.set_tag(run.info.run_id, CURRENT, "true")
+        for other in current:
+            if other.info.run_id != run.info.run_id:
+                self.client.set_tag(other.info.run_id, CURRENT, "false")
+
+    def _tags(self, round: Round, more: dict[str, str]) -> dict[str, str]:
+        tags = {KIND: "round", ROUND: round.key, "mlflow.parentRunId": self.parent.info.run_id}
+        tags[CLONE] = _clone(round.root)
+        if experiment := os.environ.get("DVC_EXP_NAME"):
+            tags["srpo.dvc_experiment"] = experiment
+        return tags | more
+
+    def _create(self, name: str, identity: str | None, tags: dict[str, str]) -> Run:
+        """Create a run; of two that clones create at the same time the older is kept, and the other, empty, deleted."""
+        tags |= {PROJECT: self.project, CAMPAIGN: self.name} | ({IDENTITY: identity} if identity else {})
+        run = self.client.create_run(self.experiment, run_name=name, tags=tags)
+        if identity:
+            found = self._search(IDENTITY, identity)
+            first = next((twin for twin in found if _is_active(twin) and twin.data.tags[PROJECT] == self.project), run)
+            if first.info.run_id != run.info.run_id:
+                self.client.delete_run(run.info.run_id)
+                run = first
+        self.runs.append(run)
+        return run
+
+    def _pick(self, runs: list[Run]) -> Run:
+        """Return the oldest run that is not deleted; if all are, restore the oldest."""
+        run = next(filter(_is_active, runs), runs[0])
+        if not _is_active(run):
+            self.client.restore_run(run.info.run_id)
+            log.warning("MLflow: %s (%s) was deleted in MLflow; restored it", run.info.run_name, run.info.run_id)
+        return run
+
+    def _search(self, tag: str, value: str) -> list[Run]:
+        from mlflow.entities import ViewType
+
+        # the campaign's name may contain quotes, so it is compared here and not by MLflow
+        found = self.client.search_runs(
+            [self.experiment], f"tags.`{tag}` = '{value}'", ViewType.ALL, max_results=MAX_RUNS
+        )
+        runs = [run for run in found if run.data.tags.get(CAMPAIGN) == self.name and REPLACED not in run.data.tags]
+        return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
 
 
-def _attempt(what: str, work: Callable[[], None]) -> bool:
+def is_alive(run: Run) -> bool:
+    """Return whether a run's training has logged anything of late, from whatever machine."""
+    if run.info.status != "RUNNING":
+        return False
+    times = [point.timestamp for point in run.data.to_proto().metrics]
+    beat = max(run.info.start_time, int(run.data.tags.get(HEARTBEAT, 0)), *times)
+    return _now() - beat < HEARTBEAT_SECONDS * 1000
+
+
+def _is_active(run: Run) -> bool:
+    return run.info.lifecycle_stage == "active"
+
+
+def attempt(what: str, work: Callable[[], object]) -> bool:
+    """Run what needs MLflow; return False and warn in one line if it fails, whatever the error is."""
     try:
         work()
-    except Exception as error:  # whatever a tracking server can do wrong, the round goes on
+    except Exception as error:
         log.warning("MLflow: %s not recorded (%s); run `srpo track` later", what, reason(error))
         return False
     return True
 
 
-def reason(error: Exception) -> str:
-    """What went wrong, in one line that holds no password."""
-    if isinstance(error, UserError):
-        return str(error)
-    words = without_secrets(one_line(error))
-    return f"{type(error).__name__}: {words:.160}"
+def _dataset(name: str, digest: str) -> DatasetInput:
+    """Return a dataset of DVC as an input in MLflow; the hash just fits MLflow's limit of 36 characters."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    context = "candidates" if name == "candidates" else "training"
+    dataset = Dataset(name, digest, source_type="dvc", source=json.dumps({"dvc": digest}))
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+
+def _shown(value: float) -> str:
+    """Return a value as it compares in all databases, which hold infinity as the largest float."""
+    limit = sys.float_info.max
+    return "nan" if math.isnan(value) else f"{max(-limit, min(limit, value)):.9g}"
+
+
+def _clone(root: Path) -> str:
+    return value_digest([os.uname().nodename, str(project_folder(root))])[:12]
+
+
+def _now() -> int:
+    return int(time.time() * 1000)

@@ -48,7 +48,7 @@ def make_objective(settings: TrainParams) -> Objective:
 
 
 def sft(predicted: Tensor, reference: Tensor | None, target: Tensor, weight: Tensor) -> Tensor:
-    """weight * error: supervised fine-tuning on the winners, the loss of DDPM (Ho et al., 2020, eq. 14)."""
+    """Weight * error: supervised fine-tuning on the winners, the loss of DDPM (Ho et al., 2020, eq. 14)."""
     return _error(predicted, target) * weight
 
 

@@ -177,8 +177,8 @@ def test_a_bad_reward_model(name: str, world: Path, capfd: pytest.CaptureFixture
 
 
 ADAPTERS: dict[str, tuple[Change, str]] = {
-    "of nothing": (content("rounds/001/adapter/lineage.json", "{}"), "rounds/001/adapter: holds no weights"),
-    "pickled": (hostile(f"{ADAPTER}.bin", f"{ADAPTER}.pt", f"{ADAPTER}.ckpt"), "rounds/001/adapter: holds no weights"),
+    "of nothing": (content("rounds/001/adapter/lineage.json", "{}"), "rounds/001/adapter: no weights"),
+    "pickled": (hostile(f"{ADAPTER}.bin", f"{ADAPTER}.pt", f"{ADAPTER}.ckpt"), "rounds/001/adapter: no weights"),
     "a pickle as safetensors": (hostile(f"{ADAPTER}.safetensors"), f"{ADAPTER}.safetensors: "),
     "a bare pickle as safetensors": (hostile("x", f"{ADAPTER}.safetensors"), f"{ADAPTER}.safetensors: "),
     "a UNet that is a pickle": (

@@ -88,7 +88,7 @@ def test_a_human_rejects_and_nothing_is_registered(project: Path, prefect_server
 
 def test_a_failed_gate_is_refused_and_an_override_recorded(project: Path, prefect_server, capfd) -> None:
     fail_the_gate(load_params(), project, "001")
-    with pytest.raises(UserError, match=r"^round 001: the gate failed it \(fid_ratio\); give `override` a reason"):
+    with pytest.raises(UserError, match=r"^round 001: failed its gate \(fid_ratio\); `override` takes a reason"):
         srpo_promote(round="001", auto=True)
     assert "Traceback" not in capfd.readouterr().err and aliases(project) == {}
     srpo_promote(round="001", auto=True, override="the demo is tomorrow")

@@ -1,4 +1,4 @@
-"""Exports of a random-weight project give the sampler's pictures when they are loaded back."""
+"""Exports of a random-weight project give the sampler's images when they are loaded back."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ def exported(params: Params, project: Path) -> Path:
     return project / "out"
 
 
-def picture(sampler: Sampler) -> np.ndarray:
+def sample(sampler: Sampler) -> np.ndarray:
     size = {"height": SIZE, "width": SIZE, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
     return sample_images(sampler, sampler.encode([PROMPT]), [0], [SEED], **size)[1].numpy()[0].astype(int)
 
 
-def picture_by(pipeline: StableDiffusionXLPipeline) -> np.ndarray:
+def sample_by(pipeline: StableDiffusionXLPipeline) -> np.ndarray:
     """By diffusers alone, from the same noise."""
     image = pipeline(
         PROMPT,
@@ -106,38 +106,38 @@ def base(project: Path) -> StableDiffusionXLPipeline:
 def expected(params: Params, project: Path) -> np.ndarray:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project)
-        tuned = picture(Sampler(params, RoundFiles(project, "001").adapter))
-        untouched = picture(Sampler(params))
+        tuned = sample(Sampler(params, RoundFiles(project, "001").adapter))
+        untouched = sample(Sampler(params))
     assert np.abs(tuned - untouched).max() > 10, "the adapter does nothing, so these tests could not fail"
     return tuned
 
 
 @pytest.mark.parametrize("kind", ["diffusers", "kohya"])
-def test_a_lora_loaded_back_gives_the_same_picture(exported: Path, project: Path, expected, kind: str) -> None:
+def test_loaded_lora_gives_the_same_image(exported: Path, project: Path, expected, kind: str) -> None:
     name = WEIGHTS_FILE if kind == "diffusers" else "tiny-001_kohya.safetensors"
     pipeline = base(project)
     pipeline.load_lora_weights(exported, weight_name=name)
     # the sampler adds the LoRA into the weights and samples 32 at once: other orders of summation
-    assert np.abs(picture_by(pipeline) - expected).max() <= 1
+    assert np.abs(sample_by(pipeline) - expected).max() <= 1
 
 
-def test_the_merged_pipeline_gives_the_same_picture(exported: Path, expected) -> None:
+def test_merged_pipeline_gives_the_same_image(exported: Path, expected) -> None:
     pipeline = StableDiffusionXLPipeline.from_pretrained(exported / "merged")
-    assert np.abs(picture_by(pipeline) - expected).max() <= 1
+    assert np.abs(sample_by(pipeline) - expected).max() <= 1
 
 
-def test_the_merged_pipeline_is_the_sampler_to_the_byte(exported: Path, params: Params, expected) -> None:
+def test_merged_pipeline_equals_the_sampler_exactly(exported: Path, params: Params, expected) -> None:
     merged = params.model_copy(update={"model": params.model.model_copy(update={"base": str(exported / "merged")})})
-    assert (picture(Sampler(merged)) == expected).all()
+    assert (sample(Sampler(merged)) == expected).all()
 
 
-def test_the_registry_gives_the_same_picture(params: Params, project: Path, expected) -> None:
+def test_registered_model_gives_the_same_image(params: Params, project: Path, expected) -> None:
     version = promote(Round.of(params, project, "001"), Decision("auto", "test", override="random weights"))
     pipeline = load_model(project, f"models:/{version.name}@champion").load_pipeline(device="cpu")
-    assert np.abs(picture_by(pipeline) - expected).max() <= 1
+    assert np.abs(sample_by(pipeline) - expected).max() <= 1
 
 
-def test_kohyas_names_are_kohyas(exported: Path, project: Path) -> None:
+def test_kohya_names_and_values(exported: Path, project: Path) -> None:
     state = load_file(exported / "tiny-001_kohya.safetensors")
     own = load_file(RoundFiles(project, "001").adapter / WEIGHTS_FILE)
     assert len(state) == len(own) // 2 * 3
@@ -149,10 +149,10 @@ def test_kohyas_names_are_kohyas(exported: Path, project: Path) -> None:
     assert torch.equal(state[name], own[f"unet.{place}.lora.down.weight"])
 
 
-def test_the_folder_is_ready_for_the_hub(exported: Path, project: Path) -> None:
+def test_export_folder_is_a_hub_repository(exported: Path, project: Path) -> None:
     names = {path.name for path in exported.iterdir()}
     assert names == {
-        *("README.md", "provenance.json", "lineage.json", "merged", "pictures"),
+        *("README.md", "provenance.json", "lineage.json", "merged", "images"),
         *(WEIGHTS_FILE, "tiny-001_kohya.safetensors"),
     }
     card = ModelCard.load(exported / "README.md")
@@ -163,14 +163,14 @@ def test_the_folder_is_ready_for_the_hub(exported: Path, project: Path) -> None:
     assert not list(project.glob(".out*"))
 
 
-def test_export_refuses_in_one_line(exported: Path, project: Path, capsys) -> None:
+def test_errors_are_one_line(exported: Path, project: Path, capsys) -> None:
     assert cli.run(["export", "001", "--to", "out"]) == 2
-    assert capsys.readouterr().err == "srpo: error: --to: out is there and not empty; name a new folder\n"
+    assert capsys.readouterr().err == "srpo: error: --to: out is not empty; name a new folder\n"
     assert cli.run(["export", "002", "--to", "other"]) == 2
     assert "rounds/002/adapter: no weights" in capsys.readouterr().err and not (project / "other").exists()
 
 
-def test_a_round_that_trained_the_whole_unet_is_a_merged_pipeline(
+def test_full_unet_round_exports_a_pipeline(
     params: Params, project: Path, tmp_path: Path, capsys, exported: Path, expected, monkeypatch
 ) -> None:
     root = tmp_path / "project"
@@ -185,4 +185,4 @@ def test_a_round_that_trained_the_whole_unet_is_a_merged_pipeline(
     with pytest.raises(cli.UserError, match=r"round 001: train\.method is full, so there is no LoRA.*--merged"):
         export(Round.of(params, root, "001"), root / "out")
     assert "merged" in export(Round.of(params, root, "001"), root / "out", merged=True)
-    assert np.abs(picture_by(StableDiffusionXLPipeline.from_pretrained(root / "out" / "merged")) - expected).max() <= 1
+    assert np.abs(sample_by(StableDiffusionXLPipeline.from_pretrained(root / "out" / "merged")) - expected).max() <= 1

@@ -16,7 +16,7 @@ from srpo.config.loader import Params, load_params
 from srpo.errors import UserError
 from srpo.lineage import graph
 from srpo.lineage.record import WEIGHTS_FILE, read_lineage
-from srpo.release.registry import Decision, chain_of, check, look_up, promote, versions
+from srpo.release.registry import Decision, check, look_up, promote, provenance, versions
 from srpo.rounds import Round, RoundFiles
 from srpo.storage.hashing import dvc_digest, file_digest
 from srpo.storage.json_files import write_json
@@ -85,7 +85,7 @@ def fail_the_gate(params: Params, root: Path, key: str) -> None:
     write_json(path, gate)
 
 
-def test_champion_moves_and_the_same_adapter_is_one_version(params: Params, project: Path) -> None:
+def test_champion_moves_between_versions(params: Params, project: Path) -> None:
     first, second = promote(Round.of(params, project, "001"), AUTO), promote(Round.of(params, project, "002"), AUTO)
     assert (str(first.version), str(second.version)) == ("1", "2")
     assert {str(v.version): v.aliases for v in versions(params, project)} == {"1": ["previous"], "2": ["champion"]}
@@ -113,7 +113,7 @@ def test_champion_moves_and_the_same_adapter_is_one_version(params: Params, proj
     assert dvc_digest(Path(loaded.adapter_path)) == dvc_digest(adapter), "the registry holds another adapter"
 
 
-def test_a_hub_base_is_pinned_to_the_revision_it_was_trained_on(params: Params, project: Path) -> None:
+def test_hub_base_is_pinned_to_its_revision(params: Params, project: Path) -> None:
     for key in ("base", "001"):
         path = RoundFiles(project, key).adapter / "lineage.json"
         base = {"source": "stabilityai/stable-diffusion-xl-base-1.0", "revision": "46" * 20, "digest": None}
@@ -125,39 +125,39 @@ def test_a_hub_base_is_pinned_to_the_revision_it_was_trained_on(params: Params, 
     assert version.tags["srpo.license"] == "openrail++"
 
 
-def test_a_failed_gate_needs_a_reason_that_is_recorded(params: Params, project: Path) -> None:
+def test_failed_gate_needs_a_recorded_reason(params: Params, project: Path) -> None:
     fail_the_gate(params, project, "001")
     for override in (None, " "):
-        with pytest.raises(UserError, match=r"^round 001: the gate failed it \(fid_ratio\); give `override` a reason"):
+        with pytest.raises(UserError, match=r"^round 001: failed its gate \(fid_ratio\); `override` takes a reason"):
             promote(Round.of(params, project, "001"), Decision("auto", "", override))
     assert versions(params, project) == []
     version = promote(Round.of(params, project, "001"), Decision("auto", "", "a demo needs it"))
     assert version.tags["srpo.override"] == "a demo needs it"
 
 
-def test_only_what_was_evaluated_and_can_be_restored_is_promoted(params: Params, project: Path) -> None:
+def test_promotion_needs_evaluated_restorable_adapter(params: Params, project: Path) -> None:
     adapter = check(Round.of(params, project, "001"))
     with pytest.raises(UserError, match=r"rounds\.009: no such round"):
         check(Round.of(params, project, "009"))
     with pytest.raises(UserError, match=r"002b/adapter: no adapter"):
         check(Round.of(params, project, "002b"))
-    with pytest.raises(UserError, match=r"001/adapter: changed since it was decided on"):
+    with pytest.raises(UserError, match=r"001/adapter: changed since the decision"):
         promote(Round.of(params, project, "001"), AUTO, adapter="0" * 64)
     write_training(params, project, "001", steps=40)
-    with pytest.raises(UserError, match=r"001/adapter: not what dvc\.lock says.*dvc repro train@001"):
+    with pytest.raises(UserError, match=r"001/adapter: differs from dvc\.lock.*dvc repro train@001"):
         check(Round.of(params, project, "001"))
     lock = json.loads((project / "dvc.lock").read_text())
     lock["stages"]["train@001"]["outs"][0]["md5"] = dvc_digest(RoundFiles(project, "001").adapter)
     write_json(project / "dvc.lock", lock)
-    with pytest.raises(UserError, match=r"001/evaluation: no verdict on this adapter"):
+    with pytest.raises(UserError, match=r"001/evaluation: this adapter is not evaluated"):
         check(Round.of(params, project, "001"))
     (RoundFiles(project, "001").adapter / WEIGHTS_FILE).write_bytes(b"other")
-    with pytest.raises(UserError, match=r"001/adapter: not the weights of its lineage\.json"):
+    with pytest.raises(UserError, match=r"001/adapter: its weights differ from lineage\.json"):
         check(Round.of(params, project, "001"))
     assert adapter != check(Round.of(params, project, "002")) and versions(params, project) == []
 
 
-def test_no_secret_gets_into_the_registry(params: Params, project: Path, capsys) -> None:
+def test_registry_has_no_secrets(params: Params, project: Path, capsys) -> None:
     version = promote(Round.of(params, project, "001"), AUTO)
     secret = params.tracking.model_copy(update={"uri": "http://me:p@ss@127.0.0.1:9"})
     with pytest.raises(UserError, match=r"^tracking\.uri: ") as error:
@@ -166,7 +166,7 @@ def test_no_secret_gets_into_the_registry(params: Params, project: Path, capsys)
     assert not any("mlflow.db" in value or "tracking" in value for value in version.tags.values())
 
 
-def test_lineage_of_a_version_stays_and_tells_what_changed_since(params: Params, project: Path, capsys) -> None:
+def test_lineage_of_a_version_marks_later_changes(params: Params, project: Path, capsys) -> None:
     promote(Round.of(params, project, "002"), AUTO)
     assert cli.run(["lineage", "002", "--json"]) == 0
     found = graph.Node.model_validate_json(capsys.readouterr().out)
@@ -179,7 +179,7 @@ def test_lineage_of_a_version_stays_and_tells_what_changed_since(params: Params,
 
     retrain(params, project, "001")
     shutil.rmtree(RoundFiles(project, "002").winners)
-    found = chain_of(params, project, "champion")
+    found = provenance(params, project, "champion")
     graph.verify(project, found)
     states = {node.path: node.state for node in found.walk() if node.path}
     assert (states["rounds/001/adapter"], states["rounds/002/winners"]) == ("differs", "missing")
@@ -188,18 +188,10 @@ def test_lineage_of_a_version_stays_and_tells_what_changed_since(params: Params,
     lines = capsys.readouterr().out.splitlines()
     assert any("adapter  differs  rounds/001/adapter" in line for line in lines)
     assert cli.run(["lineage", "7"]) == 2
-    assert capsys.readouterr().err == "srpo: error: srpo-tiny: no version or alias '7'; it has 1\n"
+    assert capsys.readouterr().err == "srpo: error: srpo-tiny: no version or alias '7'; there is 1\n"
 
 
-def test_a_round_shows_its_parent_as_it_was_read(params: Params, project: Path) -> None:
-    write_training(params, project, "001", steps=40)
-    found = graph.round_chain(project, "002")
-    graph.verify(project, found)
-    states = {node.path: node.state for node in found.walk() if node.path}
-    assert states["rounds/001/adapter"] == "differs" and states["rounds/002/adapter"] == "ok"
-
-
-def test_restore_brings_back_the_promoted_bytes(params: Params, project: Path, capsys) -> None:
+def test_restore_gives_the_promoted_bytes(params: Params, project: Path, capsys) -> None:
     adapter = RoundFiles(project, "001").adapter
     keep_in_dvc(project, "001")
     version = promote(Round.of(params, project, "001"), AUTO)
@@ -210,25 +202,25 @@ def test_restore_brings_back_the_promoted_bytes(params: Params, project: Path, c
     line = f"restored/1: version 1, round 001, adapter sha256 {version.tags['srpo.adapter']}"
     assert capsys.readouterr().out == f"{line}, verified\n"
     assert dvc_digest(project / "restored" / "1") == old
-    assert cli.run(["restore", "champion"]) == 0 and capsys.readouterr().out == f"{line}, was there already\n"
+    assert cli.run(["restore", "champion"]) == 0 and capsys.readouterr().out == f"{line}, already restored\n"
 
     (project / "restored" / "1" / WEIGHTS_FILE).write_bytes(b"edited")
     assert cli.run(["restore", "1"]) == 2
-    assert capsys.readouterr().err.startswith("srpo: error: restored/1: is there and is not version 1; remove it or")
+    assert capsys.readouterr().err.startswith("srpo: error: restored/1: exists and is not version 1; remove it or")
     assert (project / "restored" / "1" / WEIGHTS_FILE).read_bytes() == b"edited"
 
     shutil.copytree(cache, project / "remote")
     shutil.rmtree(cache)
     assert cli.run(["restore", "1", "--to", "elsewhere"]) == 2
-    told = capsys.readouterr().err
-    assert "neither in DVC's cache nor on the default remote" in told and "Traceback" not in told
+    error = capsys.readouterr().err
+    assert "neither in DVC's cache nor on the default remote" in error and "Traceback" not in error
     assert not (project / "elsewhere").exists()
     dvc(project, "remote", "add", "-d", "store", str(project / "remote"))
     assert cli.run(["restore", "1", "--to", "elsewhere"]) == 0
     assert dvc_digest(project / "elsewhere") == old
 
 
-def test_restore_refuses_bytes_that_are_not_the_promoted_ones(params: Params, project: Path, capsys) -> None:
+def test_restore_refuses_other_bytes(params: Params, project: Path, capsys) -> None:
     keep_in_dvc(project, "001")
     promote(Round.of(params, project, "001"), AUTO)
     weights = next(p for p in (project / ".dvc" / "cache").rglob("*") if p.is_file() and p.read_bytes()[8:9] == b"{")
@@ -238,17 +230,8 @@ def test_restore_refuses_bytes_that_are_not_the_promoted_ones(params: Params, pr
     assert "is not the adapter" in capsys.readouterr().err and not (project / "restored" / "1").exists()
 
 
-def test_dvc_digest_is_dvcs(tmp_path: Path) -> None:
-    for name in ("x/b/ü", "x/b.c", "x/a", "x/.hidden"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    dvc(tmp_path, "init", "-q", "--no-scm")
-    dvc(tmp_path, "add", "-q", "x")
-    assert f"md5: {dvc_digest(tmp_path / 'x')}\n" in (tmp_path / "x.dvc").read_text()
-
-
 def test_look_up_by_number_and_alias(params: Params, project: Path) -> None:
-    with pytest.raises(UserError, match=r"srpo-tiny: no version or alias '1'; it has none; promote a round first"):
+    with pytest.raises(UserError, match=r"srpo-tiny: no version or alias '1'; there is none; promote a round first"):
         look_up(params, project, "1")
     promote(Round.of(params, project, "001"), AUTO)
     assert {str(look_up(params, project, which).version) for which in ("1", "v1", "champion")} == {"1"}
