@@ -72,14 +72,19 @@ class EarlyRejectionParams(Section):
         return self
 
 
-class GenerateParams(Section):
-    """How candidates are sampled."""
+class SamplingParams(Section):
+    """How an image is sampled."""
 
-    candidates_per_prompt: int = Field(ge=2, le=1024, description="N of best-of-N")
-    num_inference_steps: int = Field(ge=1, le=1000, description="denoising steps per candidate")
+    num_inference_steps: int = Field(ge=1, le=1000, description="denoising steps per image")
     guidance_scale: Guidance = Field(description="classifier-free guidance; 1 is unguided")
     height: Pixels = Field(description="pixels")
     width: Pixels = Field(description="pixels")
+
+
+class GenerateParams(SamplingParams):
+    """How candidates are sampled."""
+
+    candidates_per_prompt: int = Field(ge=2, le=1024, description="N of best-of-N")
     prompts_per_shard: PositiveInt = Field(32, description="prompts in one parquet shard; also the unit of resume")
     early_rejection: EarlyRejectionParams | None = Field(None, description="null finishes every candidate")
 
@@ -181,15 +186,12 @@ class TrainParams(Section):
     )
 
 
-class EvaluateParams(Section):
-    """The fixed examination every round takes."""
+class EvaluateParams(SamplingParams):
+    """Evaluation settings, identical for every round."""
 
-    images_per_prompt: PositiveInt = Field(description="images per eval prompt and guidance scale")
-    num_inference_steps: int = Field(ge=1, le=1000, description="denoising steps")
-    guidance_scales: list[Guidance] = Field(min_length=1, description="the sweep; reward alone favours high values")
     guidance_scale: Guidance = Field(description="the one of the sweep whose numbers are reported")
-    height: Pixels = Field(description="pixels")
-    width: Pixels = Field(description="pixels")
+    images_per_prompt: PositiveInt = Field(description="images per eval prompt and guidance scale")
+    guidance_scales: list[Guidance] = Field(min_length=1, description="the sweep; reward alone favours high values")
     reference: str = Field(description="parquet file or folder of reference images for FID, KID and CMMD")
     features: str = Field(description="what makes FID's and KID's image features: `inception`, or a judge's name")
     clip_features: str | None = Field(

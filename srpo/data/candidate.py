@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Candidate:
-    """One candidate; `image` uint8 [height, width, 3] and `latents` float16 are None when it was given up."""
+    """One candidate; `image` uint8 [height, width, 3] and `latents` float16 are None when it was rejected early."""
 
     row: int
     index: int

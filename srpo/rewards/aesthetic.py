@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import normalize
 
-from srpo.models.hub import Source, beside, load_state, loading
+from srpo.models.hub import Source, load_state, loading, sibling_or_default
 from srpo.rewards.clip_encoder import ClipTower
 from srpo.rewards.heads import load_head
 from srpo.rewards.protocol import Pixels
@@ -41,7 +41,7 @@ class AestheticReward:
         state = load_state(source, FILE)
         with loading(source):
             self.head = load_head(state).to(device)
-            self.tower = ClipTower.load(beside(source, "config.json", TOWER), device, dtype)
+            self.tower = ClipTower.load(sibling_or_default(source, "config.json", TOWER), device, dtype)
             if self.head[0].in_features != (width := self.tower.model.config.projection_dim):
                 raise ValueError(f"it reads embeddings of {self.head[0].in_features}, its CLIP makes {width}")
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from srpo.models.hub import Source, beside, load_state, loading
+from srpo.models.hub import Source, load_state, loading, sibling_or_default
 from srpo.rewards.clip_encoder import ClipTower
 from srpo.rewards.preprocess import Preprocess
 from srpo.rewards.protocol import Pixels
@@ -43,7 +43,7 @@ class HpsV2:
         state = load_state(source, self.FILE)
         with loading(source):
             clip = clip_from_open_clip(state.get("state_dict", state))
-        words = beside(source, "tokenizer_config.json", TOKENIZER)
+        words = sibling_or_default(source, "tokenizer_config.json", TOKENIZER)
         with loading(words):
             tokenizer = AutoTokenizer.from_pretrained(words.model, revision=words.revision, trust_remote_code=False)
         side = (clip.config.vision_config.image_size,) * 2

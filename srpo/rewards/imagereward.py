@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from srpo.models.hub import Source, beside, load_state, loading
+from srpo.models.hub import Source, load_state, loading, sibling_or_default
 from srpo.rewards.heads import load_head
 from srpo.rewards.preprocess import Preprocess
 from srpo.rewards.protocol import Pixels
@@ -26,7 +26,7 @@ class ImageReward:
     Units: standard deviations over the authors' training pictures: mean 0, most within -2 to 2. Only the prompt's
     first 35 tokens are read. Preprocessing: shortest side to 224 bicubic, centre crop, OpenAI's mean and spread.
     Source: `zai-org/ImageReward` (formerly THUDM), file ImageReward.pt; the package of that name, which no longer
-    imports beside today's transformers, isn't needed. Licence: Apache-2.0. It has no features for FID.
+    imports sibling_or_default today's transformers, isn't needed. Licence: Apache-2.0. It has no features for FID.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ImageReward:
             self.vision = _vision(_below(state, "blip.visual_encoder.")).to(device, dtype).eval()
             self.text = _text(_below(state, "blip.text_encoder.")).to(device, dtype).eval()
             self.head = load_head(state, "mlp.").to(device)
-        words = beside(source, "vocab.txt", TOKENIZER)
+        words = sibling_or_default(source, "vocab.txt", TOKENIZER)
         with loading(words):
             self.tokenizer = AutoTokenizer.from_pretrained(
                 words.model, revision=words.revision, trust_remote_code=False

@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """Text conditioning of n prompts: `tokens` [n, length, dim] and `pooled` [n, pooled_dim]."""
+    """The text conditioning of n prompts: `tokens` [n, length, dim] and `pooled` [n, pooled_dim]."""
 
     tokens: torch.Tensor
     pooled: torch.Tensor

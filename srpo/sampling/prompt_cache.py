@@ -1,4 +1,4 @@
-"""Prompt embeddings, encoded once and kept by content: later rounds need no text encoder."""
+"""A cache of prompt embeddings by content, so that later rounds need no text encoder."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from srpo.storage.hashing import value_digest
 if TYPE_CHECKING:
     from srpo.sampling.sampler import Sampler
 
-log = logging.getLogger("srpo")
+log = logging.getLogger(__name__)
 
 
 def prompt_embeds(sampler: Sampler, prompts: Sequence[str], root: Path) -> PromptEmbeds:
-    """The same as `sampler.encode(prompts)`, from `.srpo/cache/embeds/` when it is there.
+    """Return `sampler.encode(prompts)`, from `.srpo/cache/embeds/` when it is there.
 
-    It is kept under the identity of the base model that stage `base` wrote down; a Hub model that is not pinned to a
-    commit has none and is encoded each time. Another identity's files are removed, a damaged file is written anew.
+    The cache key holds the identity of the base model that stage `base` recorded; a Hub model that is not pinned to a
+    commit has no identity and is encoded each time. Files of another identity are removed, damaged ones replaced.
     """
     identity = _identity(root, sampler.model.variant)
     if identity is None:
@@ -37,14 +37,14 @@ def prompt_embeds(sampler: Sampler, prompts: Sequence[str], root: Path) -> Promp
     for stale in cache.glob("*"):
         if stale.name != identity:
             shutil.rmtree(stale, ignore_errors=True)
-    made_by = [str(sampler.unet.dtype), sampler.device.type, list(prompts)]
-    file = cache / identity / f"{value_digest(made_by)[:32]}.safetensors"
-    found = _read(file)
-    if found is None:
+    inputs = [str(sampler.unet.dtype), sampler.device.type, list(prompts)]
+    file = cache / identity / f"{value_digest(inputs)[:32]}.safetensors"
+    tensors = _read(file)
+    if tensors is None:
         embeds = sampler.encode(prompts)
-        found = {"tokens": embeds.tokens.contiguous().cpu(), "pooled": embeds.pooled.contiguous().cpu()}
-        _write(file, found)
-    return sampler.as_embeds(**found)
+        tensors = {"tokens": embeds.tokens.contiguous().cpu(), "pooled": embeds.pooled.contiguous().cpu()}
+        _write(file, tensors)
+    return sampler.as_embeds(**tensors)
 
 
 def _identity(root: Path, variant: str | None) -> str | None:

@@ -120,11 +120,8 @@ def _sample(
             [row for row, _ in batch],
             # no round in the seed: all rounds meet the same noise, so that they compare picture by picture
             [derive_seed(params.seed, "evaluate", prompts[row].id, index) for row, index in batch],
-            height=settings.height,
-            width=settings.width,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=guidance,
-            on_images=progress.update,
+            settings.model_copy(update={"guidance_scale": guidance}),
+            progress.update,
         )
         # in the memory order of decoded pictures, as the reference comes: the same pixels take the same way
         yield images.permute(0, 3, 1, 2), [(prompts[row], index) for row, index in batch]

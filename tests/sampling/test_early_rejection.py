@@ -21,6 +21,7 @@ from srpo.stages.base import pin_base
 from srpo.stages.generate import generate
 from srpo.stages.score import score
 from srpo.storage.json_files import write_json
+from tests.support.world import sampling_params
 
 RULES = {
     "reward": "reward",
@@ -114,9 +115,9 @@ def test_stopping_in_between_changes_nothing(params: Params, world: Path, name: 
     sampler.pipeline.scheduler = getattr(diffusers, name).from_config(config)
     embeds, noise = sampler.encode(["a red circle"]), sampler.noise([1], 32, 32)
     way = (embeds[[0]], embeds[[-1]])
-    whole, _ = sampler.advance(noise, *way, range(4), 4, 2.0)
-    first, clean = sampler.advance(noise, *way, range(1), 4, 2.0)
-    assert torch.equal(sampler.advance(first, *way, range(1, 4), 4, 2.0)[0], whole)
+    whole, _ = sampler.advance(noise, *way, range(4), sampling_params(4))
+    first, clean = sampler.advance(noise, *way, range(1), sampling_params(4))
+    assert torch.equal(sampler.advance(first, *way, range(1, 4), sampling_params(4))[0], whole)
     scheduler = sampler.pipeline.scheduler  # from x = a x_0 + s e: what x_0 and the step's end say must agree
     scheduler.set_timesteps(4)
     if name == "EulerDiscreteScheduler":
