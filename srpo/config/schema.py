@@ -38,6 +38,12 @@ class ModelParams(Section):
         None, min_length=1, description="another VAE, such as madebyollin/sdxl-vae-fp16-fix; null is the base's own"
     )
     vae_revision: str | None = Field(None, description="Hub revision of `vae`")
+    scheduler: str | None = Field(
+        None, min_length=1, description="class of diffusers' scheduler to sample with; null is the base's own"
+    )
+    scheduler_config: dict[str, Any] = Field(
+        default={}, description="options of the scheduler that differ from the base's, such as timestep_spacing"
+    )
 
 
 class PromptParams(Section):
@@ -77,6 +83,12 @@ class SamplingParams(Section):
 
     num_inference_steps: int = Field(ge=1, le=1000, description="denoising steps per image")
     guidance_scale: Guidance = Field(description="classifier-free guidance; 1 is unguided")
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="how far guided predictions are scaled back to the unguided contrast, for v-prediction bases"
+    )
+    negative_prompt: str | None = Field(
+        None, description="what guidance moves away from, unless a prompt's line has its own; null is the empty prompt"
+    )
     height: Pixels = Field(description="pixels")
     width: Pixels = Field(description="pixels")
 

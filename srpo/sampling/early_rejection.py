@@ -18,7 +18,7 @@ from srpo.errors import UserError
 from srpo.rewards.batches import BATCH, is_flat
 from srpo.rewards.protocol import Reward
 from srpo.sampling.conditioning import PromptEmbeds
-from srpo.sampling.sampler import Sampler
+from srpo.sampling.sampler import Sampler, seeded
 from srpo.selection.audit import survivors
 
 # schedulers that keep nothing from step to step but its number, and draw no random numbers
@@ -57,7 +57,7 @@ class EarlyRejection:
         """Fill in the candidates, which must be all candidates of their prompts.
 
         Args:
-            embeds: from `Sampler.encode(prompts)`.
+            embeds: conditioning of the prompts.
             on_images: called with the number of candidates that were finished or rejected.
         """
         self.embeds = embeds
@@ -90,14 +90,16 @@ class EarlyRejection:
         """Return latents at the segment's end, and pixels: previews at a checkpoint, images at the end."""
         settings = self.settings
         start = self.stops[segment - 1] if segment else 0
+        rows = [candidate.row for candidate in batch]
         if segment:
             latents = torch.stack([candidate.latents for candidate in batch])
         else:
-            latents = self.sampler.noise([candidate.seed for candidate in batch], settings.height, settings.width)
+            generators = seeded(candidate.seed for candidate in batch)
+            latents = self.sampler.noise(generators, settings.height, settings.width)
         latents, clean = self.sampler.advance(
             latents,
-            self.embeds[[candidate.row for candidate in batch]],
-            self.embeds[[-1]],
+            self.embeds[rows],
+            self.embeds.negative(rows),
             range(start, self.stops[segment]),
             settings,
         )

@@ -1,7 +1,7 @@
 """Sampling from SDXL: encode prompts, denoise, decode.
 
-Noise comes from one CPU generator per image. On a CPU the networks run batch-invariantly, so that results do not
-depend on the batch size to the bit; on CUDA they do in the last digits, because its kernels sum in other orders.
+All noise of an image comes from its own CPU generator. On a CPU the networks run batch-invariantly, so that no bit of a
+result depends on the batch size; on CUDA the last digits do, because its kernels sum in other orders.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import StableDiffusionXLPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 
 from srpo.config.loader import Params
 from srpo.config.schema import SamplingParams
@@ -72,7 +73,7 @@ class Sampler:
         """Return the conditioning of n prompts and, as row n, that of the empty prompt."""
         tokens = []
         pooled = []
-        for start in range(0, len(prompts), TEXT_ROWS):
+        for start in range(0, len(prompts) or 1, TEXT_ROWS):
             part = list(prompts[start : start + TEXT_ROWS])
             padding = [""] * (TEXT_ROWS - len(part)) if self.batch_invariant else []
             part_tokens, no_tokens, part_pooled, no_pooled = self._text_pipeline.encode_prompt(
@@ -90,56 +91,67 @@ class Sampler:
     def _text_pipeline(self) -> StableDiffusionXLPipeline:
         return load_pipeline(self.model, self.unet.dtype, unet=None, vae=None).to(self.device)
 
-    def noise(self, seeds: Sequence[int], height: int, width: int) -> torch.Tensor:
-        """Return unit noise, float32 [n, channels, height / 8, width / 8], from one CPU generator per seed."""
+    def noise(self, generators: Sequence[torch.Generator], height: int, width: int) -> torch.Tensor:
+        """Return unit noise, float32 [n, channels, height / 8, width / 8], one image per CPU generator."""
         factor = self.pipeline.vae_scale_factor
         shape = (self.unet.config.in_channels, height // factor, width // factor)
-        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
     def denoise(
-        self, noise: torch.Tensor, embeds: PromptEmbeds, empty: PromptEmbeds, sampling: SamplingParams
+        self,
+        noise: torch.Tensor,
+        embeds: PromptEmbeds,
+        negative: PromptEmbeds,
+        sampling: SamplingParams,
+        generators: Sequence[torch.Generator] = (),
     ) -> torch.Tensor:
         """Return the final latents, float32 [n, channels, h, w] on the CPU, for unit noise; see `advance`."""
-        return self.advance(noise, embeds, empty, range(sampling.num_inference_steps), sampling)[0]
+        return self.advance(noise, embeds, negative, None, sampling, generators)[0]
 
     @torch.inference_mode()
     def advance(
         self,
         latents: torch.Tensor,
         embeds: PromptEmbeds,
-        empty: PromptEmbeds,
-        steps: range,
+        negative: PromptEmbeds,
+        steps: range | None,
         sampling: SamplingParams,
+        generators: Sequence[torch.Generator] = (),
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Do some of the scheduler's steps.
+        """Do some of the scheduler's steps, as `StableDiffusionXLPipeline.__call__` does them.
 
         Args:
             latents: [n, channels, h, w]: unit noise as from `noise` when the steps start at 0, else the last result.
             embeds: conditioning, one row per image.
-            empty: conditioning of the empty prompt, one row; used when guidance_scale > 1.
-            steps: which of the `num_inference_steps`. Stopping in between changes nothing if the scheduler keeps
-                nothing from step to step.
-            sampling: guidance_scale is that of classifier-free guidance (Ho and Salimans, 2022): e_0 + g * (e_c - e_0).
+            negative: conditioning of the negative prompts, one row per image or one for all; used when
+                guidance_scale > 1.
+            steps: indices of the scheduler's timesteps, which may be more than `num_inference_steps`; None does all.
+                Stopping in between changes nothing if the scheduler keeps nothing from step to step.
+            sampling: `guidance_scale` is that of classifier-free guidance (Ho and Salimans, 2022):
+                e_n + g * (e_c - e_n); `guidance_rescale` is phi of Lin et al., 2023, section 3.4.
+            generators: one per image, for schedulers that draw noise in every step. Each goes on where `noise` left it.
 
         Returns:
             The latents after the last of `steps`, and the clean latents that the model predicted in that step, where
             the scheduler returns them; float32 on the CPU.
         """
-        guidance_scale = sampling.guidance_scale
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         scheduler.set_timesteps(sampling.num_inference_steps, device=self.device)
+        options = self.pipeline.prepare_extra_step_kwargs(list(generators) or None, eta=0.0)
+        if hasattr(scheduler, "noise_sampler_seed"):  # a Brownian tree per image instead of a generator
+            scheduler.noise_sampler_seed = [generator.initial_seed() for generator in generators]
+        steps = range(len(scheduler.timesteps)) if steps is None else steps
+        if hasattr(scheduler, "set_begin_index"):  # the others find the step by its timestep
+            scheduler.set_begin_index(steps.start)
         latents = latents.to(self.device, torch.float32)
         if steps.start == 0:
             latents = latents * scheduler.init_noise_sigma
-        elif hasattr(scheduler, "set_begin_index"):  # the others find the step by its timestep
-            scheduler.set_begin_index(steps.start)
-        count = len(latents)
-        guided = guidance_scale > 1
+        guided = sampling.guidance_scale > 1
         tokens = embeds.tokens
         pooled = embeds.pooled
         if guided:
-            tokens = torch.cat([empty.tokens.expand(count, -1, -1), tokens])
-            pooled = torch.cat([empty.pooled.expand(count, -1), pooled])
+            tokens = torch.cat([negative.tokens.expand_as(tokens), tokens])
+            pooled = torch.cat([negative.pooled.expand_as(pooled), pooled])
         time_ids = self.time_ids(latents.shape[-2], latents.shape[-1]).expand(len(tokens), -1)
         for timestep in scheduler.timesteps[steps.start : steps.stop]:
             model_input = scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
@@ -147,8 +159,10 @@ class Sampler:
             predicted = self._unet(rows, timestep, tokens, pooled, time_ids).float()
             if guided:
                 unconditional, conditional = predicted.chunk(2)
-                predicted = unconditional + guidance_scale * (conditional - unconditional)
-            output = scheduler.step(predicted, timestep, latents)
+                predicted = unconditional + sampling.guidance_scale * (conditional - unconditional)
+                if sampling.guidance_rescale > 0:
+                    predicted = rescale_noise_cfg(predicted, conditional, sampling.guidance_rescale)
+            output = scheduler.step(predicted, timestep, latents, **options)
             latents = output.prev_sample
         clean = getattr(output, "pred_original_sample", None)
         return latents.cpu(), None if clean is None else clean.cpu()
@@ -161,7 +175,14 @@ class Sampler:
         )
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        scaled = latents.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
+        config = self.vae.config
+        latents = latents.to(self.device, self.vae.dtype)
+        if config.latents_mean is not None and config.latents_std is not None:
+            mean = latents.new_tensor(config.latents_mean).view(1, -1, 1, 1)
+            std = latents.new_tensor(config.latents_std).view(1, -1, 1, 1)
+            scaled = latents * std / config.scaling_factor + mean
+        else:
+            scaled = latents / config.scaling_factor
         images = self._run(DECODER_ROWS, lambda x: self.vae.decode(x, return_dict=False)[0], scaled)
         images = (images.float() / 2 + 0.5).clamp(0, 1) * 255
         return images.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
@@ -211,6 +232,11 @@ class Sampler:
         return self.batch_invariant.run(tile, function, *tensors) if self.batch_invariant else function(*tensors)
 
 
+def seeded(seeds: Iterable[int]) -> list[torch.Generator]:
+    """Return one CPU generator per seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
 def sample_images(
     sampler: Sampler,
     embeds: PromptEmbeds,
@@ -222,8 +248,8 @@ def sample_images(
     """Sample image i from `embeds` row `rows[i]` and seed `seeds[i]`; prompts and candidates mix in a batch.
 
     Args:
-        embeds: from `Sampler.encode`; its last row is the empty prompt.
-        sampling: steps, guidance and size.
+        embeds: from `prompt_embeds` or `Sampler.encode`.
+        sampling: steps, guidance and size; its `negative_prompt` is not read, `embeds` holds the negative prompts.
         on_images: called with the number of images after each micro-batch.
 
     Returns:
@@ -234,8 +260,10 @@ def sample_images(
     """
 
     def run(batch: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        noise = sampler.noise([seed for _, seed in batch], sampling.height, sampling.width)
-        final = sampler.denoise(noise, embeds[[row for row, _ in batch]], embeds[[-1]], sampling).half()
+        rows = [row for row, _ in batch]
+        generators = seeded(seed for _, seed in batch)
+        noise = sampler.noise(generators, sampling.height, sampling.width)
+        final = sampler.denoise(noise, embeds[rows], embeds.negative(rows), sampling, generators).half()
         return final, sampler.decode(final)
 
     queue = deque(zip(rows, seeds, strict=True))

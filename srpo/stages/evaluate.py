@@ -17,7 +17,7 @@ from tqdm import tqdm
 from srpo.config.loader import Params
 from srpo.data import parquet
 from srpo.data.images import encode_png
-from srpo.data.prompts import Prompt, check_disjoint, load_prompts
+from srpo.data.prompts import Prompt, check_disjoint, load_prompts, negative_prompts
 from srpo.data.records import read_sweep
 from srpo.data.schemas import IMAGE
 from srpo.errors import UserError
@@ -73,7 +73,8 @@ def evaluate(round: Round) -> None:
     }
     check_base(round.root)
     sampler = Sampler(round.params, files.adapter, fast=True)
-    embeds = prompt_embeds(sampler, [prompt.prompt for prompt in prompts], round.root)
+    negatives = negative_prompts(prompts, settings.negative_prompt)
+    embeds = prompt_embeds(sampler, [prompt.prompt for prompt in prompts], round.root, negatives)
     scratch = scratch_folder(round.root, "evaluate", round.key, "redone from the start")
     rows, samples, sweep, drift = [], [], {}, {}
     total = len(prompts) * settings.images_per_prompt * len(settings.guidance_scales)

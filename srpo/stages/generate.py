@@ -18,7 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from srpo.data import parquet
 from srpo.data.candidate import Candidate
 from srpo.data.images import encode_png
-from srpo.data.prompts import Prompt, check_disjoint, load_prompts
+from srpo.data.prompts import Prompt, check_disjoint, load_prompts, negative_prompts
 from srpo.data.schemas import CANDIDATE_FIELDS
 from srpo.lineage.record import check_base, require_weights
 from srpo.rounds import Round
@@ -151,7 +151,7 @@ def _sample(
 
     settings = round.params.generate
     texts = [prompt.prompt for prompt in prompts]
-    embeds = prompt_embeds(sampler, texts, round.root)
+    embeds = prompt_embeds(sampler, texts, round.root, negative_prompts(prompts, settings.negative_prompt))
     candidates = [
         _seeded(round, prompt, row, index)
         for row, prompt in enumerate(prompts)

@@ -12,7 +12,7 @@ from srpo.errors import UserError
 from srpo.lineage.record import read_lineage
 from srpo.models.pipeline import TEXT_PARTS, load_pipeline, optimize_for_inference
 from srpo.rounds import Round, RoundFiles
-from srpo.sampling.sampler import Sampler
+from srpo.sampling.sampler import Sampler, seeded
 from srpo.stages.base import pin_base
 from srpo.stages.generate import generate
 from tests.support.world import sampling_params
@@ -47,7 +47,7 @@ def test_inference_layout_changes_rounding_only(params: Params) -> None:
     optimize_for_inference(fast.pipeline)
     attention = fast.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1
     assert attention.fused_projections and fast.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    embeds, noise = plain.encode(PROMPTS), plain.noise([1, 2], 32, 32)
+    embeds, noise = plain.encode(PROMPTS), plain.noise(seeded([1, 2]), 32, 32)
     one, other = (sampler.denoise(noise, embeds[[0, 1]], embeds[[-1]], sampling_params()) for sampler in (plain, fast))
     assert torch.allclose(one, other, atol=1e-4)
     assert (plain.decode(one).int() - fast.decode(one).int()).abs().max() <= 1
@@ -63,7 +63,7 @@ def test_adapters_merge_before_projections_fuse(params: Params, world: Path) -> 
     adapter = RoundFiles(world, "001").adapter
     plain, fast = Sampler(params, adapter), Sampler(params, adapter)
     optimize_for_inference(fast.pipeline)
-    embeds, noise = plain.encode(PROMPTS), plain.noise([1, 2], 32, 32)
+    embeds, noise = plain.encode(PROMPTS), plain.noise(seeded([1, 2]), 32, 32)
     merged, fused, base = (
         sampler.denoise(noise, embeds[[0, 1]], embeds[[-1]], sampling_params())
         for sampler in (plain, fast, Sampler(params))

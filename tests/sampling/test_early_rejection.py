@@ -108,12 +108,12 @@ def test_rejected_candidates_have_null_scores(params: Params, world: Path) -> No
 def test_sampling_in_segments_equals_sampling_at_once(params: Params, world: Path, name: str, prediction: str) -> None:
     import diffusers
 
-    from srpo.sampling.sampler import Sampler
+    from srpo.sampling.sampler import Sampler, seeded
 
     sampler = Sampler(params)
     config = dict(sampler.pipeline.scheduler.config) | {"prediction_type": prediction, "clip_sample": False}
     sampler.pipeline.scheduler = getattr(diffusers, name).from_config(config)
-    embeds, noise = sampler.encode(["a red circle"]), sampler.noise([1], 32, 32)
+    embeds, noise = sampler.encode(["a red circle"]), sampler.noise(seeded([1]), 32, 32)
     way = (embeds[[0]], embeds[[-1]])
     whole, _ = sampler.advance(noise, *way, range(4), sampling_params(4))
     first, clean = sampler.advance(noise, *way, range(1), sampling_params(4))
