@@ -148,10 +148,7 @@ def diversity_among_right(params: Params, root: Path, adapter: Path, images_per_
         embeds,
         [row for row, _ in places],
         [derive_seed(0, "diversity", prompts[row].id, index) for row, index in places],
-        height=settings.height,
-        width=settings.width,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
+        settings,
     )
     right = judge.score(images.permute(0, 3, 1, 2), [prompts[row].prompt for row, _ in places]).bool()
     spreads = []

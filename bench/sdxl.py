@@ -28,6 +28,7 @@ from ruamel.yaml import YAML
 
 from bench.random_sdxl import SDXL, TINY, Configuration, save_pipeline, unet_flops
 from srpo.config.loader import PARAMS_FILE, Params, load_params
+from srpo.config.schema import SamplingParams
 from srpo.data import parquet
 from srpo.data.schemas import LATENTS
 from srpo.rounds import BASE, Round, RoundFiles
@@ -73,7 +74,6 @@ def generation(root: Path, size: int, batches: list[int], steps: int) -> Iterato
     """For every batch size what it is, guided pictures a second (None: out of memory), and GB at peak."""
     sampler = Sampler(read_params(root, size))
     embeds = sampler.encode([PROMPT])
-    shape = {"height": size, "width": size, "guidance_scale": 5.0}
     for batch in batches:
         name, seeds = f"generate, {batch} at once", list(range(batch))
         _reset()
@@ -81,7 +81,8 @@ def generation(root: Path, size: int, batches: list[int], steps: int) -> Iterato
             for count in (2, steps):  # the first is a warm-up
                 sampler.batch_size = batch
                 start = _now()
-                sample_images(sampler, embeds, [0] * batch, seeds, num_inference_steps=count, **shape)
+                sampling = SamplingParams(num_inference_steps=count, guidance_scale=5.0, height=size, width=size)
+                sample_images(sampler, embeds, [0] * batch, seeds, sampling)
                 seconds = _now() - start
         except torch.OutOfMemoryError:
             yield name, None, _peak()

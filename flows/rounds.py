@@ -218,7 +218,8 @@ def main(
 
 def _exit_in_time() -> None:
     """Exit soon, whatever the threads do: one may sleep until its retry; a signal in the middle of a log line can
-    leave Prefect's waiting for each other."""
+    leave Prefect's waiting for each other.
+    """
     bound = threading.Timer(EXIT_SECONDS, os._exit, [130])
     bound.daemon = True
     bound.start()

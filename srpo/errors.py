@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 LONGEST = 400
 # what would break the line, steer the terminal or turn the direction of writing
@@ -47,6 +49,32 @@ class UserError(Exception):
 
 class MissingFile(UserError, FileNotFoundError):
     """A file of a round is not there: its stage has not run, or it is not checked out."""
+
+
+@contextmanager
+def user_error(prefix: str, hint: str = "", reason: Callable[[Exception], str] | None = None) -> Iterator[None]:
+    """Turn any exception raised in the `with` block into the UserError `<prefix>: <reason>; <hint>`.
+
+    For calls into libraries, which raise whatever a bad file leads them to. `UserError` and `BlockedError` pass
+    unchanged, and so does running out of a device's memory, which the caller may survive with a smaller batch.
+
+    Args:
+        prefix: the key or file, and what is wrong with it.
+        hint: what to do; may be empty.
+        reason: makes the text of the cause; the exception's own text, cut to 200 characters, if not given.
+
+    Raises:
+        UserError: the block raised.
+    """
+    try:
+        yield
+    except (UserError, BlockedError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; this module does not import torch
+            raise
+        cause = (reason(error) if reason else f"{one_line(error):.200}") or type(error).__name__
+        raise UserError(f"{prefix}: {cause}{f'; {hint}' if hint else ''}") from error
 
 
 class BlockedError(Exception):

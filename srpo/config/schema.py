@@ -38,6 +38,12 @@ class ModelParams(Section):
         None, min_length=1, description="another VAE, such as madebyollin/sdxl-vae-fp16-fix; null is the base's own"
     )
     vae_revision: str | None = Field(None, description="Hub revision of `vae`")
+    scheduler: str | None = Field(
+        None, min_length=1, description="class of diffusers' scheduler to sample with; null is the base's own"
+    )
+    scheduler_config: dict[str, Any] = Field(
+        default={}, description="options of the scheduler that differ from the base's, such as timestep_spacing"
+    )
 
 
 class PromptParams(Section):
@@ -72,14 +78,25 @@ class EarlyRejectionParams(Section):
         return self
 
 
-class GenerateParams(Section):
+class SamplingParams(Section):
+    """How an image is sampled."""
+
+    num_inference_steps: int = Field(ge=1, le=1000, description="denoising steps per image")
+    guidance_scale: Guidance = Field(description="classifier-free guidance; 1 is unguided")
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="how far guided predictions are scaled back to the unguided contrast, for v-prediction bases"
+    )
+    negative_prompt: str | None = Field(
+        None, description="what guidance moves away from, unless a prompt's line has its own; null is the empty prompt"
+    )
+    height: Pixels = Field(description="pixels")
+    width: Pixels = Field(description="pixels")
+
+
+class GenerateParams(SamplingParams):
     """How candidates are sampled."""
 
     candidates_per_prompt: int = Field(ge=2, le=1024, description="N of best-of-N")
-    num_inference_steps: int = Field(ge=1, le=1000, description="denoising steps per candidate")
-    guidance_scale: Guidance = Field(description="classifier-free guidance; 1 is unguided")
-    height: Pixels = Field(description="pixels")
-    width: Pixels = Field(description="pixels")
     prompts_per_shard: PositiveInt = Field(32, description="prompts in one parquet shard; also the unit of resume")
     early_rejection: EarlyRejectionParams | None = Field(None, description="null finishes every candidate")
 
@@ -181,15 +198,12 @@ class TrainParams(Section):
     )
 
 
-class EvaluateParams(Section):
-    """The fixed examination every round takes."""
+class EvaluateParams(SamplingParams):
+    """Evaluation settings, identical for every round."""
 
-    images_per_prompt: PositiveInt = Field(description="images per eval prompt and guidance scale")
-    num_inference_steps: int = Field(ge=1, le=1000, description="denoising steps")
-    guidance_scales: list[Guidance] = Field(min_length=1, description="the sweep; reward alone favours high values")
     guidance_scale: Guidance = Field(description="the one of the sweep whose numbers are reported")
-    height: Pixels = Field(description="pixels")
-    width: Pixels = Field(description="pixels")
+    images_per_prompt: PositiveInt = Field(description="images per eval prompt and guidance scale")
+    guidance_scales: list[Guidance] = Field(min_length=1, description="the sweep; reward alone favours high values")
     reference: str = Field(description="parquet file or folder of reference images for FID, KID and CMMD")
     features: str = Field(description="what makes FID's and KID's image features: `inception`, or a judge's name")
     clip_features: str | None = Field(

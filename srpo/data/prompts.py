@@ -1,4 +1,4 @@
-"""Prompt files: JSON lines with `id`, `prompt` and optional `tags`."""
+"""Prompt files: JSON lines with `id`, `prompt` and optional `tags` and `negative_prompt`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Prompt:
     id: str
     prompt: str
     tags: dict[str, str] = field(default_factory=dict)
+    negative_prompt: str | None = None
 
 
 def load_prompts(path: Path | str) -> list[Prompt]:
@@ -53,6 +54,11 @@ def load_prompts(path: Path | str) -> list[Prompt]:
     if not prompts:
         raise UserError(f"{path}: has no prompts; add at least one line")
     return prompts
+
+
+def negative_prompts(prompts: Sequence[Prompt], default: str | None) -> list[str | None]:
+    """Return each prompt's own negative prompt, else the default; None is the base model's empty prompt."""
+    return [default if prompt.negative_prompt is None else prompt.negative_prompt for prompt in prompts]
 
 
 def check_disjoint(train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> None:
@@ -101,6 +107,9 @@ def _parse(line: str, place: str) -> Prompt:
     tags = {} if row.get("tags") is None else row["tags"]
     if not isinstance(tags, dict) or not all(_is_text(item) for pair in tags.items() for item in pair):
         raise UserError(f"{place}: tags of {row['id']!r} must map names to texts")
-    if unknown := row.keys() - {"id", "prompt", "tags"}:
-        raise UserError(f"{place}: unknown key {sorted(unknown)[0]!r}; a line has id, prompt and tags")
-    return Prompt(row["id"], row["prompt"], tags)
+    negative = row.get("negative_prompt")
+    if negative is not None and (not _is_text(negative) or len(negative) > LONGEST):
+        raise UserError(f"{place}: negative_prompt of {row['id']!r} must be a text of at most {LONGEST} characters")
+    if unknown := row.keys() - {"id", "prompt", "tags", "negative_prompt"}:
+        raise UserError(f"{place}: unknown key {sorted(unknown)[0]!r}; a line has id, prompt, tags and negative_prompt")
+    return Prompt(row["id"], row["prompt"], tags, negative)

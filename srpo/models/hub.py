@@ -1,33 +1,37 @@
-"""Models by Hub id and revision, or from a local folder or file; what goes wrong is one line."""
+"""Model files by Hub id and revision, or from a local folder or file, with errors of one line."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from huggingface_hub import errors, hf_hub_download
 
-from srpo.errors import UserError, one_line
+from srpo.errors import UserError, one_line, user_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 UNREACHABLE = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError)
 
 
 class Source(NamedTuple):
-    """Where a model's part is: a Hub id or local path, and the Hub revision."""
+    """Where a part of a model is: a Hub id or local path, and the Hub revision."""
 
     model: str
     revision: str | None
 
 
 def fetch(source: Source, name: str) -> Path:
-    """The path of one file: the local file itself, or `name` in the local folder or Hub repository.
+    """Return the path of one file: the local file itself, or `name` in the local folder or Hub repository.
 
     Raises:
-        UserError: it is not there.
+        UserError: it does not exist.
     """
     path = Path(source.model)
     if path.is_file():
@@ -40,18 +44,21 @@ def fetch(source: Source, name: str) -> Path:
         return Path(hf_hub_download(source.model, name, revision=source.revision))
 
 
-def beside(source: Source, marker: str, default: Source) -> Source:
-    """The source's own folder when it is local and holds `marker`, else `default`: for a part a model lacks."""
+def sibling_or_default(source: Source, marker: str, default: Source) -> Source:
+    """Return the source's own folder when it is local and holds the file `marker`, else `default`.
+
+    For parts that a model needs and may not bring, such as a tokenizer.
+    """
     path = Path(source.model)
     folder = path.parent if path.is_file() else path
     return Source(str(folder), None) if (folder / marker).is_file() else default
 
 
 def load_state(source: Source, name: str) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint file on the CPU, by name. Only tensors are unpickled, never code.
+    """Return the tensors of a checkpoint file on the CPU, by name. Only tensors are unpickled, never code.
 
     Raises:
-        UserError: the file is not there, or is no such checkpoint.
+        UserError: the file does not exist, or is not such a checkpoint.
     """
     path = fetch(source, name)
     with loading(Source(str(path), None)):
@@ -64,33 +71,60 @@ def load_state(source: Source, name: str) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def loading(source: Source) -> Iterator[None]:
-    """Whatever loading this source raises becomes a UserError of one line."""
-    try:
+    """Turn any exception of loading this source into a UserError of one line."""
+    with user_error(f"can't load {source.model!r}", reason=lambda error: _reason(error, source)):
         yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"can't load {source.model!r}: {_reason(error, source)}") from error
 
 
-def _reason(error: Exception, source: Source) -> str:
-    chain, at = [], error
-    while at is not None and at not in chain:
-        chain.append(at)
-        at = at.__cause__ or at.__context__
-    for found in chain:
-        if isinstance(found, errors.GatedRepoError):
+def load_complete(kind: type[PreTrainedModel], source: str, **options: Any) -> PreTrainedModel:
+    """Load one of transformers' models; by itself the library fills in random tensors that a checkpoint lacks.
+
+    Raises:
+        ValueError: the checkpoint lacks tensors.
+    """
+    model, info = kind.from_pretrained(source, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"its checkpoint lacks {len(missing)} tensors, such as {missing[0]}")
+    return model
+
+
+def hide_loading_bars() -> None:
+    """Turn off the progress bars that diffusers and transformers, if imported, draw while they load weights.
+
+    Bars of downloads stay. The Hub's warnings about retries go too: whoever loads reports the final error in one line.
+    """
+    from huggingface_hub import logging as hub_logging
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+
+    hub_logging.set_verbosity_error()  # not in cli.run: a later import of the Hub's client would undo it
+
+    downloads = not are_progress_bars_disabled()
+    for library in ("diffusers", "transformers"):
+        if library in sys.modules:
+            sys.modules[library].utils.logging.disable_progress_bar()
+    if downloads:  # transformers turns those off with its own
+        enable_progress_bars()
+
+
+def _reason(error: BaseException, source: Source) -> str:
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for cause in chain:
+        if isinstance(cause, errors.GatedRepoError):
             return "its Hub repository asks you to accept terms; accept them and log in"
-        if isinstance(found, errors.RepositoryNotFoundError):
+        if isinstance(cause, errors.RepositoryNotFoundError):
             return "the Hub has no such repository, or it needs a login"
-        if isinstance(found, errors.RevisionNotFoundError):
+        if isinstance(cause, errors.RevisionNotFoundError):
             return f"its Hub repository has no revision {source.revision!r}"
     if not Path(source.model).exists() and any(
-        isinstance(found, UNREACHABLE) or type(found).__name__ in ("ConnectError", "ConnectTimeout") for found in chain
+        isinstance(cause, UNREACHABLE) or type(cause).__name__ in ("ConnectError", "ConnectTimeout") for cause in chain
     ):
         return (
-            "it is no folder or file here, the Hub's cache lacks it and the Hub can't be reached;"
+            "it is not a local folder or file, the Hub's cache lacks it and the Hub can't be reached;"
             " run once online, or give a local path"
         )
     text = re.sub(r"\S+://\S+", "", one_line(error))
-    return f"{text:.200}" or type(error).__name__
+    return f"{text:.200}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import normalize
 
-from srpo.models.hub import Source, beside, load_state, loading
+from srpo.models.hub import Source, load_state, loading, sibling_or_default
 from srpo.rewards.clip import ClipEncoder
 from srpo.rewards.families import CLIP_L_ENCODER, FAMILIES
 from srpo.rewards.heads import load_head
@@ -42,7 +42,9 @@ class AestheticReward:
         state = load_state(source, FAMILY.file)
         with loading(source):
             self.head = load_head(state).to(device)
-            self.encoder = ClipEncoder.load(beside(source, "config.json", Source(*CLIP_L_ENCODER[:2])), device, dtype)
+            self.encoder = ClipEncoder.load(
+                sibling_or_default(source, "config.json", Source(*CLIP_L_ENCODER[:2])), device, dtype
+            )
             if self.head[0].in_features != (width := self.encoder.model.config.projection_dim):
                 raise ValueError(f"it takes embeddings of {self.head[0].in_features} numbers, its CLIP makes {width}")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoTokenizer
 
-from srpo.models.hub import Source, beside, load_state, loading
+from srpo.models.hub import Source, load_state, loading, sibling_or_default
 from srpo.rewards.clip import ClipEncoder
 from srpo.rewards.convert import clip_from_open_clip
 from srpo.rewards.families import CLIP_H_TOKENIZER, FAMILIES
@@ -40,7 +40,7 @@ class HpsV2:
         state = load_state(source, self.FAMILY.file)
         with loading(source):
             clip = clip_from_open_clip(state.get("state_dict", state))
-        words = beside(source, "tokenizer_config.json", Source(*CLIP_H_TOKENIZER[:2]))
+        words = sibling_or_default(source, "tokenizer_config.json", Source(*CLIP_H_TOKENIZER[:2]))
         with loading(words):
             tokenizer = AutoTokenizer.from_pretrained(words.model, revision=words.revision, trust_remote_code=False)
         side = (clip.config.vision_config.image_size,) * 2

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoTokenizer
 
-from srpo.models.hub import Source, beside, load_state, loading
+from srpo.models.hub import Source, load_state, loading, sibling_or_default
 from srpo.rewards.convert import below, blip_text, blip_vision
 from srpo.rewards.families import BERT_TOKENIZER, FAMILIES
 from srpo.rewards.heads import load_head
@@ -46,7 +46,7 @@ class ImageReward:
             self.vision = blip_vision(below(state, "blip.visual_encoder.")).to(device, dtype).eval()
             self.text = blip_text(below(state, "blip.text_encoder.")).to(device, dtype).eval()
             self.head = load_head(state, "mlp.").to(device)
-        words = beside(source, BERT_TOKENIZER.file, Source(*BERT_TOKENIZER[:2]))
+        words = sibling_or_default(source, BERT_TOKENIZER.file, Source(*BERT_TOKENIZER[:2]))
         with loading(words):
             self.tokenizer = AutoTokenizer.from_pretrained(
                 words.model, revision=words.revision, trust_remote_code=False

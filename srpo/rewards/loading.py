@@ -14,11 +14,12 @@ from srpo.config.loader import Params
 from srpo.config.schema import RewardParams, RuntimeParams
 from srpo.errors import UserError, one_line
 from srpo.lineage.record import check_pinned
+from srpo.models.hub import hide_loading_bars
 from srpo.rewards.families import find_family
 from srpo.rewards.protocol import Reward
 from srpo.rewards.validated import ValidatedReward, reward_errors
 from srpo.rounds import BASE, RoundFiles
-from srpo.runtime.device import load_quietly, pick_device, pick_reward_dtype
+from srpo.runtime.device import pick_device, pick_reward_dtype
 
 log = logging.getLogger(__name__)
 
@@ -69,5 +70,5 @@ def load_reward(spec: RewardParams, root: Path, device: torch.device, dtype: tor
         model = str(root / model)
     elif model:
         log.info("loading %s from the Hub's cache or the Hub: %s@%s", spec.kind, model, spec.revision or "main")
-    load_quietly()
+    hide_loading_bars()
     return family(model, spec.revision, device, dtype or torch.float32)

@@ -1,1 +1,1 @@
-"""Prompt encoding, denoising and decoding."""
+"""Prompt encoding, denoising, decoding and early rejection."""

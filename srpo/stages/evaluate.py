@@ -16,7 +16,7 @@ from tqdm import tqdm
 from srpo.config.loader import Params
 from srpo.data import parquet
 from srpo.data.images import encode_png
-from srpo.data.prompts import Prompt, check_disjoint, load_prompts
+from srpo.data.prompts import Prompt, check_disjoint, load_prompts, negative_prompts
 from srpo.data.records import read_sweep
 from srpo.data.schemas import PER_PROMPT_FIELDS, SAMPLE_FIELDS, with_rewards
 from srpo.errors import UserError
@@ -72,7 +72,8 @@ def evaluate(round: Round) -> None:
     }
     check_base(round.root)
     sampler = Sampler(round.params, files.adapter, fast=True)
-    embeds = prompt_embeds(sampler, [prompt.prompt for prompt in prompts], round.root)
+    negatives = negative_prompts(prompts, settings.negative_prompt)
+    embeds = prompt_embeds(sampler, [prompt.prompt for prompt in prompts], round.root, negatives)
     scratch = scratch_folder(round.root, "evaluate", round.key)
     rows: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
@@ -125,11 +126,8 @@ def _sample(
             [row for row, _ in batch],
             # no round in the seed: all rounds get the same noise, so that they are compared image by image
             [derive_seed(params.seed, "evaluate", prompts[row].id, index) for row, index in batch],
-            height=settings.height,
-            width=settings.width,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=guidance,
-            on_images=progress.update,
+            settings.model_copy(update={"guidance_scale": guidance}),
+            progress.update,
         )
         # in the memory order of decoded images, as in the reference: the same pixels give the same features
         yield images.permute(0, 3, 1, 2), [(prompts[row], index) for row, index in batch]

@@ -1,209 +1,207 @@
 """Stage `generate`: N candidates for every train prompt, from the parent round's model.
 
-The prompts are cut into shards, each made on its own by whatever process; what is finished is kept.
+The prompts are divided into shards. Any process may make a shard, and finished shards survive an interruption.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from srpo.data import parquet
+from srpo.data.candidate import Candidate
 from srpo.data.images import encode_png
-from srpo.data.prompts import Prompt, check_disjoint, load_prompts
+from srpo.data.prompts import Prompt, check_disjoint, load_prompts, negative_prompts
 from srpo.data.schemas import CANDIDATE_FIELDS
 from srpo.lineage.record import check_base, require_weights
 from srpo.rounds import Round
 from srpo.runtime import distributed
-from srpo.runtime.background import Background
 from srpo.selection.audit import is_audited
 from srpo.storage.files import publish
 from srpo.storage.hashing import derive_seed, digest
 from srpo.storage.scratch import scratch_folder
 
 if TYPE_CHECKING:
-    from srpo.data.candidate import Candidate
     from srpo.sampling.early_rejection import EarlyRejection
+    from srpo.sampling.sampler import Sampler
 
-log = logging.getLogger("srpo")
+log = logging.getLogger(__name__)
+WRITES_IN_FLIGHT = 2  # shards that wait to be written while the device makes the next one
+
+
+class Shard(NamedTuple):
+    """Some of the prompts, and the parquet file of their candidates."""
+
+    prompts: list[Prompt]
+    path: Path
 
 
 def generate(round: Round, numbers: Sequence[int] | None = None) -> None:
     """Write `rounds/<key>/candidates/`, one parquet shard per `prompts_per_shard` prompts.
 
-    A shard that an interrupted run finished is kept. With `runtime.processes` above 1 this process starts workers
-    that share the unfinished shards.
+    Shards that an interrupted run finished are kept. With `runtime.processes` above 1 this process starts workers that
+    share the unfinished shards.
 
     Args:
-        numbers: of a worker only: the shards that all workers share.
+        numbers: of a worker only: the numbers of the shards that all workers share.
 
     Raises:
         UserError: bad prompt files, or a model that can't be loaded or used.
     """
-    shards = Shards(round)
-    if distributed.is_parent(round.params.runtime) and shards.unfinished():
+    scratch, shards = _plan(round)
+
+    def unfinished() -> list[int]:
+        return [number for number, shard in enumerate(shards) if not shard.path.exists()]
+
+    if distributed.is_parent(round.params.runtime) and unfinished():
         distributed.run(
-            lambda: ["generate", round.key, "--shards", ",".join(map(str, shards.unfinished()))],
-            min(round.params.runtime.processes, len(shards.unfinished())),
+            lambda: ["generate", round.key, "--shards", ",".join(map(str, unfinished()))],
+            min(round.params.runtime.processes, len(unfinished())),
             attempts=3,
         )
     else:
-        shards.make(numbers)
+        shared = range(len(shards)) if numbers is None else numbers
+        own = [shards[number] for number in shared[distributed.rank() :: distributed.world_size()]]
+        if todo := [shard for shard in own if not shard.path.exists()]:
+            _make(round, todo)
     if not distributed.is_worker():
-        shards.publish()
+        publish(scratch, round.files.candidates)
 
 
-class Shards:
-    """The shards of a round's candidates."""
+def _plan(round: Round) -> tuple[Path, list[Shard]]:
+    """Check the inputs, and return the scratch folder and all shards in it, finished or not."""
+    params = round.params
+    settings = params.generate
+    prompts = load_prompts(round.root / params.prompts.train)
+    check_disjoint(prompts, load_prompts(round.root / params.prompts.eval))
+    require_weights(round.parent_files)
+    inputs = {
+        "seed": params.seed,
+        "model": params.model.model_dump(),
+        "generate": settings.model_dump(),
+        "prompts": [vars(prompt) for prompt in prompts],
+        "adapter": digest(round.parent_files.adapter),
+    }
+    if settings.early_rejection:
+        inputs["preview"] = digest(round.base_files.preview)
+    scratch = scratch_folder(round.root, "generate", round.key, inputs)
+    size = settings.prompts_per_shard
+    parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    return scratch, [
+        Shard(part, scratch / f"shard-{number:05d}-of-{len(parts):05d}.parquet") for number, part in enumerate(parts)
+    ]
 
-    def __init__(self, round: Round) -> None:
-        """Raises:
-        UserError: bad prompt files, or a parent without an adapter.
-        """
-        self.params, self.root, self.key = round.params, round.root, round.key
-        self.settings = round.params.generate
-        self.files, self.parent = round.files, round.parent_files
-        prompts = load_prompts(round.root / round.params.prompts.train)
-        check_disjoint(prompts, load_prompts(round.root / round.params.prompts.eval))
-        require_weights(round.parent_files)
-        inputs = {
-            "seed": round.params.seed,
-            "model": round.params.model.model_dump(),
-            "generate": self.settings.model_dump(),
-            "prompts": [vars(prompt) for prompt in prompts],
-            "adapter": digest(self.parent.adapter),
-        }
-        if self.settings.early_rejection:
-            inputs["preview"] = digest(round.base_files.preview)
-        self.scratch = scratch_folder(round.root, "generate", round.key, inputs)
-        size = self.settings.prompts_per_shard
-        self.parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-        self.paths = [
-            self.scratch / f"shard-{number:05d}-of-{len(self.parts):05d}.parquet" for number in range(len(self.parts))
-        ]
 
-    def unfinished(self) -> list[int]:
-        """The numbers of the shards that are still to be made."""
-        return [number for number, path in enumerate(self.paths) if not path.exists()]
+def _make(round: Round, shards: Sequence[Shard]) -> None:
+    """Sample and write these shards. A thread encodes and writes images, so that the device need not wait."""
+    sampler, rejection = _load_models(round)
+    processes = distributed.world_size()
+    progress = tqdm(
+        total=sum(len(shard.prompts) for shard in shards) * round.params.generate.candidates_per_prompt,
+        unit="img",
+        desc=f"generate {round.key}{f' (1 of {processes} processes)' if processes > 1 else ''}",
+        mininterval=2,
+        disable=distributed.rank() > 0,
+    )
+    writes: deque[Future[None]] = deque()
+    # the redirection keeps log lines out of the bar
+    with logging_redirect_tqdm(), progress, ThreadPoolExecutor(1, thread_name_prefix="srpo-writer") as writer:
+        for shard in shards:
+            candidates = _sample(round, shard.prompts, sampler, rejection, progress.update)
+            if len(writes) == WRITES_IN_FLIGHT:
+                writes.popleft().result()
+            writes.append(writer.submit(_write, round, shard, candidates))
+        for write in writes:
+            write.result()
 
-    def make(self, numbers: Sequence[int] | None = None) -> None:
-        """Make this process's share of these shards (of all unless given), every n-th where n processes share them.
 
-        All processes must be given the same numbers.
+def _load_models(round: Round) -> tuple[Sampler, EarlyRejection | None]:
+    """Load the parent's model and, for early rejection, the reward that scores previews."""
+    from srpo.rewards.loading import load_rewards
+    from srpo.sampling.early_rejection import EarlyRejection
+    from srpo.sampling.sampler import Sampler
 
-        Raises:
-            UserError: a model can't be loaded or used.
-        """
-        shared = range(len(self.paths)) if numbers is None else numbers
-        mine = [
-            number
-            for number in shared[distributed.rank() :: distributed.world_size()]
-            if not self.paths[number].exists()
-        ]
-        if not mine:
-            return
-        make = self._maker()
-        total = sum(len(self.parts[number]) for number in mine) * self.settings.candidates_per_prompt
-        share = f" (1 of {distributed.world_size()} processes)" if distributed.world_size() > 1 else ""
-        bar = tqdm(
-            total=total, unit="img", desc=f"generate {self.key}{share}", mininterval=2, disable=distributed.rank() > 0
-        )
-        # else the line of a shard is printed into the bar
-        with logging_redirect_tqdm(), bar, Background() as writer:
-            for number in mine:
-                candidates = make(self.parts[number], bar.update)
-                writer.submit(lambda number=number, candidates=candidates: self._write(number, candidates))
+    check_base(round.root)
+    params = round.params
+    sampler = Sampler(params, round.parent_files.adapter, fast=True)
+    rules = params.generate.early_rejection
+    if rules is None:
+        return sampler, None
+    rewards = load_rewards({rules.reward: params.rewards[rules.reward]}, params.runtime, round.root)
+    return sampler, EarlyRejection(sampler, params.generate, rewards[rules.reward])
 
-    def publish(self) -> None:
-        """Move the finished shards to the round's candidates."""
-        publish(self.scratch, self.files.candidates)
 
-    def _maker(self) -> Callable[[list[Prompt], Callable[[int], Any]], list[Candidate]]:
-        """Load what makes a shard, and return what does."""
-        from srpo.rewards.loading import load_rewards
-        from srpo.sampling.early_rejection import EarlyRejection
-        from srpo.sampling.prompt_cache import prompt_embeds
-        from srpo.sampling.sampler import Sampler
+def _sample(
+    round: Round,
+    prompts: Sequence[Prompt],
+    sampler: Sampler,
+    rejection: EarlyRejection | None,
+    on_images: Callable[[int], Any],
+) -> list[Candidate]:
+    """Return all candidates of these prompts."""
+    from srpo.sampling.prompt_cache import prompt_embeds
+    from srpo.sampling.sampler import sample_images
 
-        check_base(self.root)
-        settings, rejection = self.settings, None
-        sampler = Sampler(self.params, self.parent.adapter, fast=True)
-        if rules := settings.early_rejection:
-            rewards = load_rewards({rules.reward: self.params.rewards[rules.reward]}, self.params.runtime, self.root)
-            rejection = EarlyRejection(sampler, settings, rewards[rules.reward])
+    settings = round.params.generate
+    texts = [prompt.prompt for prompt in prompts]
+    embeds = prompt_embeds(sampler, texts, round.root, negative_prompts(prompts, settings.negative_prompt))
+    candidates = [
+        _seeded(round, prompt, row, index)
+        for row, prompt in enumerate(prompts)
+        for index in range(settings.candidates_per_prompt)
+    ]
+    if rejection:
+        rejection.sample(embeds, texts, candidates, on_images)
+        return candidates
+    rows = [candidate.row for candidate in candidates]
+    seeds = [candidate.seed for candidate in candidates]
+    latents, images = sample_images(sampler, embeds, rows, seeds, settings, on_images)
+    for candidate, latent, image in zip(candidates, latents, images, strict=True):
+        candidate.latents = latent
+        candidate.image = image.numpy()
+        candidate.stopped_at = candidate.would_stop_at = settings.num_inference_steps
+    return candidates
 
-        def make(prompts: list[Prompt], on_images: Callable[[int], Any]) -> list[Candidate]:
-            texts = [prompt.prompt for prompt in prompts]
-            candidates = self._planned(prompts)
-            self._sample(sampler, rejection, prompt_embeds(sampler, texts, self.root), texts, candidates, on_images)
-            return candidates
 
-        return make
+def _seeded(round: Round, prompt: Prompt, row: int, index: int) -> Candidate:
+    """Return a candidate that is still to be sampled."""
+    seed = round.params.seed
+    rules = round.params.generate.early_rejection
+    audited = rules is not None and is_audited(rules.audit_fraction, seed, round.key, prompt.id)
+    return Candidate(row, index, derive_seed(seed, round.key, prompt.id, index), audited=audited)
 
-    def _planned(self, prompts: list[Prompt]) -> list[Candidate]:
-        from srpo.data.candidate import Candidate
 
-        rules, seed = self.settings.early_rejection, self.params.seed
-        return [
-            Candidate(
-                row,
-                index,
-                derive_seed(seed, self.key, prompt.id, index),
-                audited=bool(rules) and is_audited(rules.audit_fraction, seed, self.key, prompt.id),
-            )
-            for row, prompt in enumerate(prompts)
-            for index in range(self.settings.candidates_per_prompt)
-        ]
+def _write(round: Round, shard: Shard, candidates: Sequence[Candidate]) -> None:
+    rows = [_row(round, shard.prompts[candidate.row], candidate) for candidate in candidates]
+    parquet.write_table(shard.path, rows, CANDIDATE_FIELDS)
+    rejected = sum(candidate.image is None for candidate in candidates)
+    suffix = f", {rejected} of them rejected early" if rejected else ""
+    log.info("generate %s: wrote %s, %d candidates%s", round.key, shard.path.name, len(rows), suffix)
 
-    def _sample(self, sampler, rejection: EarlyRejection | None, embeds, texts, candidates, on_images) -> None:
-        if rejection:
-            rejection.sample(embeds, texts, candidates, on_images)
-            return
-        from srpo.sampling.sampler import sample_images
 
-        settings = self.settings
-        latents, images = sample_images(
-            sampler,
-            embeds,
-            [candidate.row for candidate in candidates],
-            [candidate.seed for candidate in candidates],
-            height=settings.height,
-            width=settings.width,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            on_images=on_images,
-        )
-        for candidate, latent, image in zip(candidates, latents, images, strict=True):
-            candidate.latents, candidate.image = latent, image.numpy()
-            candidate.stopped_at = candidate.would_stop_at = settings.num_inference_steps
-
-    def _write(self, number: int, candidates: Sequence[Candidate]) -> None:
-        rows = [self._row(self.parts[number][candidate.row], candidate) for candidate in candidates]
-        path = self.paths[number]
-        parquet.write_table(path, rows, CANDIDATE_FIELDS)
-        stopped = sum(candidate.image is None for candidate in candidates)
-        also = f", {stopped} of them given up early" if stopped else ""
-        log.info("generate %s: wrote %s, %d candidates%s", self.key, path.name, len(rows), also)
-
-    def _row(self, prompt: Prompt, candidate: Candidate) -> dict[str, Any]:
-        latents, image = candidate.latents, candidate.image
-        return {
-            "candidate_id": f"{self.key}-{prompt.id}-{candidate.index:04d}",
-            "prompt_id": prompt.id,
-            "prompt": prompt.prompt,
-            "index": candidate.index,
-            "seed": candidate.seed,
-            "image": None if image is None else encode_png(image),
-            "latents": None if latents is None else parquet.latents_bytes(latents.numpy()),
-            "latents_shape": None if latents is None else list(latents.shape),
-            "steps": self.settings.num_inference_steps,
-            "guidance": self.settings.guidance_scale,
-            "preview_scores": candidate.preview_scores,
-            "stopped_at": candidate.stopped_at,
-            "would_stop_at": candidate.would_stop_at,
-            "audited": candidate.audited,
-        }
+def _row(round: Round, prompt: Prompt, candidate: Candidate) -> dict[str, Any]:
+    latents = candidate.latents
+    image = candidate.image
+    return {
+        "candidate_id": f"{round.key}-{prompt.id}-{candidate.index:04d}",
+        "prompt_id": prompt.id,
+        "prompt": prompt.prompt,
+        "index": candidate.index,
+        "seed": candidate.seed,
+        "image": None if image is None else encode_png(image),
+        "latents": None if latents is None else parquet.latents_bytes(latents.numpy()),
+        "latents_shape": None if latents is None else list(latents.shape),
+        "steps": round.params.generate.num_inference_steps,
+        "guidance": round.params.generate.guidance_scale,
+        "preview_scores": candidate.preview_scores,
+        "stopped_at": candidate.stopped_at,
+        "would_stop_at": candidate.would_stop_at,
+        "audited": candidate.audited,
+    }

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from srpo import cli
 from srpo.config.loader import Params, load_params
+from srpo.config.schema import SamplingParams
 from srpo.lineage.record import UNET_FILE, WEIGHTS_FILE, read_lineage
 from srpo.release.export import export
 from srpo.release.registry import Decision, promote
@@ -81,8 +82,8 @@ def exported(params: Params, project: Path) -> Path:
 
 
 def sample(sampler: Sampler) -> np.ndarray:
-    size = {"height": SIZE, "width": SIZE, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
-    return sample_images(sampler, sampler.encode([PROMPT]), [0], [SEED], **size)[1].numpy()[0].astype(int)
+    sampling = SamplingParams(num_inference_steps=STEPS, guidance_scale=GUIDANCE, height=SIZE, width=SIZE)
+    return sample_images(sampler, sampler.encode([PROMPT]), [0], [SEED], sampling)[1].numpy()[0].astype(int)
 
 
 def sample_by(pipeline: StableDiffusionXLPipeline) -> np.ndarray:

@@ -21,6 +21,7 @@ from srpo.stages.base import pin_base
 from srpo.stages.generate import generate
 from srpo.stages.score import score
 from srpo.storage.json_files import write_json
+from tests.support.world import sampling_params
 
 RULES = {
     "reward": "reward",
@@ -55,7 +56,7 @@ def candidates(params: Params, root: Path) -> list[dict]:
     return list(parquet.read_rows(RoundFiles(root, "001").candidates))
 
 
-def test_nothing_but_the_setting_decides_who_goes_on(params: Params, world: Path) -> None:
+def test_survivors_do_not_depend_on_batches(params: Params, world: Path) -> None:
     plain, rules = candidates(params, world), with_rules(params)
     found = [candidates(with_batch_size(rules, size), world) for size in (1, 3, 16)]
     found.append(candidates(with_generate(rules, prompts_per_shard=3), world))
@@ -71,7 +72,7 @@ def test_nothing_but_the_setting_decides_who_goes_on(params: Params, world: Path
             assert row["image"] is row["latents"] is row["latents_shape"] is None
 
 
-def test_an_audit_finishes_all_and_tells_what_would_have_been(params: Params, world: Path) -> None:
+def test_audited_prompts_finish_all_candidates(params: Params, world: Path) -> None:
     stopped, audited = candidates(with_rules(params), world), candidates(with_rules(params, audit_fraction=1.0), world)
     assert [row["would_stop_at"] for row in audited] == [row["stopped_at"] for row in stopped]
     assert all(row["image"] and row["audited"] and row["stopped_at"] == 4 for row in audited)
@@ -81,7 +82,7 @@ def test_an_audit_finishes_all_and_tells_what_would_have_been(params: Params, wo
         )
 
 
-def test_what_was_given_up_is_scored_null_and_read_by_all(params: Params, world: Path) -> None:
+def test_rejected_candidates_have_null_scores(params: Params, world: Path) -> None:
     import datasets as hf
 
     rules = with_rules(params, audit_fraction=0.5, preview_scale=2)
@@ -104,19 +105,19 @@ def test_what_was_given_up_is_scored_null_and_read_by_all(params: Params, world:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DDIMScheduler"])
-def test_stopping_in_between_changes_nothing(params: Params, world: Path, name: str, prediction: str) -> None:
+def test_sampling_in_segments_equals_sampling_at_once(params: Params, world: Path, name: str, prediction: str) -> None:
     import diffusers
 
-    from srpo.sampling.sampler import Sampler
+    from srpo.sampling.sampler import Sampler, seeded
 
     sampler = Sampler(params)
     config = dict(sampler.pipeline.scheduler.config) | {"prediction_type": prediction, "clip_sample": False}
     sampler.pipeline.scheduler = getattr(diffusers, name).from_config(config)
-    embeds, noise = sampler.encode(["a red circle"]), sampler.noise([1], 32, 32)
+    embeds, noise = sampler.encode(["a red circle"]), sampler.noise(seeded([1]), 32, 32)
     way = (embeds[[0]], embeds[[-1]])
-    whole, _ = sampler.advance(noise, *way, range(4), 4, 2.0)
-    first, clean = sampler.advance(noise, *way, range(1), 4, 2.0)
-    assert torch.equal(sampler.advance(first, *way, range(1, 4), 4, 2.0)[0], whole)
+    whole, _ = sampler.advance(noise, *way, range(4), sampling_params(4))
+    first, clean = sampler.advance(noise, *way, range(1), sampling_params(4))
+    assert torch.equal(sampler.advance(first, *way, range(1, 4), sampling_params(4))[0], whole)
     scheduler = sampler.pipeline.scheduler  # from x = a x_0 + s e: what x_0 and the step's end say must agree
     scheduler.set_timesteps(4)
     if name == "EulerDiscreteScheduler":
@@ -127,7 +128,7 @@ def test_stopping_in_between_changes_nothing(params: Params, world: Path, name: 
     assert not torch.allclose(clean, first)
 
 
-def test_a_scheduler_with_history_is_refused(params: Params, world: Path) -> None:
+def test_schedulers_with_history_are_refused(params: Params, world: Path) -> None:
     path = world / "data" / "base" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({"_class_name": "UniPCMultistepScheduler", "beta_schedule": "scaled_linear"}))
     index = world / "data" / "base" / "model_index.json"
@@ -160,14 +161,14 @@ def test_the_best_survive(scores: list[float], data: st.DataObject) -> None:
         assert all(finite[one] > finite[lost] or (finite[one] == finite[lost] and one < lost) for one in kept)
 
 
-def test_audits_take_their_share_and_more_of_it_takes_the_same_and_more() -> None:
+def test_audits_are_nested() -> None:
     prompts = [f"p{i}" for i in range(2000)]
     tenth, half = ({p for p in prompts if is_audited(f, 0, "001", p)} for f in (0.1, 0.5))
     assert 150 < len(tenth) < 250 and tenth < half
     assert all(is_audited(1.0, 0, "001", p) and not is_audited(0.0, 0, "001", p) for p in prompts)
 
 
-def test_regret_is_what_the_best_lost() -> None:
+def test_regret_formula() -> None:
     rules = RULES | {"checkpoints": [{"step": 2, "keep": 2}]}
     settings = GenerateParams.model_validate(
         {"candidates_per_prompt": 4, "num_inference_steps": 4, "guidance_scale": 1, "height": 32, "width": 32}
@@ -203,7 +204,7 @@ def test_regret_is_what_the_best_lost() -> None:
     assert audit(pl.LazyFrame(rows), pl.DataFrame(scores), settings.model_copy(update={"early_rejection": None})) == {}
 
 
-def test_only_the_preview_reward_is_followed(params: Params, world: Path) -> None:
+def test_preview_json_names_one_reward(params: Params, world: Path) -> None:
     path = RoundFiles(world, "base").preview
     before = json.loads(path.read_text())
     assert before.keys() == {"reward"}
@@ -217,7 +218,7 @@ def test_only_the_preview_reward_is_followed(params: Params, world: Path) -> Non
     assert json.loads(path.read_text()) == {}
 
 
-def test_the_report_and_mlflow_show_the_audit_and_survive_what_has_no_scores(tmp_path: Path) -> None:
+def test_report_and_mlflow_show_the_audit(tmp_path: Path) -> None:
     from ruamel.yaml import YAML
 
     from srpo.stages.report import report

@@ -6,14 +6,11 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 import pytest
 import torch
 
 from srpo.config.loader import Params, load_params
-from srpo.data import parquet
-from srpo.data.images import decode_images
 from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.lineage.record import WEIGHTS_FILE, read_lineage
 from srpo.models.adapters import make_trainee
@@ -27,6 +24,7 @@ from srpo.stages.score import score
 from srpo.stages.select import select
 from srpo.stages.train import train
 from srpo.tracking.records import round_record
+from tests.support.world import sampling_params
 
 
 @pytest.fixture
@@ -49,122 +47,6 @@ def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
 
-def test_candidates_do_not_depend_on_the_batch_size(params: Params, world: Path) -> None:
-    files, found = RoundFiles(world, "001"), []
-    for size in (1, 5, 16):
-        generate(Round.of(with_batch_size(params, size), world, "001"))
-        found.append(content(files.candidates))
-    assert found[0] == found[1] == found[2]
-    rows = list(parquet.read_rows(files.candidates))
-    assert len(rows) == 4 * 3
-    assert len({row["seed"] for row in rows}) == len({row["latents"] for row in rows}) == len(rows)
-
-
-def test_out_of_memory_halves_the_batch_and_changes_nothing(
-    params: Params, world: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from srpo.sampling.sampler import Sampler
-
-    files, sizes, real = RoundFiles(world, "001"), [], Sampler.denoise
-    generate(Round.of(with_batch_size(params, 6), world, "001"))
-    undisturbed = content(files.candidates)
-
-    def small(self: Sampler, noise: torch.Tensor, *arguments, **options) -> torch.Tensor:
-        sizes.append(len(noise))
-        if len(noise) > 2:
-            raise torch.OutOfMemoryError
-        return real(self, noise, *arguments, **options)
-
-    monkeypatch.setattr(Sampler, "denoise", small)
-    generate(Round.of(with_batch_size(params, 6), world, "001"))
-    assert content(files.candidates) == undisturbed
-    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1] and "going on with 1" in caplog.text
-    monkeypatch.setattr(Sampler, "denoise", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-    with pytest.raises(torch.OutOfMemoryError):
-        generate(Round.of(with_batch_size(params, 6), world, "001"))
-
-
-def test_a_killed_generate_keeps_its_shards_and_ends_the_same(
-    params: Params, world: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = RoundFiles(world, "001")
-    generate(Round.of(params, world, "001"))
-    undisturbed = content(files.candidates)
-    written, real = [], parquet.write_table
-
-    def dies_at_second(path: Path, *args) -> None:
-        if written and not path.with_name("allowed").exists():
-            raise KeyboardInterrupt
-        real(path, *args)
-        written.append(path)
-
-    monkeypatch.setattr(parquet, "write_table", dies_at_second)
-    with pytest.raises(KeyboardInterrupt):
-        generate(Round.of(params, world, "001"))
-    first = written[0]
-    stamp = first.stat().st_mtime_ns
-    monkeypatch.setattr(parquet, "write_table", real)
-    generate(Round.of(params, world, "001"))
-    assert content(files.candidates) == undisturbed
-    assert (files.candidates / first.name).stat().st_mtime_ns == stamp, "the finished shard was made again"
-
-
-def test_pictures_are_the_decoded_latents(params: Params, world: Path) -> None:
-    from srpo.sampling.sampler import Sampler
-
-    generate(Round.of(params, world, "001"))
-    rows = list(parquet.read_rows(RoundFiles(world, "001").candidates))[:3]
-    latents = torch.from_numpy(np.stack([parquet.latents_array(row) for row in rows]))
-    decoded = Sampler(params).decode(latents).numpy()
-    assert np.array_equal(decoded, decode_images(row["image"] for row in rows))
-
-
-def test_sampling_agrees_with_the_diffusers_pipeline(params: Params, world: Path) -> None:
-    """The loop of our own must do what `StableDiffusionXLPipeline.__call__` does."""
-    from srpo.models.pipeline import load_pipeline
-    from srpo.sampling.sampler import Sampler
-
-    sampler, pipeline = Sampler(params), load_pipeline(params.model, torch.float32)
-    embeds, noise = sampler.encode(["a red circle", "a blue square"]), sampler.noise([1, 2], 32, 32)
-    for guidance in (1.0, 4.0):
-        ours = sampler.denoise(noise, embeds[[0, 1]], embeds[[-1]], num_inference_steps=5, guidance_scale=guidance)
-        theirs = pipeline(
-            prompt=["a red circle", "a blue square"],
-            latents=noise,
-            num_inference_steps=5,
-            guidance_scale=guidance,
-            height=32,
-            width=32,
-            output_type="latent",
-        ).images
-        assert torch.allclose(ours, theirs, atol=2e-4), (ours - theirs).abs().max()
-
-
-def test_loading_draws_no_bars_but_downloads_may(params: Params, world: Path, capfd: pytest.CaptureFixture) -> None:
-    from huggingface_hub.utils import are_progress_bars_disabled
-
-    from srpo.models.pipeline import load_pipeline
-    from srpo.rewards.loading import load_reward
-
-    load_pipeline(params.model, torch.float32)
-    load_reward(params.rewards["judge"], world, torch.device("cpu"))
-    assert capfd.readouterr().err == ""
-    assert not are_progress_bars_disabled()
-
-
-def test_datasets_open_with_pictures_in_hf_datasets(params: Params, world: Path) -> None:
-    import datasets as hf
-
-    files = RoundFiles(world, "001")
-    for stage in (generate, score, select):
-        stage(Round.of(params, world, "001"))
-    for folder, rows in ((files.candidates, 12), (files.winners, 4)):
-        pattern = str(folder / "*.parquet")
-        loaded = hf.load_dataset("parquet", data_files=pattern, split="train", cache_dir=str(world / "hf"))
-        assert loaded.num_rows == rows
-        assert loaded[0]["image"].size == (32, 32)
-
-
 def test_two_rounds_chain_and_their_adapters_open_in_plain_diffusers(params: Params, world: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
     from safetensors.torch import load_file
@@ -184,9 +66,9 @@ def test_two_rounds_chain_and_their_adapters_open_in_plain_diffusers(params: Par
     theirs = plain(prompt="a red circle", output_type="latent", **options).images
     sampler = Sampler(params, second.adapter)
     embeds = sampler.encode(["a red circle"])
-    ours = sampler.denoise(noise, embeds[[0]], embeds[[-1]], num_inference_steps=3, guidance_scale=1.0)
+    ours = sampler.denoise(noise, embeds[[0]], embeds[[-1]], sampling_params(3, 1.0))
     assert torch.allclose(ours, theirs, atol=2e-4)
-    untouched = Sampler(params).denoise(noise, embeds[[0]], embeds[[-1]], num_inference_steps=3, guidance_scale=1.0)
+    untouched = Sampler(params).denoise(noise, embeds[[0]], embeds[[-1]], sampling_params(3, 1.0))
     assert not torch.allclose(ours, untouched, atol=2e-4), "the adapter changes nothing"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from demo.base import make_scheduler
+from srpo.config.schema import SamplingParams
 from srpo.data import parquet
 from srpo.data.images import encode_png
 from srpo.data.schemas import IMAGE
@@ -84,6 +86,11 @@ def write_params(root: Path) -> None:
         assert old in text, f"params.yaml no longer holds {old!r}"
         text = text.replace(old, new)
     (root / "params.yaml").write_text(text)
+
+
+def sampling_params(steps: int = 3, guidance: float = 2.0, **options: Any) -> SamplingParams:
+    """Return settings at the world's image size."""
+    return SamplingParams(num_inference_steps=steps, guidance_scale=guidance, height=SIZE, width=SIZE, **options)
 
 
 def _tokenizer(folder: Path) -> CLIPTokenizer:
