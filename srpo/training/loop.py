@@ -1,7 +1,8 @@
-"""The training loop: what one step draws, predicts and learns, alike in one process and in several.
+"""The training loop: the same steps in one process and in several.
 
 All randomness of a step comes from its number and is drawn for the whole batch, which is then split over processes and
-passes. So a step depends neither on how it was reached nor on the hardware, but for the order of sums.
+passes. So a step depends neither on the steps that this process has run nor on the hardware, except for the order of
+sums.
 """
 
 from __future__ import annotations
@@ -21,21 +22,29 @@ from tqdm import tqdm
 
 from srpo.config.schema import RuntimeParams, TrainParams
 from srpo.errors import UserError
-from srpo.models.adapters import Trainee
+from srpo.models.adapters import TrainableUNet
 from srpo.sampling.conditioning import PromptEmbeds
 from srpo.storage.hashing import derive_seed
 from srpo.training.checkpoint import Row, TrainingState
-from srpo.training.dataset import Winners, batches
-from srpo.training.divergence import LossWatch
-from srpo.training.losses import Objective, snr_weight, target_of
+from srpo.training.dataset import Winners, batch_indices
+from srpo.training.divergence import DivergenceMonitor
+from srpo.training.losses import Loss, prediction_target, snr_weight
 
-log = logging.getLogger("srpo")
+log = logging.getLogger(__name__)
+
 OnStep = Callable[[Mapping[str, float], int], None]
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Samples of one step, on the CPU."""
+    """Samples of one step, on the CPU.
+
+    Attributes:
+        winners: float32 [n, channels, h, w], as are `losers` and `noise`.
+        timesteps: int64 [n].
+        text: int64 [n], rows of the prompt embeddings.
+        weights: float32 [n].
+    """
 
     winners: torch.Tensor
     losers: torch.Tensor | None
@@ -45,25 +54,33 @@ class _Batch:
     weights: torch.Tensor
 
     def __getitem__(self, part: slice) -> _Batch:
-        return _Batch(*(None if value is None else value[part] for value in vars(self).values()))
+        return _Batch(
+            winners=self.winners[part],
+            losers=None if self.losers is None else self.losers[part],
+            noise=self.noise[part],
+            timesteps=self.timesteps[part],
+            text=self.text[part],
+            weights=self.weights[part],
+        )
 
 
 @dataclass(frozen=True)
 class TrainingLoop:
-    """The loop, and all that it needs.
+    """The loop and its inputs.
 
     Attributes:
-        embeds: conditioning of the distinct prompts, the empty one's last; `rows` has the row of each winner.
+        embeds: conditioning of the distinct prompts, and of the empty prompt in the last row.
+        prompt_indices: int64 [n], the row of `embeds` of each winner.
         time_ids: SDXL's size conditioning [1, 6].
-        dtype: what is computed in.
+        dtype: compute dtype.
     """
 
     accelerator: Accelerator
-    trainee: Trainee
-    objective: Objective
+    model: TrainableUNet
+    loss: Loss
     winners: Winners
     embeds: PromptEmbeds
-    rows: torch.Tensor
+    prompt_indices: torch.Tensor
     time_ids: torch.Tensor
     schedule: DDPMScheduler
     settings: TrainParams
@@ -73,45 +90,50 @@ class TrainingLoop:
     dtype: torch.dtype
 
     def run(self, folder: Path, on_step: OnStep) -> list[Row]:
-        """Train to the end, from the last state in `folder` where there is one; the rows of training.csv.
+        """Train to the end, from the newest state in `folder` if there is one; return the rows of training.csv.
 
-        Leaves the trainee with the weights to publish.
+        Leaves the model with the weights to publish.
 
         Args:
-            folder: states are kept there, and after a failure `last-good`, an adapter of the last state.
-            on_step: called for every step, those before the last state first.
+            folder: for the states, and after a failure for `last-good`, an adapter of the last good state.
+            on_step: called for every step; after a resume for those before it, too.
 
         Raises:
-            UserError: the loss went astray.
+            UserError: the loss diverged.
         """
-        settings, main = self.settings, self.accelerator.is_main_process
-        trained = list(self.trainee.parameters.values())
+        settings = self.settings
+        is_main = self.accelerator.is_main_process
+        trained = list(self.model.parameters.values())
         optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         ema = EMAModel(trained, decay=settings.ema_decay) if settings.ema_decay else None
-        state = TrainingState(self.trainee.parameters, optimizer, ema)
-        history, watch = state.load(folder), LossWatch(settings.max_loss_ratio, settings.batch_size)
-        picks, done = batches(self.winners, settings, self.seed), len(history)
-        if done and main:
-            log.info("train %s: going on after step %d", self.seed[1], done)
+        state = TrainingState(self.model.parameters, optimizer, ema)
+        monitor = DivergenceMonitor(settings.max_loss_ratio, settings.batch_size)
+        batches = batch_indices(self.winners, settings, self.seed)
+
+        # resume
+        history = state.load(folder)
+        resumed = len(history)
+        if resumed and is_main:
+            log.info("train %s: resuming after step %d", self.seed[1], resumed)
         for row in history:
-            next(picks)
-            watch.problem(row["loss"], row["grad_norm"])
-            if main:
-                on_step({name: row[name] for name in row if name != "step"}, int(row["step"]))
-        self.trainee.unet.train()
-        if self.runtime.gradient_checkpointing:
-            self.trainee.unet.enable_gradient_checkpointing()
-        model = self.accelerator.prepare_model(self.trainee.unet)
-        steps = range(done + 1, settings.steps + 1)
-        bar = {"initial": done, "total": settings.steps, "unit": "step", "mininterval": 2, "disable": not main}
-        for step in tqdm(steps, desc=f"train {self.seed[1]}", **bar):
-            loss = self._backward(model, self._draw(step, next(picks)))
+            next(batches)
+            monitor.check(row["loss"], row["grad_norm"])
+            if is_main:
+                on_step({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
+
+        unet = self._prepare_unet()
+        for step in self._progress(resumed):
+            # step
+            loss = self._backward(unet, self._sample_batch(step, next(batches)))
             norm = torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm).item()
-            if problem := watch.problem(loss, norm):
-                raise UserError(f"{problem} at step {step}; lower it. {self._keep_good(state, folder)}")
-            # the state before this step's update: that its loss is sound is known now
-            if step - 1 > done and (step - 1) % self.runtime.checkpoint_every == 0 and main and not watch.rising:
+            if problem := monitor.check(loss, norm):
+                raise UserError(f"{problem} at step {step}; lower it. {self._save_last_good(state, folder)}")
+
+            # checkpoint: the state before this step's update, whose loss is known to be sound only now
+            due = step - 1 > resumed and (step - 1) % self.runtime.checkpoint_every == 0
+            if due and is_main and not monitor.is_rising:
                 state.save(folder, history)
+
             rate = _learning_rate(settings, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -119,82 +141,111 @@ class TrainingLoop:
             optimizer.zero_grad(set_to_none=True)
             if ema:
                 ema.step(trained)
+
+            # log
             metrics = {"loss": loss, "learning_rate": rate, "grad_norm": norm}
             history.append({"step": step} | metrics)
-            if main:
+            if is_main:
                 on_step(metrics, step)
         if ema:
             ema.copy_to(trained)
         return history
 
-    def _draw(self, step: int, picks: torch.Tensor) -> _Batch:
+    def _prepare_unet(self) -> torch.nn.Module:
+        self.model.unet.train()
+        if self.runtime.gradient_checkpointing:
+            self.model.unet.enable_gradient_checkpointing()
+        return self.accelerator.prepare_model(self.model.unet)
+
+    def _progress(self, resumed: int) -> tqdm[int]:
+        total = self.settings.steps
+        return tqdm(
+            range(resumed + 1, total + 1),
+            desc=f"train {self.seed[1]}",
+            initial=resumed,
+            total=total,
+            unit="step",
+            mininterval=2,
+            disable=not self.accelerator.is_main_process,
+        )
+
+    def _sample_batch(self, step: int, indices: torch.Tensor) -> _Batch:
+        """Draw noise, timesteps and dropped captions for these winners, from the step's number alone."""
         generator = torch.Generator().manual_seed(derive_seed(*self.seed, "step", step))
-        winners = self.winners.latents[picks].float()
+        winners = self.winners.latents[indices].float()
         noise = torch.randn(winners.shape, generator=generator)
-        timesteps = torch.randint(0, self.schedule.config.num_train_timesteps, (len(picks),), generator=generator)
-        dropped = torch.rand(len(picks), generator=generator) < self.settings.caption_dropout
+        timesteps = torch.randint(0, self.schedule.config.num_train_timesteps, (len(indices),), generator=generator)
+        dropped = torch.rand(len(indices), generator=generator) < self.settings.caption_dropout
         empty = len(self.embeds.tokens) - 1
         return _Batch(
             winners=winners,
-            losers=None if self.winners.losers is None else self.winners.losers[picks].float(),
+            losers=None if self.winners.losers is None else self.winners.losers[indices].float(),
             noise=noise,
             timesteps=timesteps,
-            text=torch.where(dropped, empty, self.rows[picks]),
-            weights=self.winners.weights[picks],
+            text=torch.where(dropped, empty, self.prompt_indices[indices]),
+            weights=self.winners.weights[indices],
         )
 
-    def _backward(self, model: torch.nn.Module, batch: _Batch) -> float:
-        """Gradients of the batch's mean loss, from this process' share of it in passes; the loss of all of it."""
-        total, rank, count = self.settings.batch_size, self.accelerator.process_index, self.accelerator.num_processes
-        start, stop = rank * total // count, (rank + 1) * total // count
-        size, found = self.runtime.train_batch_size or total, torch.zeros((), device=self.device)
+    def _backward(self, unet: torch.nn.Module, batch: _Batch) -> float:
+        """Add up gradients of the batch's mean loss over this process' share of it; return the mean loss."""
+        total = self.settings.batch_size
+        rank = self.accelerator.process_index
+        count = self.accelerator.num_processes
+        start = rank * total // count
+        stop = (rank + 1) * total // count
+        size = self.runtime.train_batch_size or total
+        mean = torch.zeros((), device=self.device)
         for first in range(start, stop, size):
-            last = first + size >= stop
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                loss = self._loss(model, batch[first : min(first + size, stop)]) / total
+            is_last = first + size >= stop
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(unet):
+                loss = self._loss(unet, batch[first : min(first + size, stop)]) / total
                 (loss * count).backward()  # gradients are averaged over processes
-            found += loss.detach()
-        return self.accelerator.reduce(found, "sum").item()
+            mean += loss.detach()
+        return self.accelerator.reduce(mean, "sum").item()
 
-    def _loss(self, model: torch.nn.Module, batch: _Batch) -> torch.Tensor:
-        clean, noise, timesteps, text = batch.winners, batch.noise, batch.timesteps, batch.text
+    def _loss(self, unet: torch.nn.Module, batch: _Batch) -> torch.Tensor:
+        """Return the sum of the weighted losses of a batch."""
+        clean = batch.winners
+        noise = batch.noise
+        timesteps = batch.timesteps
+        text = batch.text
         if batch.losers is not None:  # the same noise and timestep for both
             clean = torch.cat([clean, batch.losers])
             noise, timesteps, text = (torch.cat([value, value]) for value in (noise, timesteps, text))
         noisy = self.schedule.add_noise(clean, noise, timesteps)
         reference = None
-        if self.objective.pairs:
-            with torch.no_grad(), self.trainee.frozen() as unet:
-                reference = self._predict(unet, noisy, timesteps, text)
-        predicted = self._predict(model, noisy, timesteps, text)
-        target = target_of(self.schedule, clean, noise, timesteps).to(self.device)
+        if self.loss.pairs:
+            with torch.no_grad(), self.model.reference() as reference_unet:
+                reference = self._predict(reference_unet, noisy, timesteps, text)
+        predicted = self._predict(unet, noisy, timesteps, text)
+        target = prediction_target(self.schedule, clean, noise, timesteps).to(self.device)
         snr = snr_weight(self.schedule, batch.timesteps, self.settings.snr_gamma).to(self.device)
-        return (self.objective.loss(predicted, reference, target, snr) * batch.weights.to(self.device)).sum()
+        return (self.loss.function(predicted, reference, target, snr) * batch.weights.to(self.device)).sum()
 
     def _predict(
         self, unet: torch.nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
     ) -> torch.Tensor:
-        given = self.embeds[text.tolist()]
-        conditions = {"text_embeds": given.pooled, "time_ids": self.time_ids.expand(len(noisy), -1)}
+        embeds = self.embeds[text.tolist()]
+        conditions = {"text_embeds": embeds.pooled, "time_ids": self.time_ids.expand(len(noisy), -1)}
         mixed = self.settings.method == "full" and self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=mixed):
             x = noisy.to(self.device, self.dtype)
             predicted = unet(
-                x, timesteps.to(self.device), given.tokens, added_cond_kwargs=conditions, return_dict=False
+                x, timesteps.to(self.device), embeds.tokens, added_cond_kwargs=conditions, return_dict=False
             )
         return predicted[0].float()
 
-    def _keep_good(self, state: TrainingState, folder: Path) -> str:
-        """Write the last good state as an adapter; where it is."""
+    def _save_last_good(self, state: TrainingState, folder: Path) -> str:
+        """Write the last good state as an adapter; return a sentence that says where."""
         history = state.load(folder)
         if not history:
-            return "No state had been kept before (runtime.checkpoint_every): the last good one is what it started from"
-        good = folder / "last-good"
+            return "No checkpoint was saved before (runtime.checkpoint_every): the last good state is the initial one"
+        adapter = folder / "last-good"
         if self.accelerator.is_main_process:
             if state.ema:
                 state.ema.copy_to(state.parameters.values())
-            self.trainee.save(good)
-        return f"The last good state, after step {len(history)}, is the adapter {good}"
+            self.model.save(adapter)
+        return f"The last good state, after step {len(history)}, is the adapter {adapter}"
 
 
 def _learning_rate(settings: TrainParams, step: int) -> float:
@@ -202,5 +253,5 @@ def _learning_rate(settings: TrainParams, step: int) -> float:
         return settings.learning_rate * step / settings.warmup_steps
     if settings.lr_schedule == "constant":
         return settings.learning_rate
-    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    return settings.learning_rate * 0.5 * (1 + float(np.cos(np.pi * done)))
+    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return settings.learning_rate * 0.5 * (1 + float(np.cos(np.pi * progress)))
