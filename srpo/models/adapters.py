@@ -113,6 +113,7 @@ class LoraUNet(TrainableUNet):
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[UNet2DConditionModel]:
+        """Give the UNet with the LoRA that training started from, or without one."""
         if self._reference:
             self.unet.set_adapter(self._reference)
         else:
@@ -126,6 +127,7 @@ class LoraUNet(TrainableUNet):
                 self.unet.enable_adapters()
 
     def save(self, folder: Path) -> None:
+        """Write the LoRA in diffusers' layout."""
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
         layers = {name: value.float().cpu().contiguous() for name, value in layers.items()}
         StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=layers)
@@ -159,9 +161,11 @@ class FullUNet(TrainableUNet):
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[UNet2DConditionModel]:
+        """Give the frozen copy."""
         yield self._reference
 
     def save(self, folder: Path) -> None:
+        """Write the UNet in diffusers' layout."""
         self.unet.save_pretrained(folder, safe_serialization=True, max_shard_size=MAX_SHARD_SIZE)
 
 

@@ -8,7 +8,6 @@ import shutil
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 
 from srpo.errors import UserError
 from srpo.lineage.code import import_closure_digest
@@ -25,10 +24,9 @@ from srpo.storage.scratch import scratch_folder
 from srpo.training.dataset import Winners, load_winners
 from srpo.training.loop import OnStep, TrainingLoop
 from srpo.training.losses import Loss, make_loss
+from srpo.training.noise_schedule import make_noise_schedule
 
 log = logging.getLogger(__name__)
-
-FIELDS = ["step", "loss", "learning_rate", "grad_norm"]
 
 
 def train(round: Round, on_step: OnStep = lambda metrics, step: None) -> None:
@@ -38,8 +36,8 @@ def train(round: Round, on_step: OnStep = lambda metrics, step: None) -> None:
     `WORLD_SIZE` in the environment) each computes its share of every batch, and the first one writes.
 
     Args:
-        on_step: called after each optimizer step with loss, learning_rate and grad_norm, and the step from 1; after
-            a resume for the steps before it, too.
+        on_step: called after each optimizer step with loss, learning_rate, grad_norm, for a loss on pairs also
+            `losses.pair_metrics`, and the step from 1; after a resume for the steps before it, too.
 
     Raises:
         UserError: there are no winners, the parent's adapter does not fit, or the loss diverged.
@@ -68,7 +66,7 @@ def train(round: Round, on_step: OnStep = lambda metrics, step: None) -> None:
         loop.model.save(adapter)
         write_lineage(adapter, round, winners.digests)
         with curve.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=FIELDS)
+            writer = csv.DictWriter(file, fieldnames=list(history[0]))
             writer.writeheader()
             writer.writerows(history)
         publish(curve, files.training)
@@ -112,7 +110,7 @@ def _prepare(round: Round, winners: Winners, loss: Loss, accelerator: Accelerato
         embeds=prompt_embeds(sampler, distinct, round.root),
         prompt_indices=torch.tensor([index[prompt] for prompt in winners.prompts]),
         time_ids=sampler.time_ids(*winners.latents.shape[-2:]),
-        schedule=DDPMScheduler.from_config(sampler.pipeline.scheduler.config),
+        schedule=make_noise_schedule(sampler.pipeline.scheduler),
         settings=settings,
         runtime=round.params.runtime,
         seed=(round.params.seed, round.key),

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
@@ -28,11 +27,14 @@ from srpo.storage.hashing import derive_seed
 from srpo.training.checkpoint import Row, TrainingState
 from srpo.training.dataset import Winners, batch_indices
 from srpo.training.divergence import DivergenceMonitor
-from srpo.training.losses import Loss, prediction_target, snr_weight
+from srpo.training.losses import Loss, pair_metrics
+from srpo.training.noise_schedule import NoiseSchedule, prediction_type_mismatch
 
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[Mapping[str, float], int], None]
+
+NUM_PROBES = 16
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class _Batch:
 
     Attributes:
         winners: float32 [n, channels, h, w], as are `losers` and `noise`.
-        timesteps: int64 [n].
+        levels: noise levels [n].
         text: int64 [n], rows of the prompt embeddings.
         weights: float32 [n].
     """
@@ -49,7 +51,7 @@ class _Batch:
     winners: torch.Tensor
     losers: torch.Tensor | None
     noise: torch.Tensor
-    timesteps: torch.Tensor
+    levels: torch.Tensor
     text: torch.Tensor
     weights: torch.Tensor
 
@@ -58,7 +60,7 @@ class _Batch:
             winners=self.winners[part],
             losers=None if self.losers is None else self.losers[part],
             noise=self.noise[part],
-            timesteps=self.timesteps[part],
+            levels=self.levels[part],
             text=self.text[part],
             weights=self.weights[part],
         )
@@ -82,7 +84,7 @@ class TrainingLoop:
     embeds: PromptEmbeds
     prompt_indices: torch.Tensor
     time_ids: torch.Tensor
-    schedule: DDPMScheduler
+    schedule: NoiseSchedule
     settings: TrainParams
     runtime: RuntimeParams
     seed: tuple[int, str]
@@ -99,7 +101,7 @@ class TrainingLoop:
             on_step: called for every step; after a resume for those before it, too.
 
         Raises:
-            UserError: the loss diverged.
+            UserError: the training diverged, or the base's scheduler names another prediction type than its UNet has.
         """
         settings = self.settings
         is_main = self.accelerator.is_main_process
@@ -107,7 +109,7 @@ class TrainingLoop:
         optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         ema = EMAModel(trained, decay=settings.ema_decay) if settings.ema_decay else None
         state = TrainingState(self.model.parameters, optimizer, ema)
-        monitor = DivergenceMonitor(settings.max_loss_ratio, settings.batch_size)
+        monitor = DivergenceMonitor(settings.max_loss_ratio, settings.max_winner_error_ratio, settings.batch_size)
         batches = batch_indices(self.winners, settings, self.seed)
 
         # resume
@@ -117,16 +119,20 @@ class TrainingLoop:
             log.info("train %s: resuming after step %d", self.seed[1], resumed)
         for row in history:
             next(batches)
-            monitor.check(row["loss"], row["grad_norm"])
+            monitor.check(row)
             if is_main:
                 on_step({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
+        if not resumed:
+            self._check_prediction_type()
 
         unet = self._prepare_unet()
         for step in self._progress(resumed):
             # step
-            loss = self._backward(unet, self._sample_batch(step, next(batches)))
+            loss, errors = self._backward(unet, self._sample_batch(step, next(batches)))
             norm = torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm).item()
-            if problem := monitor.check(loss, norm):
+            rate = _learning_rate(settings, step)
+            metrics = {"loss": loss, "learning_rate": rate, "grad_norm": norm} | errors
+            if problem := monitor.check(metrics):
                 raise UserError(f"{problem} at step {step}; lower it. {self._save_last_good(state, folder)}")
 
             # checkpoint: the state before this step's update, whose loss is known to be sound only now
@@ -134,7 +140,6 @@ class TrainingLoop:
             if due and is_main and not monitor.is_rising:
                 state.save(folder, history)
 
-            rate = _learning_rate(settings, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
@@ -143,7 +148,6 @@ class TrainingLoop:
                 ema.step(trained)
 
             # log
-            metrics = {"loss": loss, "learning_rate": rate, "grad_norm": norm}
             history.append({"step": step} | metrics)
             if is_main:
                 on_step(metrics, step)
@@ -170,70 +174,97 @@ class TrainingLoop:
         )
 
     def _sample_batch(self, step: int, indices: torch.Tensor) -> _Batch:
-        """Draw noise, timesteps and dropped captions for these winners, from the step's number alone."""
+        """Draw noise, noise levels and dropped captions for these winners, from the step's number alone."""
         generator = torch.Generator().manual_seed(derive_seed(*self.seed, "step", step))
         winners = self.winners.latents[indices].float()
         noise = torch.randn(winners.shape, generator=generator)
-        timesteps = torch.randint(0, self.schedule.config.num_train_timesteps, (len(indices),), generator=generator)
+        levels = self.schedule.draw_levels(len(indices), generator)
         dropped = torch.rand(len(indices), generator=generator) < self.settings.caption_dropout
         empty = len(self.embeds.tokens) - 1
         return _Batch(
             winners=winners,
             losers=None if self.winners.losers is None else self.winners.losers[indices].float(),
             noise=noise,
-            timesteps=timesteps,
+            levels=levels,
             text=torch.where(dropped, empty, self.prompt_indices[indices]),
             weights=self.winners.weights[indices],
         )
 
-    def _backward(self, unet: torch.nn.Module, batch: _Batch) -> float:
-        """Add up gradients of the batch's mean loss over this process' share of it; return the mean loss."""
+    def _backward(self, unet: torch.nn.Module, batch: _Batch) -> tuple[float, dict[str, float]]:
+        """Add up gradients of the batch's mean loss over this process' share of it.
+
+        Returns:
+            The mean loss, and for a loss on pairs the means of `pair_metrics`, over the batches of all processes.
+        """
         total = self.settings.batch_size
         rank = self.accelerator.process_index
         count = self.accelerator.num_processes
         start = rank * total // count
         stop = (rank + 1) * total // count
         size = self.runtime.train_batch_size or total
-        mean = torch.zeros((), device=self.device)
+        means = torch.zeros(1, device=self.device)
+        names: list[str] = []
         for first in range(start, stop, size):
             is_last = first + size >= stop
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(unet):
-                loss = self._loss(unet, batch[first : min(first + size, stop)]) / total
+                loss, errors = self._loss(unet, batch[first : min(first + size, stop)])
+                loss = loss / total
                 (loss * count).backward()  # gradients are averaged over processes
-            mean += loss.detach()
-        return self.accelerator.reduce(mean, "sum").item()
+            names = list(errors)
+            means = means + torch.stack([loss.detach(), *(value.sum() / total for value in errors.values())])
+        loss_mean, *error_means = self.accelerator.reduce(means, "sum").tolist()
+        return loss_mean, dict(zip(names, error_means, strict=True))
 
-    def _loss(self, unet: torch.nn.Module, batch: _Batch) -> torch.Tensor:
-        """Return the sum of the weighted losses of a batch."""
+    def _loss(self, unet: torch.nn.Module, batch: _Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the sum of the weighted losses of a batch, and for a loss on pairs `pair_metrics`."""
         clean = batch.winners
         noise = batch.noise
-        timesteps = batch.timesteps
+        levels = batch.levels
         text = batch.text
-        if batch.losers is not None:  # the same noise and timestep for both
+        if batch.losers is not None:  # the same noise and noise level for both
             clean = torch.cat([clean, batch.losers])
-            noise, timesteps, text = (torch.cat([value, value]) for value in (noise, timesteps, text))
-        noisy = self.schedule.add_noise(clean, noise, timesteps)
+            noise, levels, text = (torch.cat([value, value]) for value in (noise, levels, text))
+        noisy = self.schedule.noised(clean, noise, levels)
         reference = None
         if self.loss.pairs:
             with torch.no_grad(), self.model.reference() as reference_unet:
-                reference = self._predict(reference_unet, noisy, timesteps, text)
-        predicted = self._predict(unet, noisy, timesteps, text)
-        target = prediction_target(self.schedule, clean, noise, timesteps).to(self.device)
-        snr = snr_weight(self.schedule, batch.timesteps, self.settings.snr_gamma).to(self.device)
-        return (self.loss.function(predicted, reference, target, snr) * batch.weights.to(self.device)).sum()
+                reference = self._predict(reference_unet, noisy, levels, text)
+        predicted = self._predict(unet, noisy, levels, text)
+        target = self.schedule.target(clean, noise, levels).to(self.device)
+        weight = self.schedule.weight(batch.levels, self.settings.snr_gamma).to(self.device)
+        loss = (self.loss.function(predicted, reference, target, weight) * batch.weights.to(self.device)).sum()
+        return loss, {} if reference is None else pair_metrics(predicted.detach(), reference, target)
 
     def _predict(
-        self, unet: torch.nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
+        self, unet: torch.nn.Module, noisy: torch.Tensor, levels: torch.Tensor, text: torch.Tensor
     ) -> torch.Tensor:
         embeds = self.embeds[text.tolist()]
         conditions = {"text_embeds": embeds.pooled, "time_ids": self.time_ids.expand(len(noisy), -1)}
         mixed = self.settings.method == "full" and self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=mixed):
             x = noisy.to(self.device, self.dtype)
-            predicted = unet(
-                x, timesteps.to(self.device), embeds.tokens, added_cond_kwargs=conditions, return_dict=False
-            )
+            timesteps = self.schedule.timesteps(levels).to(self.device)
+            predicted = unet(x, timesteps, embeds.tokens, added_cond_kwargs=conditions, return_dict=False)
         return predicted[0].float()
+
+    @torch.no_grad()
+    def _check_prediction_type(self) -> None:
+        """Predict some noised winners and compare with the targets of all prediction types.
+
+        Raises:
+            UserError: another prediction type than the scheduler's fits the UNet.
+        """
+        indices = torch.arange(min(NUM_PROBES, len(self.winners.latents)))
+        clean = self.winners.latents[indices].float()
+        generator = torch.Generator().manual_seed(derive_seed(*self.seed, "probe"))
+        noise = torch.randn(clean.shape, generator=generator)
+        levels = self.schedule.spread_levels(len(indices))
+        noisy = self.schedule.noised(clean, noise, levels)
+        size = self.runtime.train_batch_size or self.settings.batch_size
+        parts = zip(*(value.split(size) for value in (noisy, levels, self.prompt_indices[indices])), strict=True)
+        predicted = torch.cat([self._predict(self.model.unet, *part).cpu() for part in parts])
+        if problem := prediction_type_mismatch(self.schedule, predicted, clean, noise, levels):
+            raise UserError(f"model.base: {problem}")
 
     def _save_last_good(self, state: TrainingState, folder: Path) -> str:
         """Write the last good state as an adapter; return a sentence that says where."""

@@ -1,8 +1,8 @@
 """Training losses: `sft` (winners only), `dpo` (winner against loser) and `nft` (winner and negated loser).
 
-A loss maps predictions to one number per winner. Every prediction is the UNet's output for a noised latent, epsilon or
-v as the model was trained; `error` below is the mean over a latent's elements of (prediction - target)^2. The weights
-of winners (`select.weighting`) multiply the losses outside.
+A loss maps predictions to one number per winner. Every prediction is the UNet's output for a noised latent, in the
+parametrization of `noise_schedule`; `error` below is the mean over a latent's elements of (prediction - target)^2. The
+weights of winners (`select.weighting`) multiply the losses outside.
 
 docs/methods.md has the formulas side by side.
 """
@@ -13,12 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
-from diffusers.training_utils import compute_snr
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler
     from torch import Tensor
 
     from srpo.config.schema import TrainParams
@@ -32,7 +29,7 @@ class Loss:
         pairs: predictions come for winners and losers, [2n, ...] with the losers last; else [n, ...].
         function: (predicted, reference, target, weight) to float32 [n]. `reference` is the prediction of the model
             that training started from, for the same noised latents, None without pairs; `weight` [n] is
-            `snr_weight`'s.
+            `NoiseSchedule.weight`'s.
     """
 
     pairs: bool
@@ -85,22 +82,25 @@ def nft(predicted: Tensor, reference: Tensor, target: Tensor, weight: Tensor, *,
     return weight * (positive + negative) / 2
 
 
-def prediction_target(schedule: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Return the target of the UNet's prediction: the noise, or v (Salimans and Ho, 2022)."""
-    return schedule.get_velocity(clean, noise, timesteps) if _is_velocity(schedule) else noise
+def pair_metrics(predicted: Tensor, reference: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Return what a loss on pairs hides, float32 [n] each, for predictions of winners and losers, [2n, ...].
 
-
-def snr_weight(schedule: DDPMScheduler, timesteps: Tensor, gamma: float | None) -> Tensor:
-    """Return min-SNR loss weights (Hang et al., 2023), float32 [n]; ones when gamma is None."""
-    if gamma is None:
-        return torch.ones(len(timesteps))
-    snr = compute_snr(schedule, timesteps)
-    return snr.clamp(max=gamma) / (snr + 1 if _is_velocity(schedule) else snr)
+    The errors of winners and losers and those of the reference for the same noise; `implicit_accuracy`, 1 where the
+    winner's error fell by more than the loser's (the sign of DPO's margin); `reference_distance`, the mean squared
+    difference of prediction and reference.
+    """
+    winner_error, loser_error = _error(predicted, target).chunk(2)
+    reference_winner_error, reference_loser_error = _error(reference, target).chunk(2)
+    is_better = (winner_error - reference_winner_error) < (loser_error - reference_loser_error)
+    return {
+        "winner_error": winner_error,
+        "reference_winner_error": reference_winner_error,
+        "loser_error": loser_error,
+        "reference_loser_error": reference_loser_error,
+        "implicit_accuracy": is_better.float(),
+        "reference_distance": _error(predicted, reference).view(2, -1).mean(0),
+    }
 
 
 def _error(predicted: Tensor, target: Tensor) -> Tensor:
     return (predicted - target).pow(2).mean(dim=(1, 2, 3))
-
-
-def _is_velocity(schedule: DDPMScheduler) -> bool:
-    return schedule.config.prediction_type == "v_prediction"

@@ -19,10 +19,14 @@ from srpo.training.divergence import DivergenceMonitor
 from tests.training.helpers import contents, with_runtime, with_train, write_train
 
 
+def step_of(loss: float, grad_norm: float = 1.0, **errors: float) -> dict[str, float]:
+    return {"loss": loss, "grad_norm": grad_norm} | errors
+
+
 def trips(losses, ratio: float | None = 10.0, batch_size: int = 32) -> int | None:
     """Return the step at which the monitor reports a problem."""
-    monitor = DivergenceMonitor(ratio, batch_size)
-    return next((step for step, loss in enumerate(losses, 1) if monitor.check(loss, 1.0)), None)
+    monitor = DivergenceMonitor(ratio, None, batch_size)
+    return next((step for step, loss in enumerate(losses, 1) if monitor.check(step_of(loss))), None)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
@@ -52,17 +56,37 @@ def test_a_loss_that_explodes_trips_it_soon(after: int) -> None:
 def test_nan_trips_it_at_once_and_null_only_then() -> None:
     for bad in (math.nan, math.inf):
         assert trips([0.3] * 4 + [bad]) == 5
-        monitor = DivergenceMonitor(None, 32)
-        assert monitor.check(0.3, bad).startswith("train.learning_rate: the gradient is not a number")
+        monitor = DivergenceMonitor(None, None, 32)
+        assert monitor.check(step_of(0.3, bad)).startswith("train.learning_rate: the gradient is not a number")
     assert trips([0.3] * 30 + [1e9] * 100, ratio=None) is None
 
 
 def test_a_rising_loss_is_seen_before_divergence() -> None:
-    monitor = DivergenceMonitor(10.0, 32)
-    seen = [(monitor.check(loss, 1.0), monitor.is_rising) for loss in [0.3] * 30 + [3.0 * 1.2**k for k in range(20)]]
+    monitor = DivergenceMonitor(10.0, None, 32)
+    seen = [
+        (monitor.check(step_of(loss)), monitor.is_rising) for loss in [0.3] * 30 + [3.0 * 1.2**k for k in range(20)]
+    ]
     stop = next(i for i, (problem, _) in enumerate(seen) if problem)
     first = next(i for i, (_, rising) in enumerate(seen) if rising)
     assert 30 <= first < stop
+
+
+def test_winners_that_leave_the_reference_trip_it() -> None:
+    """While the loss itself falls, as DPO's does when losers get worse faster."""
+    draw = np.random.default_rng(0)
+    monitor = DivergenceMonitor(10.0, 1.5, 32)
+    seen = []
+    for step in range(200):
+        reference = 0.1 * draw.lognormal(0, 0.5)  # errors vary with the noise level, alike for both models
+        errors = {"winner_error": reference * (1 + step / 100), "reference_winner_error": reference}
+        problem = monitor.check(step_of(0.69 * 0.99**step, **errors))
+        seen.append((problem, monitor.is_rising))
+    stop = next(i for i, (problem, _) in enumerate(seen) if problem)
+    first = next(i for i, (_, rising) in enumerate(seen) if rising)
+    assert 20 < first < 45 and 50 < stop < 80
+    assert seen[stop][0].startswith("train.learning_rate: the winners' error") and "1.5 (train.max_w" in seen[stop][0]
+    monitor = DivergenceMonitor(10.0, None, 32)
+    assert not any(monitor.check(step_of(0.5, winner_error=9, reference_winner_error=1)) for _ in range(50))
 
 
 def exploding(monkeypatch: pytest.MonkeyPatch, at: int, factor: float) -> None:

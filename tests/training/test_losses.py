@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from srpo.config.schema import TrainParams
-from srpo.training.losses import Loss, dpo, make_loss, nft, prediction_target, sft, snr_weight
+from srpo.training.losses import Loss, dpo, make_loss, nft, pair_metrics, sft
 
 N, SHAPE = 3, (4, 2, 2)
 
@@ -104,15 +104,19 @@ def test_a_few_steps_prefer_winners_to_losers(name: str) -> None:
     assert after[0] - after[1] < before[0] - before[1] - 0.01
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_targets_and_min_snr_weights(prediction: str) -> None:
-    schedule = DDPMScheduler(prediction_type=prediction)
-    timesteps, (clean, noise, *_) = torch.tensor([0, 400, 999]), drawn(N)
-    alpha = schedule.alphas_cumprod[timesteps].double()
-    root, sigma = (value.sqrt().view(-1, 1, 1, 1) for value in (alpha, 1 - alpha))
-    expected = noise if prediction == "epsilon" else root * noise - sigma * clean
-    assert torch.allclose(prediction_target(schedule, clean, noise, timesteps).double(), expected.double(), atol=1e-5)
-    snr = alpha / (1 - alpha)
-    weight = torch.minimum(snr, torch.tensor(5.0)) / (snr if prediction == "epsilon" else snr + 1)
-    assert torch.allclose(snr_weight(schedule, timesteps, 5.0).double(), weight, rtol=1e-3)
-    assert snr_weight(schedule, timesteps, None).tolist() == [1, 1, 1]
+def test_pair_metrics_are_errors_against_the_reference() -> None:
+    predicted, reference, target, _ = drawn(2 * N)
+    metrics = pair_metrics(predicted, reference, target)
+    for i in range(N):
+        winner, loser = error(predicted[i], target[i]), error(predicted[i + N], target[i + N])
+        old_winner, old_loser = error(reference[i], target[i]), error(reference[i + N], target[i + N])
+        distance = (error(predicted[i], reference[i]) + error(predicted[i + N], reference[i + N])) / 2
+        expected = {
+            "winner_error": winner,
+            "reference_winner_error": old_winner,
+            "loser_error": loser,
+            "reference_loser_error": old_loser,
+            "implicit_accuracy": float(winner - old_winner < loser - old_loser),
+            "reference_distance": distance,
+        }
+        assert {name: value[i].item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-5)
