@@ -133,6 +133,9 @@ def train_base(
 ) -> None:
     """Write the pipeline to `out`, in half precision: epsilon prediction, a tenth of the captions dropped, EMA.
 
+    The text encoders' numbers are stored as float32: transformers loads them in the dtype of their file and diffusers
+    the UNet as float32, and a pipeline needs one dtype.
+
     Args:
         latents: [n, 4, 8, 8], as from `encode`.
         captions: one per row of `latents`, right or wrong.
@@ -176,6 +179,8 @@ def train_base(
     for name, part in averaged.items():
         setattr(pipeline, name, part)
     pipeline.to(dtype=torch.float16)
+    pipeline.text_encoder.float()
+    pipeline.text_encoder_2.float()
     pipeline.save_pretrained(out, safe_serialization=True)
 
 

@@ -196,6 +196,11 @@ class TrainParams(Section):
     max_loss_ratio: Annotated[float, Field(gt=1)] | None = Field(
         10.0, description="stop when the mean loss of recent steps is that many times the lowest so far; null never"
     )
+    max_winner_error_ratio: Annotated[float, Field(gt=1)] | None = Field(
+        1.5,
+        description="dpo, nft: stop when the winners' error of recent steps is that many times the error of the model"
+        " that training started from; null never",
+    )
 
 
 class EvaluateParams(SamplingParams):

@@ -12,12 +12,13 @@ import torch
 
 from srpo.config.loader import Params
 from srpo.config.schema import INCEPTION
+from srpo.lineage.code import import_closure_digest
 from srpo.lineage.identity import COMMIT
 from srpo.rewards.families import FAMILIES
 from srpo.rewards.protocol import Pixels
 from srpo.rewards.validated import ValidatedReward
 from srpo.runtime.device import pick_device, pick_reward_dtype
-from srpo.storage.hashing import code_digest, digest, file_digest
+from srpo.storage.hashing import digest, file_digest
 
 LIBRARIES = ("torch", "transformers", "numpy", "pillow")
 
@@ -55,22 +56,27 @@ def _inception(params: Params) -> Extractor:
     from srpo.evaluation.inception import InceptionFeatures
 
     network = InceptionFeatures(pick_device(params.runtime))
-    return Extractor(network.features, [file_digest(network.weights), _surroundings(params)])
+    return Extractor(
+        network.features, [file_digest(network.weights), _surroundings(params, InceptionFeatures.__module__)]
+    )
 
 
 def _identity(params: Params, root: Path, name: str) -> Any:
     spec = params.rewards[name]
     if spec.kind not in FAMILIES or spec.model is None:  # the code of a user's own class may change at any time
         return None
+    module = FAMILIES[spec.kind].path.split(":")[0]
     if (root / spec.model).exists():
-        return [spec.kind, digest(root / spec.model), _surroundings(params)]
+        return [spec.kind, digest(root / spec.model), _surroundings(params, module)]
     if spec.revision and COMMIT.fullmatch(spec.revision):
-        return [spec.kind, spec.model, spec.revision, _surroundings(params)]
+        return [spec.kind, spec.model, spec.revision, _surroundings(params, module)]
     return None
 
 
-def _surroundings(params: Params) -> list[Any]:
+def _surroundings(params: Params, module: str) -> list[Any]:
+    """Return the code that computes the features of a reference set, library versions, device and dtype."""
+    code = import_closure_digest("srpo.evaluation.reference", module)
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     # a CPU and a GPU differ in the last digits, and the numbers must not depend on who filled the cache
     device = pick_device(params.runtime)
-    return [code_digest(), versions, device.type, str(pick_reward_dtype(params.runtime, device))]
+    return [code, versions, device.type, str(pick_reward_dtype(params.runtime, device))]

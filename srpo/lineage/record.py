@@ -8,8 +8,9 @@ from typing import Any
 
 from srpo.config.loader import STAGES_WITH_OVERRIDES
 from srpo.errors import MissingFile, UserError
+from srpo.lineage.code import code_digest
 from srpo.rounds import BASE, Round, RoundFiles
-from srpo.storage.hashing import code_digest, digest, file_digest
+from srpo.storage.hashing import digest, file_digest
 from srpo.storage.json_files import read_json, write_json
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"

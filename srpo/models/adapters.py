@@ -1,7 +1,7 @@
-"""What training changes and a round hands on: a LoRA, or the whole UNet.
+"""Adapters, the trained weights of a round: a LoRA, or the whole UNet.
 
 An adapter folder is in diffusers' layout: `pytorch_lora_weights.safetensors`, relative to the base model, or
-`diffusion_pytorch_model.safetensors` with its config.json, in float32 so that small steps survive a chain of rounds.
+`diffusion_pytorch_model.safetensors` with its config.json, in float32 so that small steps survive many rounds.
 """
 
 from __future__ import annotations
@@ -22,53 +22,56 @@ from srpo.errors import UserError, one_line
 from srpo.lineage.record import UNET_FILE, WEIGHTS_FILE, check_weights
 from srpo.rounds import BASE, Round
 
-ONE_FILE = "1TB"  # the digest in lineage.json is one file's, so weights are never split
+MAX_SHARD_SIZE = "1TB"  # lineage.json has the digest of one file, so weights are never split
 
 
 def with_adapter(unet: UNet2DConditionModel, folder: Path) -> UNet2DConditionModel:
-    """The UNet as the adapter makes it, for sampling; a folder without weights (base's) changes nothing.
+    """Return the UNet with an adapter applied, for sampling; a folder without weights (base's) changes nothing.
 
     Raises:
-        UserError: the weights are not those that the folder's lineage.json names, can't be read, or are not of such
-            a UNet.
+        UserError: the weights are not those that the folder's lineage.json names, can't be read, or belong to another
+            kind of UNet.
     """
     check_weights(folder)
     if (folder / UNET_FILE).exists():
-        with _naming(folder / UNET_FILE):
+        with _adapter_errors(folder / UNET_FILE):
             return UNet2DConditionModel.from_pretrained(folder, torch_dtype=unet.dtype, use_safetensors=True)
     if (folder / WEIGHTS_FILE).exists():
-        with _naming(folder / WEIGHTS_FILE):
+        with _adapter_errors(folder / WEIGHTS_FILE):
             unet.load_lora_adapter(folder, weight_name=WEIGHTS_FILE, prefix="unet")
             if not getattr(unet, "peft_config", None):  # diffusers only warns
-                raise ValueError("no LoRA of a UNet")
+                raise ValueError("it holds no LoRA of a UNet")
             unet.fuse_lora()
             unet.unload_lora()
     return unet
 
 
 @contextlib.contextmanager
-def _naming(file: Path) -> Iterator[None]:
+def _adapter_errors(file: Path) -> Iterator[None]:
+    """Turn any exception in reading this file into a UserError."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # the libraries raise whatever a file makes them trip over
+    except Exception as error:  # libraries raise many kinds for a broken file
         reason = one_line(error)
-        raise UserError(f"{file}: no adapter of this base model ({reason:.120}); `dvc checkout` restores it") from None
+        raise UserError(
+            f"{file}: not an adapter of this base model ({reason:.120}); `dvc checkout` restores it"
+        ) from None
 
 
-class Trainee:
+class TrainableUNet:
     """A UNet in training. Its trained parameters are those that require gradients, all float32."""
 
     unet: UNet2DConditionModel
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The trained parameters by name."""
+        """Return the trained parameters by name."""
         return {name: value for name, value in self.unet.named_parameters() if value.requires_grad}
 
-    def frozen(self) -> contextlib.AbstractContextManager[UNet2DConditionModel]:
-        """The model that training started from, inside a `with` block; for predictions without gradients."""
+    def reference(self) -> contextlib.AbstractContextManager[UNet2DConditionModel]:
+        """Give the model that training started from inside a `with` block, for predictions without gradients."""
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
@@ -76,36 +79,41 @@ class Trainee:
         raise NotImplementedError
 
 
-class LoraTrainee(Trainee):
-    """A LoRA on a UNet that is left as it is."""
+class LoraUNet(TrainableUNet):
+    """A UNet whose own weights are frozen, with a LoRA in training."""
 
     def __init__(self, unet: UNet2DConditionModel, rank: int, modules: list[str], seed: int) -> None:
         unet.requires_grad_(False)
-        self.unet, self._reference = unet, None
-        # alpha = rank keeps the scale at 1, so that the file needs no alpha to be read back right
+        self.unet = unet
+        self._reference: str | None = None
+        # alpha = rank keeps the scale at 1, so that readers of the file need no alpha
         self._config = LoraConfig(r=rank, lora_alpha=rank, target_modules=modules)
         torch.manual_seed(seed)  # PEFT draws LoRA's A matrices from the global generator
         self._add("default")
 
-    def load(self, file: Path, *, keep: bool) -> None:
-        """Go on from the LoRA of a file; `keep` keeps a frozen copy of it for `frozen`.
+    def load(self, file: Path, *, with_reference: bool) -> None:
+        """Start from the LoRA of a file.
+
+        Args:
+            with_reference: keep a frozen copy of it for `reference`.
 
         Raises:
-            ValueError: it is of another rank or other modules.
+            ValueError: it has another rank or other modules.
             UserError: it can't be read.
         """
-        with _naming(file):
+        with _adapter_errors(file):
             state = {name.removeprefix("unet."): value for name, value in load_file(file).items()}
         state = convert_unet_state_dict_to_peft(state)
         self._set(state, "default")
-        if keep:
+        if with_reference:
             self._reference = "reference"
             self._add("reference")
             self._set(state, "reference")
             self.unet.set_adapter("default")
 
     @contextlib.contextmanager
-    def frozen(self) -> Iterator[UNet2DConditionModel]:
+    def reference(self) -> Iterator[UNet2DConditionModel]:
+        """Give the UNet with the LoRA that training started from, or without one."""
         if self._reference:
             self.unet.set_adapter(self._reference)
         else:
@@ -119,12 +127,13 @@ class LoraTrainee(Trainee):
                 self.unet.enable_adapters()
 
     def save(self, folder: Path) -> None:
+        """Write the LoRA in diffusers' layout."""
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
         layers = {name: value.float().cpu().contiguous() for name, value in layers.items()}
         StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=layers)
 
     def _add(self, name: str) -> None:
-        with warnings.catch_warnings():  # PEFT warns of the second one, which is meant
+        with warnings.catch_warnings():  # PEFT warns of a second adapter, which is intended
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             self.unet.add_adapter(self._config, name)
         for parameter in self.unet.parameters():
@@ -140,50 +149,56 @@ class LoraTrainee(Trainee):
             raise ValueError("other modules")
 
 
-class FullTrainee(Trainee):
-    """Every weight of a float32 UNet."""
+class FullUNet(TrainableUNet):
+    """A float32 UNet with every weight in training."""
 
-    def __init__(self, unet: UNet2DConditionModel, *, keep: bool, dtype: torch.dtype) -> None:
-        """`keep` keeps a frozen copy in `dtype` for `frozen`."""
+    def __init__(self, unet: UNet2DConditionModel, *, with_reference: bool, dtype: torch.dtype) -> None:
+        """Keep a frozen copy in `dtype` for `reference`, if `with_reference`."""
         self.unet = unet.requires_grad_(True)
-        self._reference = copy.deepcopy(unet).requires_grad_(False) if keep else None
-        if keep and dtype != unet.dtype:
+        self._reference = copy.deepcopy(unet).requires_grad_(False) if with_reference else None
+        if self._reference is not None and dtype != unet.dtype:
             self._reference.to(dtype)
 
     @contextlib.contextmanager
-    def frozen(self) -> Iterator[UNet2DConditionModel]:
+    def reference(self) -> Iterator[UNet2DConditionModel]:
+        """Give the frozen copy."""
         yield self._reference
 
     def save(self, folder: Path) -> None:
-        self.unet.save_pretrained(folder, safe_serialization=True, max_shard_size=ONE_FILE)
+        """Write the UNet in diffusers' layout."""
+        self.unet.save_pretrained(folder, safe_serialization=True, max_shard_size=MAX_SHARD_SIZE)
 
 
-def make_trainee(unet: UNet2DConditionModel, round: Round, *, keep: bool, dtype: torch.dtype) -> Trainee:
-    """What round `key` trains, as its training starts: with the parent's weights, or base's.
+def make_trainable_unet(
+    unet: UNet2DConditionModel, round: Round, *, with_reference: bool, dtype: torch.dtype
+) -> TrainableUNet:
+    """Return the model of the round at the start of its training: with the parent's weights, or base's.
 
     Args:
         unet: base's; float32 for `method: full`.
-        keep: keep what `frozen` needs.
-        dtype: what is computed in.
+        with_reference: keep what `reference` needs.
+        dtype: compute dtype.
 
     Raises:
         UserError: the parent's adapter is missing or does not fit.
     """
-    settings, parent = round.params.train, round.parent
+    settings = round.params.train
+    parent = round.parent
     folder = round.parent_files.adapter if parent != BASE and settings.start == "parent" else None
     file = folder and folder / (UNET_FILE if settings.method == "full" else WEIGHTS_FILE)
     if file and not file.exists():
         raise UserError(f"{file}: missing; run train of round {parent} or `dvc checkout`")
     if settings.method == "full":
         device = unet.device
-        return FullTrainee(with_adapter(unet, folder).to(device) if folder else unet, keep=keep, dtype=dtype)
-    trainee = LoraTrainee(unet, settings.rank, list(settings.target_modules), round.params.seed)
+        start = with_adapter(unet, folder).to(device) if folder else unet
+        return FullUNet(start, with_reference=with_reference, dtype=dtype)
+    model = LoraUNet(unet, settings.rank, list(settings.target_modules), round.params.seed)
     if file:
         check_weights(folder)
         try:
-            trainee.load(file, keep=keep)
+            model.load(file, with_reference=with_reference)
         except ValueError:
             raise UserError(
                 f"rounds.{round.key}.train: rank or target_modules differ from those of parent {parent}; keep them"
             ) from None
-    return trainee
+    return model

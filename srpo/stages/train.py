@@ -1,4 +1,4 @@
-"""Stage `train`: fine-tuning on the winners' latents. No VAE and no text encoder inside the loop."""
+"""Stage `train`: fine-tuning on the winners' latents, without VAE and text encoders."""
 
 from __future__ import annotations
 
@@ -8,41 +8,42 @@ import shutil
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 
 from srpo.errors import UserError
+from srpo.lineage.code import import_closure_digest
 from srpo.lineage.record import check_base, write_lineage
-from srpo.models.adapters import make_trainee
+from srpo.models.adapters import make_trainable_unet
 from srpo.rounds import Round
 from srpo.runtime import distributed
 from srpo.runtime.device import pick_device, pick_dtype
 from srpo.sampling.prompt_cache import prompt_embeds
 from srpo.sampling.sampler import Sampler
 from srpo.storage.files import publish
-from srpo.storage.hashing import code_digest, digest
+from srpo.storage.hashing import digest
 from srpo.storage.scratch import scratch_folder
 from srpo.training.dataset import Winners, load_winners
 from srpo.training.loop import OnStep, TrainingLoop
-from srpo.training.losses import Objective, make_objective
+from srpo.training.losses import Loss, make_loss
+from srpo.training.noise_schedule import make_noise_schedule
 
-log = logging.getLogger("srpo")
-FIELDS = ["step", "loss", "learning_rate", "grad_norm"]
+log = logging.getLogger(__name__)
 
 
 def train(round: Round, on_step: OnStep = lambda metrics, step: None) -> None:
     """Write `rounds/<key>/adapter/` and `rounds/<key>/training.csv`.
 
-    A killed run goes on at its last state and ends with the same bytes. Among several processes (`RANK` and
-    `WORLD_SIZE` in the environment) each computes its share of every batch, and the first writes.
+    A killed run resumes at its last checkpoint and ends with the same bytes. With several processes (`RANK` and
+    `WORLD_SIZE` in the environment) each computes its share of every batch, and the first one writes.
 
     Args:
-        on_step: called after each optimizer step with loss, learning_rate and grad_norm, and the step from 1; after
-            a resume for the steps before it, too.
+        on_step: called after each optimizer step with loss, learning_rate, grad_norm, for a loss on pairs also
+            `losses.pair_metrics`, and the step from 1; after a resume for the steps before it, too.
 
     Raises:
-        UserError: no winners, a parent adapter that does not fit, or a loss that went astray.
+        UserError: there are no winners, the parent's adapter does not fit, or the loss diverged.
     """
-    settings, files = round.params.train, round.files
+    settings = round.params.train
+    files = round.files
     if distributed.is_parent(round.params.runtime):
         distributed.run(lambda: ["train", round.key], round.params.runtime.processes)
         return
@@ -50,21 +51,22 @@ def train(round: Round, on_step: OnStep = lambda metrics, step: None) -> None:
     if accelerator.num_processes > settings.batch_size:
         raise UserError(
             f"runtime.processes: {accelerator.num_processes} can't share a batch of {settings.batch_size};"
-            " have fewer processes or a larger train.batch_size"
+            " use fewer processes or a larger train.batch_size"
         )
-    objective = make_objective(settings)
-    winners = load_winners(round, pairs=objective.pairs)
-    loop = _prepare(round, winners, objective, accelerator)
+    loss = make_loss(settings)
+    winners = load_winners(round, pairs=loss.pairs)
+    loop = _prepare(round, winners, loss, accelerator)
     with accelerator.main_process_first():
         scratch = scratch_folder(round.root, "train", round.key, _inputs(round, winners))
     history = loop.run(scratch, on_step)
     if accelerator.is_main_process:
-        adapter, curve = scratch / "adapter", scratch / files.training.name
+        adapter = scratch / "adapter"
+        curve = scratch / files.training.name
         shutil.rmtree(adapter, ignore_errors=True)
-        loop.trainee.save(adapter)
+        loop.model.save(adapter)
         write_lineage(adapter, round, winners.digests)
         with curve.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=FIELDS)
+            writer = csv.DictWriter(file, fieldnames=list(history[0]))
             writer.writeheader()
             writer.writerows(history)
         publish(curve, files.training)
@@ -77,37 +79,38 @@ def train(round: Round, on_step: OnStep = lambda metrics, step: None) -> None:
 
 
 def _inputs(round: Round, winners: Winners) -> dict:
-    """What a state of an interrupted run must have in common with this one."""
+    """Return what an interrupted run must have in common with this one, so that its checkpoints are used."""
     return {
         "seed": round.params.seed,
         "model": round.params.model.model_dump(),
         "train": round.params.train.model_dump(),
         "winners": winners.digests,
         "parent": digest(round.parent_files.adapter),
-        "code": code_digest(),
+        "code": import_closure_digest("srpo.stages.train"),
     }
 
 
-def _prepare(round: Round, winners: Winners, objective: Objective, accelerator: Accelerator) -> TrainingLoop:
-    settings, sampling = round.params.train, round.params
-    if settings.method == "full":  # float32 weights, and what is computed in is chosen pass by pass
-        sampling = round.params.model_copy(
+def _prepare(round: Round, winners: Winners, loss: Loss, accelerator: Accelerator) -> TrainingLoop:
+    settings = round.params.train
+    params = round.params
+    if settings.method == "full":  # float32 weights; autocast chooses the compute dtype in every pass
+        params = round.params.model_copy(
             update={"runtime": round.params.runtime.model_copy(update={"dtype": "float32"})}
         )
     check_base(round.root)
-    sampler = Sampler(sampling)
+    sampler = Sampler(params)
     dtype = pick_dtype(round.params.runtime, sampler.device)
     distinct = sorted(set(winners.prompts))
-    position = {prompt: row for row, prompt in enumerate(distinct)}
+    index = {prompt: i for i, prompt in enumerate(distinct)}
     return TrainingLoop(
         accelerator=accelerator,
-        trainee=make_trainee(sampler.unet, round, keep=objective.pairs, dtype=dtype),
-        objective=objective,
+        model=make_trainable_unet(sampler.unet, round, with_reference=loss.pairs, dtype=dtype),
+        loss=loss,
         winners=winners,
         embeds=prompt_embeds(sampler, distinct, round.root),
-        rows=torch.tensor([position[prompt] for prompt in winners.prompts]),
+        prompt_indices=torch.tensor([index[prompt] for prompt in winners.prompts]),
         time_ids=sampler.time_ids(*winners.latents.shape[-2:]),
-        schedule=DDPMScheduler.from_config(sampler.pipeline.scheduler.config),
+        schedule=make_noise_schedule(sampler.pipeline.scheduler),
         settings=settings,
         runtime=round.params.runtime,
         seed=(round.params.seed, round.key),

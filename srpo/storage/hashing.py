@@ -1,4 +1,4 @@
-"""Content hashes of files, folders, values and code; seeds derived from names."""
+"""Content hashes of files and folders, and seeds derived from names."""
 
 from __future__ import annotations
 
@@ -40,14 +40,6 @@ def dvc_digest(path: Path) -> str:
 def value_digest(value: Any) -> str:
     """Return the sha256 of a JSON-able value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def code_digest() -> str:
-    """Return the sha256 of this package's Python sources, committed or not."""
-    package = Path(__file__).parents[1]
-    return value_digest(
-        [(file.relative_to(package).as_posix(), file_digest(file)) for file in sorted(package.rglob("*.py"))]
-    )
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -1,7 +1,6 @@
-"""What a killed training goes on from: weights, optimizer, moving average and the curve so far, in two files a state.
+"""Checkpoints of a training: weights, optimizer, moving average and the curve so far, one file per state.
 
-`state-<step>.safetensors` holds the tensors and `state-<step>.json` the curve and the first one's sha256. The second
-is written last, so a state without it is not there. A state that is damaged is as if it were not there, with a warning.
+A file carries a checksum of its tensors and its curve; one that is damaged is skipped with a warning.
 """
 
 from __future__ import annotations
@@ -13,23 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from srpo.storage.files import atomic_write
-from srpo.storage.hashing import file_digest
-from srpo.storage.json_files import write_json
+from srpo.storage.checksummed import load_with_checksum, read_metadata, save_with_checksum
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
-log = logging.getLogger("srpo")
-KEPT = 2
+log = logging.getLogger(__name__)
+
+NUM_KEPT = 2
 Row = dict[str, float]
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All that a training step changes.
+    """Everything that a training step changes.
 
     Attributes:
         parameters: the trained ones, by name.
@@ -41,39 +38,34 @@ class TrainingState:
     ema: EMAModel | None
 
     def save(self, folder: Path, history: list[Row]) -> None:
-        """Keep the state after `len(history)` steps, and of older ones the last."""
+        """Save the state after `len(history)` steps, and remove all older ones but the last."""
         path = folder / f"state-{len(history):06d}.safetensors"
         tensors = {name: value.detach().cpu().contiguous() for name, value in self._tensors().items()}
-        with atomic_write(path) as partial:
-            save_file(tensors, partial)
-        write_json(path.with_suffix(".json"), {"history": history, "tensors": file_digest(path)})
-        for old in _states(folder)[KEPT:]:
+        save_with_checksum(tensors, path, {"history": json.dumps(history)})
+        for old in _states(folder)[NUM_KEPT:]:
             old.unlink()
-            old.with_suffix(".safetensors").unlink(missing_ok=True)
 
     def load(self, folder: Path) -> list[Row]:
-        """Take on the last sound state of the folder; the curve up to it, or [] where there is none."""
-        for record in _states(folder):
+        """Restore the newest sound state of the folder; return the curve up to it, or [] if there is none."""
+        for path in _states(folder):
             try:
-                found = json.loads(record.read_text(encoding="utf-8"))
-                path = record.with_suffix(".safetensors")
-                if file_digest(path) != found["tensors"]:
-                    raise ValueError("other bytes than were written")
-                self._take(load_file(path))
-                return found["history"]
-            except (OSError, ValueError, KeyError, TypeError) as error:  # JSON's and Unicode's errors are ValueErrors
-                log.warning("%s: damaged (%.80s); trying the state before it", record, error)
+                tensors = load_with_checksum(path)
+                history = json.loads(read_metadata(path)["history"])
+                self._restore(tensors)
+                return history
+            except (OSError, ValueError, KeyError, TypeError) as error:  # a JSON error is a ValueError
+                log.warning("%s: damaged (%.80s); trying the state before it", path, error)
         return []
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {f"weight/{name}": value for name, value in self.parameters.items()}
+        tensors: dict[str, torch.Tensor] = {f"weight/{name}": value for name, value in self.parameters.items()}
         for name, value in zip(self.parameters, self.ema.shadow_params if self.ema else [], strict=False):
             tensors[f"ema/{name}"] = value
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{number}/{name}": value for name, value in state.items()}
         return tensors
 
-    def _take(self, tensors: dict[str, torch.Tensor]) -> None:
+    def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for key in [key for key in tensors if key.startswith("optimizer/")]:
             _, number, name = key.split("/")
@@ -89,5 +81,5 @@ class TrainingState:
 
 
 def _states(folder: Path) -> list[Path]:
-    """The records of the states in the folder, newest first."""
-    return sorted(folder.glob("state-*.json"), reverse=True)
+    """Return the states in the folder, newest first."""
+    return sorted(folder.glob("state-*.safetensors"), reverse=True)

@@ -1,7 +1,8 @@
-"""The training loop: what one step draws, predicts and learns, alike in one process and in several.
+"""The training loop: the same steps in one process and in several.
 
 All randomness of a step comes from its number and is drawn for the whole batch, which is then split over processes and
-passes. So a step depends neither on how it was reached nor on the hardware, but for the order of sums.
+passes. So a step depends neither on the steps that this process has run nor on the hardware, except for the order of
+sums.
 """
 
 from __future__ import annotations
@@ -15,57 +16,75 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from srpo.config.schema import RuntimeParams, TrainParams
 from srpo.errors import UserError
-from srpo.models.adapters import Trainee
+from srpo.models.adapters import TrainableUNet
 from srpo.sampling.conditioning import PromptEmbeds
 from srpo.storage.hashing import derive_seed
 from srpo.training.checkpoint import Row, TrainingState
-from srpo.training.dataset import Winners, batches
-from srpo.training.divergence import LossWatch
-from srpo.training.losses import Objective, snr_weight, target_of
+from srpo.training.dataset import Winners, batch_indices
+from srpo.training.divergence import DivergenceMonitor
+from srpo.training.losses import Loss, pair_metrics
+from srpo.training.noise_schedule import NoiseSchedule, prediction_type_mismatch
 
-log = logging.getLogger("srpo")
+log = logging.getLogger(__name__)
+
 OnStep = Callable[[Mapping[str, float], int], None]
+
+NUM_PROBES = 16
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Samples of one step, on the CPU."""
+    """Samples of one step, on the CPU.
+
+    Attributes:
+        winners: float32 [n, channels, h, w], as are `losers` and `noise`.
+        levels: noise levels [n].
+        text: int64 [n], rows of the prompt embeddings.
+        weights: float32 [n].
+    """
 
     winners: torch.Tensor
     losers: torch.Tensor | None
     noise: torch.Tensor
-    timesteps: torch.Tensor
+    levels: torch.Tensor
     text: torch.Tensor
     weights: torch.Tensor
 
     def __getitem__(self, part: slice) -> _Batch:
-        return _Batch(*(None if value is None else value[part] for value in vars(self).values()))
+        return _Batch(
+            winners=self.winners[part],
+            losers=None if self.losers is None else self.losers[part],
+            noise=self.noise[part],
+            levels=self.levels[part],
+            text=self.text[part],
+            weights=self.weights[part],
+        )
 
 
 @dataclass(frozen=True)
 class TrainingLoop:
-    """The loop, and all that it needs.
+    """The loop and its inputs.
 
     Attributes:
-        embeds: conditioning of the distinct prompts, the empty one's last; `rows` has the row of each winner.
+        embeds: conditioning of the distinct prompts, and of the empty prompt in the last row.
+        prompt_indices: int64 [n], the row of `embeds` of each winner.
         time_ids: SDXL's size conditioning [1, 6].
-        dtype: what is computed in.
+        dtype: compute dtype.
     """
 
     accelerator: Accelerator
-    trainee: Trainee
-    objective: Objective
+    model: TrainableUNet
+    loss: Loss
     winners: Winners
     embeds: PromptEmbeds
-    rows: torch.Tensor
+    prompt_indices: torch.Tensor
     time_ids: torch.Tensor
-    schedule: DDPMScheduler
+    schedule: NoiseSchedule
     settings: TrainParams
     runtime: RuntimeParams
     seed: tuple[int, str]
@@ -73,128 +92,191 @@ class TrainingLoop:
     dtype: torch.dtype
 
     def run(self, folder: Path, on_step: OnStep) -> list[Row]:
-        """Train to the end, from the last state in `folder` where there is one; the rows of training.csv.
+        """Train to the end, from the newest state in `folder` if there is one; return the rows of training.csv.
 
-        Leaves the trainee with the weights to publish.
+        Leaves the model with the weights to publish.
 
         Args:
-            folder: states are kept there, and after a failure `last-good`, an adapter of the last state.
-            on_step: called for every step, those before the last state first.
+            folder: for the states, and after a failure for `last-good`, an adapter of the last good state.
+            on_step: called for every step; after a resume for those before it, too.
 
         Raises:
-            UserError: the loss went astray.
+            UserError: the training diverged, or the base's scheduler names another prediction type than its UNet has.
         """
-        settings, main = self.settings, self.accelerator.is_main_process
-        trained = list(self.trainee.parameters.values())
+        settings = self.settings
+        is_main = self.accelerator.is_main_process
+        trained = list(self.model.parameters.values())
         optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         ema = EMAModel(trained, decay=settings.ema_decay) if settings.ema_decay else None
-        state = TrainingState(self.trainee.parameters, optimizer, ema)
-        history, watch = state.load(folder), LossWatch(settings.max_loss_ratio, settings.batch_size)
-        picks, done = batches(self.winners, settings, self.seed), len(history)
-        if done and main:
-            log.info("train %s: going on after step %d", self.seed[1], done)
+        state = TrainingState(self.model.parameters, optimizer, ema)
+        monitor = DivergenceMonitor(settings.max_loss_ratio, settings.max_winner_error_ratio, settings.batch_size)
+        batches = batch_indices(self.winners, settings, self.seed)
+
+        # resume
+        history = state.load(folder)
+        resumed = len(history)
+        if resumed and is_main:
+            log.info("train %s: resuming after step %d", self.seed[1], resumed)
         for row in history:
-            next(picks)
-            watch.problem(row["loss"], row["grad_norm"])
-            if main:
-                on_step({name: row[name] for name in row if name != "step"}, int(row["step"]))
-        self.trainee.unet.train()
-        if self.runtime.gradient_checkpointing:
-            self.trainee.unet.enable_gradient_checkpointing()
-        model = self.accelerator.prepare_model(self.trainee.unet)
-        steps = range(done + 1, settings.steps + 1)
-        bar = {"initial": done, "total": settings.steps, "unit": "step", "mininterval": 2, "disable": not main}
-        for step in tqdm(steps, desc=f"train {self.seed[1]}", **bar):
-            loss = self._backward(model, self._draw(step, next(picks)))
+            next(batches)
+            monitor.check(row)
+            if is_main:
+                on_step({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
+        if not resumed:
+            self._check_prediction_type()
+
+        unet = self._prepare_unet()
+        for step in self._progress(resumed):
+            # step
+            loss, errors = self._backward(unet, self._sample_batch(step, next(batches)))
             norm = torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm).item()
-            if problem := watch.problem(loss, norm):
-                raise UserError(f"{problem} at step {step}; lower it. {self._keep_good(state, folder)}")
-            # the state before this step's update: that its loss is sound is known now
-            if step - 1 > done and (step - 1) % self.runtime.checkpoint_every == 0 and main and not watch.rising:
-                state.save(folder, history)
             rate = _learning_rate(settings, step)
+            metrics = {"loss": loss, "learning_rate": rate, "grad_norm": norm} | errors
+            if problem := monitor.check(metrics):
+                raise UserError(f"{problem} at step {step}; lower it. {self._save_last_good(state, folder)}")
+
+            # checkpoint: the state before this step's update, whose loss is known to be sound only now
+            due = step - 1 > resumed and (step - 1) % self.runtime.checkpoint_every == 0
+            if due and is_main and not monitor.is_rising:
+                state.save(folder, history)
+
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if ema:
                 ema.step(trained)
-            metrics = {"loss": loss, "learning_rate": rate, "grad_norm": norm}
+
+            # log
             history.append({"step": step} | metrics)
-            if main:
+            if is_main:
                 on_step(metrics, step)
         if ema:
             ema.copy_to(trained)
         return history
 
-    def _draw(self, step: int, picks: torch.Tensor) -> _Batch:
+    def _prepare_unet(self) -> torch.nn.Module:
+        self.model.unet.train()
+        if self.runtime.gradient_checkpointing:
+            self.model.unet.enable_gradient_checkpointing()
+        return self.accelerator.prepare_model(self.model.unet)
+
+    def _progress(self, resumed: int) -> tqdm[int]:
+        total = self.settings.steps
+        return tqdm(
+            range(resumed + 1, total + 1),
+            desc=f"train {self.seed[1]}",
+            initial=resumed,
+            total=total,
+            unit="step",
+            mininterval=2,
+            disable=not self.accelerator.is_main_process,
+        )
+
+    def _sample_batch(self, step: int, indices: torch.Tensor) -> _Batch:
+        """Draw noise, noise levels and dropped captions for these winners, from the step's number alone."""
         generator = torch.Generator().manual_seed(derive_seed(*self.seed, "step", step))
-        winners = self.winners.latents[picks].float()
+        winners = self.winners.latents[indices].float()
         noise = torch.randn(winners.shape, generator=generator)
-        timesteps = torch.randint(0, self.schedule.config.num_train_timesteps, (len(picks),), generator=generator)
-        dropped = torch.rand(len(picks), generator=generator) < self.settings.caption_dropout
+        levels = self.schedule.draw_levels(len(indices), generator)
+        dropped = torch.rand(len(indices), generator=generator) < self.settings.caption_dropout
         empty = len(self.embeds.tokens) - 1
         return _Batch(
             winners=winners,
-            losers=None if self.winners.losers is None else self.winners.losers[picks].float(),
+            losers=None if self.winners.losers is None else self.winners.losers[indices].float(),
             noise=noise,
-            timesteps=timesteps,
-            text=torch.where(dropped, empty, self.rows[picks]),
-            weights=self.winners.weights[picks],
+            levels=levels,
+            text=torch.where(dropped, empty, self.prompt_indices[indices]),
+            weights=self.winners.weights[indices],
         )
 
-    def _backward(self, model: torch.nn.Module, batch: _Batch) -> float:
-        """Gradients of the batch's mean loss, from this process' share of it in passes; the loss of all of it."""
-        total, rank, count = self.settings.batch_size, self.accelerator.process_index, self.accelerator.num_processes
-        start, stop = rank * total // count, (rank + 1) * total // count
-        size, found = self.runtime.train_batch_size or total, torch.zeros((), device=self.device)
-        for first in range(start, stop, size):
-            last = first + size >= stop
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                loss = self._loss(model, batch[first : min(first + size, stop)]) / total
-                (loss * count).backward()  # gradients are averaged over processes
-            found += loss.detach()
-        return self.accelerator.reduce(found, "sum").item()
+    def _backward(self, unet: torch.nn.Module, batch: _Batch) -> tuple[float, dict[str, float]]:
+        """Add up gradients of the batch's mean loss over this process' share of it.
 
-    def _loss(self, model: torch.nn.Module, batch: _Batch) -> torch.Tensor:
-        clean, noise, timesteps, text = batch.winners, batch.noise, batch.timesteps, batch.text
-        if batch.losers is not None:  # the same noise and timestep for both
+        Returns:
+            The mean loss, and for a loss on pairs the means of `pair_metrics`, over the batches of all processes.
+        """
+        total = self.settings.batch_size
+        rank = self.accelerator.process_index
+        count = self.accelerator.num_processes
+        start = rank * total // count
+        stop = (rank + 1) * total // count
+        size = self.runtime.train_batch_size or total
+        means = torch.zeros(1, device=self.device)
+        names: list[str] = []
+        for first in range(start, stop, size):
+            is_last = first + size >= stop
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(unet):
+                loss, errors = self._loss(unet, batch[first : min(first + size, stop)])
+                loss = loss / total
+                (loss * count).backward()  # gradients are averaged over processes
+            names = list(errors)
+            means = means + torch.stack([loss.detach(), *(value.sum() / total for value in errors.values())])
+        loss_mean, *error_means = self.accelerator.reduce(means, "sum").tolist()
+        return loss_mean, dict(zip(names, error_means, strict=True))
+
+    def _loss(self, unet: torch.nn.Module, batch: _Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the sum of the weighted losses of a batch, and for a loss on pairs `pair_metrics`."""
+        clean = batch.winners
+        noise = batch.noise
+        levels = batch.levels
+        text = batch.text
+        if batch.losers is not None:  # the same noise and noise level for both
             clean = torch.cat([clean, batch.losers])
-            noise, timesteps, text = (torch.cat([value, value]) for value in (noise, timesteps, text))
-        noisy = self.schedule.add_noise(clean, noise, timesteps)
+            noise, levels, text = (torch.cat([value, value]) for value in (noise, levels, text))
+        noisy = self.schedule.noised(clean, noise, levels)
         reference = None
-        if self.objective.pairs:
-            with torch.no_grad(), self.trainee.frozen() as unet:
-                reference = self._predict(unet, noisy, timesteps, text)
-        predicted = self._predict(model, noisy, timesteps, text)
-        target = target_of(self.schedule, clean, noise, timesteps).to(self.device)
-        snr = snr_weight(self.schedule, batch.timesteps, self.settings.snr_gamma).to(self.device)
-        return (self.objective.loss(predicted, reference, target, snr) * batch.weights.to(self.device)).sum()
+        if self.loss.pairs:
+            with torch.no_grad(), self.model.reference() as reference_unet:
+                reference = self._predict(reference_unet, noisy, levels, text)
+        predicted = self._predict(unet, noisy, levels, text)
+        target = self.schedule.target(clean, noise, levels).to(self.device)
+        weight = self.schedule.weight(batch.levels, self.settings.snr_gamma).to(self.device)
+        loss = (self.loss.function(predicted, reference, target, weight) * batch.weights.to(self.device)).sum()
+        return loss, {} if reference is None else pair_metrics(predicted.detach(), reference, target)
 
     def _predict(
-        self, unet: torch.nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
+        self, unet: torch.nn.Module, noisy: torch.Tensor, levels: torch.Tensor, text: torch.Tensor
     ) -> torch.Tensor:
-        given = self.embeds[text.tolist()]
-        conditions = {"text_embeds": given.pooled, "time_ids": self.time_ids.expand(len(noisy), -1)}
+        embeds = self.embeds[text.tolist()]
+        conditions = {"text_embeds": embeds.pooled, "time_ids": self.time_ids.expand(len(noisy), -1)}
         mixed = self.settings.method == "full" and self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=mixed):
             x = noisy.to(self.device, self.dtype)
-            predicted = unet(
-                x, timesteps.to(self.device), given.tokens, added_cond_kwargs=conditions, return_dict=False
-            )
+            timesteps = self.schedule.timesteps(levels).to(self.device)
+            predicted = unet(x, timesteps, embeds.tokens, added_cond_kwargs=conditions, return_dict=False)
         return predicted[0].float()
 
-    def _keep_good(self, state: TrainingState, folder: Path) -> str:
-        """Write the last good state as an adapter; where it is."""
+    @torch.no_grad()
+    def _check_prediction_type(self) -> None:
+        """Predict some noised winners and compare with the targets of all prediction types.
+
+        Raises:
+            UserError: another prediction type than the scheduler's fits the UNet.
+        """
+        indices = torch.arange(min(NUM_PROBES, len(self.winners.latents)))
+        clean = self.winners.latents[indices].float()
+        generator = torch.Generator().manual_seed(derive_seed(*self.seed, "probe"))
+        noise = torch.randn(clean.shape, generator=generator)
+        levels = self.schedule.spread_levels(len(indices))
+        noisy = self.schedule.noised(clean, noise, levels)
+        size = self.runtime.train_batch_size or self.settings.batch_size
+        parts = zip(*(value.split(size) for value in (noisy, levels, self.prompt_indices[indices])), strict=True)
+        predicted = torch.cat([self._predict(self.model.unet, *part).cpu() for part in parts])
+        if problem := prediction_type_mismatch(self.schedule, predicted, clean, noise, levels):
+            raise UserError(f"model.base: {problem}")
+
+    def _save_last_good(self, state: TrainingState, folder: Path) -> str:
+        """Write the last good state as an adapter; return a sentence that says where."""
         history = state.load(folder)
         if not history:
-            return "No state had been kept before (runtime.checkpoint_every): the last good one is what it started from"
-        good = folder / "last-good"
+            return "No checkpoint was saved before (runtime.checkpoint_every): the last good state is the initial one"
+        adapter = folder / "last-good"
         if self.accelerator.is_main_process:
             if state.ema:
                 state.ema.copy_to(state.parameters.values())
-            self.trainee.save(good)
-        return f"The last good state, after step {len(history)}, is the adapter {good}"
+            self.model.save(adapter)
+        return f"The last good state, after step {len(history)}, is the adapter {adapter}"
 
 
 def _learning_rate(settings: TrainParams, step: int) -> float:
@@ -202,5 +284,5 @@ def _learning_rate(settings: TrainParams, step: int) -> float:
         return settings.learning_rate * step / settings.warmup_steps
     if settings.lr_schedule == "constant":
         return settings.learning_rate
-    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    return settings.learning_rate * 0.5 * (1 + float(np.cos(np.pi * done)))
+    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return settings.learning_rate * 0.5 * (1 + float(np.cos(np.pi * progress)))

@@ -1,7 +1,7 @@
-"""What training minimises: `sft` (winners only), `dpo` (winner against loser) and `nft` (winner and negated loser).
+"""Training losses: `sft` (winners only), `dpo` (winner against loser) and `nft` (winner and negated loser).
 
-An objective maps predictions to one loss per winner. Every prediction is the UNet's output for a noised latent, epsilon
-or v as the model was trained; `error` below is the mean over a latent's elements of (prediction - target)^2. The
+A loss maps predictions to one number per winner. Every prediction is the UNet's output for a noised latent, in the
+parametrization of `noise_schedule`; `error` below is the mean over a latent's elements of (prediction - target)^2. The
 weights of winners (`select.weighting`) multiply the losses outside.
 
 docs/methods.md has the formulas side by side.
@@ -13,48 +13,48 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
-from diffusers.training_utils import compute_snr
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler
     from torch import Tensor
 
     from srpo.config.schema import TrainParams
 
 
 @dataclass(frozen=True)
-class Objective:
-    """A loss and what it needs.
+class Loss:
+    """A loss function and what it needs.
 
     Attributes:
         pairs: predictions come for winners and losers, [2n, ...] with the losers last; else [n, ...].
-        loss: (predicted, reference, target, weight) to float32 [n]. `reference` is what the frozen model that training
-            started from predicts for the same noised latents, None without pairs; `weight` [n] is `snr_weight`'s.
+        function: (predicted, reference, target, weight) to float32 [n]. `reference` is the prediction of the model
+            that training started from, for the same noised latents, None without pairs; `weight` [n] is
+            `NoiseSchedule.weight`'s.
     """
 
     pairs: bool
-    loss: Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
+    function: Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
 
 
-def make_objective(settings: TrainParams) -> Objective:
-    """The objective that `train.objective` names, with its own settings filled in."""
+def make_loss(settings: TrainParams) -> Loss:
+    """Return the loss that `train.objective` names, with its own settings filled in."""
     if settings.objective == "dpo":
-        return Objective(True, lambda *given: dpo(*given, beta=settings.dpo_beta))
+        return Loss(True, lambda *inputs: dpo(*inputs, beta=settings.dpo_beta))
     if settings.objective == "nft":
-        return Objective(True, lambda *given: nft(*given, beta=settings.nft_beta))
-    return Objective(False, sft)
+        return Loss(True, lambda *inputs: nft(*inputs, beta=settings.nft_beta))
+    return Loss(False, sft)
 
 
 def sft(predicted: Tensor, reference: Tensor | None, target: Tensor, weight: Tensor) -> Tensor:
-    """Weight * error: supervised fine-tuning on the winners, the loss of DDPM (Ho et al., 2020, eq. 14)."""
+    """Return weight * error: supervised fine-tuning on the winners, the loss of DDPM (Ho et al., 2020, eq. 14)."""
     return _error(predicted, target) * weight
 
 
 def dpo(predicted: Tensor, reference: Tensor, target: Tensor, weight: Tensor, *, beta: float) -> Tensor:
-    """Diffusion-DPO (Wallace et al., 2023, arXiv:2311.12908, eq. 14): the winner's error should fall by more than
-    the loser's, each against the reference's error for the same noise and timestep:
+    """Return the loss of Diffusion-DPO (Wallace et al., 2023, arXiv:2311.12908, eq. 14).
+
+    The winner's error should fall by more than the loser's, each against the reference's error for the same noise and
+    timestep:
 
         -log sigmoid(-beta / 2 * weight * ((e_w - e_w_ref) - (e_l - e_l_ref)))
 
@@ -66,13 +66,13 @@ def dpo(predicted: Tensor, reference: Tensor, target: Tensor, weight: Tensor, *,
 
 
 def nft(predicted: Tensor, reference: Tensor, target: Tensor, weight: Tensor, *, beta: float) -> Tensor:
-    """DiffusionNFT (Zheng et al., 2025, arXiv:2509.16117), with r = 1 for winners and r = 0 for losers:
+    """Return the loss of DiffusionNFT (Zheng et al., 2025, arXiv:2509.16117), with r = 1 for winners and 0 for losers.
 
         v+ = (1 - beta) * v_ref + beta * v      fits the winner,
         v- = (1 + beta) * v_ref - beta * v      fits the loser:   weight * (e(v+) + e(v-)) / 2
 
-    so v moves from the reference toward winners and away from losers, and both terms are bounded below. Not taken
-    from the paper's code: its normalisation of the error in x_0 by that error's size, and its KL term.
+    so v moves from the reference toward winners and away from losers, and both terms are bounded below. Left out of
+    the paper's code: its normalization of the error in x_0 by that error's size, and its KL term.
     """
     (winner, loser), (winner_ref, loser_ref), (winner_target, loser_target) = (
         tensor.chunk(2) for tensor in (predicted, reference, target)
@@ -82,22 +82,25 @@ def nft(predicted: Tensor, reference: Tensor, target: Tensor, weight: Tensor, *,
     return weight * (positive + negative) / 2
 
 
-def target_of(schedule: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the UNet should predict: the noise, or v (Salimans and Ho, 2022)."""
-    return schedule.get_velocity(clean, noise, timesteps) if _is_velocity(schedule) else noise
+def pair_metrics(predicted: Tensor, reference: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Return what a loss on pairs hides, float32 [n] each, for predictions of winners and losers, [2n, ...].
 
-
-def snr_weight(schedule: DDPMScheduler, timesteps: Tensor, gamma: float | None) -> Tensor:
-    """Min-SNR loss weights (Hang et al., 2023), float32 [n]; ones when gamma is None."""
-    if gamma is None:
-        return torch.ones(len(timesteps))
-    snr = compute_snr(schedule, timesteps)
-    return snr.clamp(max=gamma) / (snr + 1 if _is_velocity(schedule) else snr)
+    The errors of winners and losers and those of the reference for the same noise; `implicit_accuracy`, 1 where the
+    winner's error fell by more than the loser's (the sign of DPO's margin); `reference_distance`, the mean squared
+    difference of prediction and reference.
+    """
+    winner_error, loser_error = _error(predicted, target).chunk(2)
+    reference_winner_error, reference_loser_error = _error(reference, target).chunk(2)
+    is_better = (winner_error - reference_winner_error) < (loser_error - reference_loser_error)
+    return {
+        "winner_error": winner_error,
+        "reference_winner_error": reference_winner_error,
+        "loser_error": loser_error,
+        "reference_loser_error": reference_loser_error,
+        "implicit_accuracy": is_better.float(),
+        "reference_distance": _error(predicted, reference).view(2, -1).mean(0),
+    }
 
 
 def _error(predicted: Tensor, target: Tensor) -> Tensor:
     return (predicted - target).pow(2).mean(dim=(1, 2, 3))
-
-
-def _is_velocity(schedule: DDPMScheduler) -> bool:
-    return schedule.config.prediction_type == "v_prediction"

@@ -12,6 +12,8 @@ import torch
 from demo.make import QUICK, make_world, split
 from demo.scenes import COLOURS, POSITIONS, SHAPES, all_scenes, miscaptioned, render
 
+REPO = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module")
 def quick_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -85,6 +87,31 @@ def test_the_models_are_in_the_formats_that_srpo_reads(quick_world: Path) -> Non
     shipped = [path for path in quick_world.rglob("*") if path.is_file() and "work" not in path.parts]
     assert sum(path.stat().st_size for path in shipped) < 10e6
     assert not [path.name for path in shipped if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+@pytest.mark.parametrize("made", ["now", "shipped"])
+def test_plain_diffusers_samples_with_an_adapter(made: str, quick_world: Path, tmp_path: Path) -> None:
+    """Without a dtype: all parts must load in the same one."""
+    from diffusers import StableDiffusionXLPipeline
+
+    from srpo.models.adapters import LoraUNet
+
+    base = (quick_world if made == "now" else REPO / "data") / "base"
+    trained = LoraUNet(StableDiffusionXLPipeline.from_pretrained(base).unet, rank=2, modules=["to_q"], seed=0)
+    for name, value in trained.parameters.items():
+        if "lora_B" in name:  # it starts as zeros
+            torch.nn.init.ones_(value)
+    trained.save(tmp_path)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(base)
+
+    def sample() -> np.ndarray:
+        generator = torch.Generator().manual_seed(0)
+        images = pipeline("a red circle", height=64, width=64, num_inference_steps=2, generator=generator).images
+        return np.asarray(images[0])
+
+    plain = sample()
+    pipeline.load_lora_weights(tmp_path)
+    assert not np.array_equal(sample(), plain), "the adapter changes nothing"
 
 
 def test_what_is_there_is_kept(quick_world: Path) -> None:

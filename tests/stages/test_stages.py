@@ -13,7 +13,7 @@ import torch
 from srpo.config.loader import Params, load_params
 from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.lineage.record import WEIGHTS_FILE, read_lineage
-from srpo.models.adapters import make_trainee
+from srpo.models.adapters import make_trainable_unet
 from srpo.rounds import Round, RoundFiles
 from srpo.sampling.sampler import Sampler
 from srpo.stages.base import pin_base
@@ -121,7 +121,8 @@ def test_evaluation_pairs_base_and_round(params: Params, world: Path) -> None:
 
 def test_a_round_that_is_base_is_even_with_it(params: Params, world: Path) -> None:
     evaluate(Round.of(params, world, "base"))
-    untrained = make_trainee(Sampler(params).unet, Round.of(params, world, "001"), keep=False, dtype=torch.float32)
+    round = Round.of(params, world, "001")
+    untrained = make_trainable_unet(Sampler(params).unet, round, with_reference=False, dtype=torch.float32)
     untrained.save(RoundFiles(world, "001").adapter)  # a LoRA starts as no change
     evaluate(Round.of(params, world, "001"))
     base, same, gate = (

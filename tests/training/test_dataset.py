@@ -1,4 +1,4 @@
-"""What training draws from: pooling, replay, and that ancestors' winners are those the lineage names. No models."""
+"""The training set: pooling, replay, and that ancestors' winners are those the lineage names. No models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from srpo.errors import UserError
 from srpo.rounds import Round, RoundFiles
 from srpo.storage.hashing import digest
 from srpo.storage.json_files import write_json
-from srpo.training.dataset import batches, load_winners
+from srpo.training.dataset import batch_indices, load_winners
 
 REPO = Path(__file__).parents[2]
 FIELDS = {
@@ -74,25 +74,26 @@ def codes(winners, rows: torch.Tensor) -> list[int]:
     return winners.latents[rows][:, 0, 0, 0].int().tolist()
 
 
-def test_by_default_only_this_rounds_winners_with_mean_weight_one(root: Path) -> None:
+def test_default_is_this_round_with_mean_weight_1(root: Path) -> None:
     winners = load_winners(Round.of(params(), root, "003"), pairs=False)
-    assert (list(winners.digests), winners.own, winners.losers) == (["003"], 3, None)
+    assert (list(winners.digests), winners.num_current, winners.losers) == (["003"], 3, None)
     assert winners.digests["003"] == digest(RoundFiles(root, "003").winners)
     assert winners.weights.tolist() == pytest.approx([0.5, 1.0, 1.5])
     drawn = [
-        codes(winners, rows) for rows in itertools.islice(batches(winners, params(batch_size=3).train, (0, "003")), 9)
+        codes(winners, rows)
+        for rows in itertools.islice(batch_indices(winners, params(batch_size=3).train, (0, "003")), 9)
     ]
     assert all(sorted(batch) == [300, 301, 302] for batch in drawn), "every epoch is a permutation of all"
     assert len({tuple(batch) for batch in drawn}) > 1
 
 
-def test_start_base_pools_all_rounds_alike_each_with_mean_weight_one(root: Path) -> None:
+def test_start_base_pools_all_rounds_alike(root: Path) -> None:
     wanted = params(start="base", batch_size=4)
     winners = load_winners(Round.of(wanted, root, "003"), pairs=True)
     assert list(winners.digests) == ["003", "001", "002"]
     assert [part.mean().item() for part in winners.weights.split([3, 5, 4])] == pytest.approx([1, 1, 1])
     assert torch.equal(winners.losers, -winners.latents)
-    drawn = [codes(winners, rows) for rows in itertools.islice(batches(winners, wanted.train, (0, "003")), 3)]
+    drawn = [codes(winners, rows) for rows in itertools.islice(batch_indices(winners, wanted.train, (0, "003")), 3)]
     everything = [CODE[key] + i for key in COUNTS for i in range(COUNTS[key])]
     assert sorted(code for batch in drawn for code in batch) == everything
 
@@ -102,14 +103,14 @@ def test_start_base_pools_all_rounds_alike_each_with_mean_weight_one(root: Path)
 def test_replay_is_a_share_of_every_batch(root: Path, start: str, replay: float, size: int, per_batch: set) -> None:
     wanted = params(start=start, replay=replay, batch_size=size)
     winners = load_winners(Round.of(wanted, root, "003"), pairs=False)
-    stream = batches(winners, wanted.train, (0, "003"))
+    stream = batch_indices(winners, wanted.train, (0, "003"))
     drawn = [codes(winners, rows) for rows in itertools.islice(stream, 20)]
     earlier = [sum(code < 300 for code in batch) for batch in drawn]
     assert all(len(batch) == size for batch in drawn)
     assert set(earlier) == per_batch and sum(earlier) == round(replay * size * 20)
     replayed = [code for batch in drawn for code in batch if code < 300]
     assert len(set(replayed[:9])) == 9, "all of the ancestors' winners come before one comes again"
-    again = batches(winners, wanted.train, (0, "003"))
+    again = batch_indices(winners, wanted.train, (0, "003"))
     assert drawn == [codes(winners, rows) for rows in itertools.islice(again, 20)]
 
 
@@ -117,13 +118,13 @@ def test_a_first_round_has_nothing_to_replay(root: Path) -> None:
     wanted = params(replay=0.5, batch_size=4, start="base")
     winners = load_winners(Round.of(wanted, root, "001"), pairs=False)
     assert list(winners.digests) == ["001"]
-    assert len(next(batches(winners, wanted.train, (0, "001")))) == 4
+    assert len(next(batch_indices(winners, wanted.train, (0, "001")))) == 4
 
 
-def test_ancestors_winners_must_be_those_of_the_lineage(root: Path) -> None:
+def test_ancestors_winners_must_match_the_lineage(root: Path) -> None:
     wanted, folder = params(replay=0.5), RoundFiles(root, "001").winners
     write_winners(root, "001", alone=1)
-    with pytest.raises(UserError, match=r"001/winners: not the winners that the adapter of round 002 came from"):
+    with pytest.raises(UserError, match=r"001/winners: not the winners that the adapter of round 002 was trained on"):
         load_winners(Round.of(wanted, root, "003"), pairs=False)
     folder.rename(root / "elsewhere")
     with pytest.raises(UserError, match=r"rounds/001/winners: missing; `dvc pull select@001`"):
@@ -134,21 +135,21 @@ def test_ancestors_winners_must_be_those_of_the_lineage(root: Path) -> None:
     load_winners(Round.of(params(), root, "003"), pairs=False)  # who asks for no ancestors needs none
 
 
-def test_objectives_on_pairs_want_losers(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_losses_on_pairs_need_losers(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_winners(root, "003", alone=1)
     winners = load_winners(Round.of(params(), root, "003"), pairs=True)
-    assert winners.prompts == ["003 1", "003 2"] and "1 winners are left out" in caplog.text
+    assert winners.prompts == ["003 1", "003 2"] and "left out 1 winners" in caplog.text
     assert winners.weights.tolist() == pytest.approx([0.8, 1.2])
     write_winners(root, "003", alone=3)
     with pytest.raises(UserError, match="no winner has a loser"):
         load_winners(Round.of(params(), root, "003"), pairs=True)
     write_winners(root, "003", losers=False)
-    with pytest.raises(UserError, match="winners lack loser_latents, as older versions wrote them; rerun select"):
+    with pytest.raises(UserError, match="winners lack loser_latents; rerun select"):
         load_winners(Round.of(params(), root, "003"), pairs=True)
-    assert load_winners(Round.of(params(), root, "003"), pairs=False).own == 3
+    assert load_winners(Round.of(params(), root, "003"), pairs=False).num_current == 3
 
 
-def test_rounds_of_other_sizes_can_not_be_mixed(root: Path) -> None:
+def test_rounds_of_other_sizes_are_refused(root: Path) -> None:
     write_winners(root, "003", size=4)
     with pytest.raises(UserError, match=r"rounds\.003\.train: .*several sizes \(4x2x2, 4x4x4\)"):
         load_winners(Round.of(params(replay=0.5), root, "003"), pairs=False)

@@ -1,4 +1,4 @@
-"""The three objectives: against their formulas, written out again, and by what they do to a model."""
+"""The three losses: against their formulas, written out again, and by what they do to a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from srpo.config.schema import TrainParams
-from srpo.training.losses import Objective, dpo, make_objective, nft, sft, snr_weight, target_of
+from srpo.training.losses import Loss, dpo, make_loss, nft, pair_metrics, sft
 
 N, SHAPE = 3, (4, 2, 2)
 
@@ -56,20 +56,20 @@ def test_nft_is_the_formula_of_the_paper(beta: float) -> None:
     assert nft(predicted, reference, target, weight, beta=beta).tolist() == pytest.approx(expected, rel=1e-4)
 
 
-def test_params_choose_the_objective_and_its_beta() -> None:
+def test_params_choose_the_loss_and_its_beta() -> None:
     predicted, reference, target, weight = drawn(2 * N)
     for values, function in (
         ({"objective": "dpo", "dpo_beta": 7.0}, lambda *given: dpo(*given, beta=7.0)),
         ({"objective": "nft", "nft_beta": 0.5}, lambda *given: nft(*given, beta=0.5)),
     ):
-        made = make_objective(settings(**values))
+        made = make_loss(settings(**values))
         given = predicted, reference, target, weight
-        assert made.pairs and torch.equal(made.loss(*given), function(*given))
-    assert make_objective(settings()) == Objective(False, sft)
+        assert made.pairs and torch.equal(made.function(*given), function(*given))
+    assert make_loss(settings()) == Loss(False, sft)
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "nft"])
-def test_a_few_steps_make_winners_likelier_than_losers(name: str) -> None:
+def test_a_few_steps_prefer_winners_to_losers(name: str) -> None:
     """A linear denoiser: its error falls for winners, against what it does for losers."""
     generator = torch.Generator().manual_seed(1)
     winners, losers = (torch.randn(8, 16, generator=generator) + shift for shift in (1.0, -1.0))
@@ -83,36 +83,40 @@ def test_a_few_steps_make_winners_likelier_than_losers(name: str) -> None:
         noisy = schedule.add_noise(clean, noise, torch.full((16,), 300)).flatten(1)
         return (model(noisy) - noise.flatten(1)).pow(2).mean(1).view(2, 8).mean(1)
 
-    def fit(objective: Objective, rows: slice) -> None:
+    def fit(loss: Loss, rows: slice) -> None:
         optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
         for _ in range(60):
             noise = torch.randn(8, *SHAPE, generator=generator).repeat(2, 1, 1, 1)
             timesteps = torch.randint(100, 500, (8,), generator=generator).repeat(2)
             noisy = schedule.add_noise(clean, noise, timesteps)[rows].flatten(1)
             predicted, old = (network(noisy).view(-1, *SHAPE) for network in (model, reference))
-            weight = torch.ones(len(predicted) // 2 if objective.pairs else len(predicted))
-            objective.loss(predicted, old.detach(), noise[rows], weight).mean().backward()
+            weight = torch.ones(len(predicted) // 2 if loss.pairs else len(predicted))
+            loss.function(predicted, old.detach(), noise[rows], weight).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
 
-    fit(make_objective(settings()), slice(None))  # what rounds start from has learned winners and losers alike
+    fit(make_loss(settings()), slice(None))  # what rounds start from has learned winners and losers alike
     reference.load_state_dict(model.state_dict())
     before = errors()
-    objective = make_objective(settings(objective=name, dpo_beta=20.0))
-    fit(objective, slice(None) if objective.pairs else slice(8))
+    loss = make_loss(settings(objective=name, dpo_beta=20.0))
+    fit(loss, slice(None) if loss.pairs else slice(8))
     after = errors()
     assert after[0] - after[1] < before[0] - before[1] - 0.01
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_targets_and_min_snr_weights(prediction: str) -> None:
-    schedule = DDPMScheduler(prediction_type=prediction)
-    timesteps, (clean, noise, *_) = torch.tensor([0, 400, 999]), drawn(N)
-    alpha = schedule.alphas_cumprod[timesteps].double()
-    root, sigma = (value.sqrt().view(-1, 1, 1, 1) for value in (alpha, 1 - alpha))
-    expected = noise if prediction == "epsilon" else root * noise - sigma * clean
-    assert torch.allclose(target_of(schedule, clean, noise, timesteps).double(), expected.double(), atol=1e-5)
-    snr = alpha / (1 - alpha)
-    weight = torch.minimum(snr, torch.tensor(5.0)) / (snr if prediction == "epsilon" else snr + 1)
-    assert torch.allclose(snr_weight(schedule, timesteps, 5.0).double(), weight, rtol=1e-3)
-    assert snr_weight(schedule, timesteps, None).tolist() == [1, 1, 1]
+def test_pair_metrics_are_errors_against_the_reference() -> None:
+    predicted, reference, target, _ = drawn(2 * N)
+    metrics = pair_metrics(predicted, reference, target)
+    for i in range(N):
+        winner, loser = error(predicted[i], target[i]), error(predicted[i + N], target[i + N])
+        old_winner, old_loser = error(reference[i], target[i]), error(reference[i + N], target[i + N])
+        distance = (error(predicted[i], reference[i]) + error(predicted[i + N], reference[i + N])) / 2
+        expected = {
+            "winner_error": winner,
+            "reference_winner_error": old_winner,
+            "loser_error": loser,
+            "reference_loser_error": old_loser,
+            "implicit_accuracy": float(winner - old_winner < loser - old_loser),
+            "reference_distance": distance,
+        }
+        assert {name: value[i].item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-5)

@@ -41,7 +41,7 @@ def test_gradients_add_up_over_passes(params: Params, root: Path, method: str, o
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_recomputed_activations_give_the_same_losses(
+def test_gradient_checkpointing_gives_the_same_losses(
     params: Params, root: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, wanted, used = RoundFiles(root, "001"), with_train(params, method=method, objective="nft"), []
@@ -101,7 +101,7 @@ def test_two_processes_train_as_one_does(params: Params, root: Path) -> None:
     assert (root / "two" / "told").read_text() == "0" * sum(len(one) for one, _ in expected.values())
 
 
-def test_more_processes_than_samples_is_told(params: Params, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_processes_than_samples_is_refused(params: Params, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import srpo.stages.train as stage
 
     class Four:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 import multiprocessing
+import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +23,7 @@ from srpo.rounds import Round, RoundFiles
 from srpo.stages.train import train
 from tests.training.helpers import contents, with_runtime, with_train, write_train
 
+REPO = Path(__file__).parents[2]
 STEPS = 7
 
 
@@ -53,14 +58,14 @@ def interrupted(params: Params, root: Path, at: int) -> list[int]:
         {"objective": "dpo"},
     ],
 )
-def test_wherever_it_stops_it_ends_with_the_same_bytes(params: Params, root: Path, values: dict) -> None:
+def test_resuming_anywhere_gives_the_same_bytes(params: Params, root: Path, values: dict) -> None:
     files = RoundFiles(root, "001")
     wanted = with_runtime(with_train(params, steps=STEPS, **values), checkpoint_every=2)
     train(Round.of(wanted, root, "001"))
     undisturbed = contents(files)
     for at in (1, 2, 3, 5, STEPS):
         interrupted(wanted, root, at)
-        assert len(list(folder(root).glob("state-*.json"))) <= 2
+        assert len(list(folder(root).glob("state-*.safetensors"))) <= 2
         told: list[int] = []
         train(Round.of(wanted, root, "001"), functools.partial(note, told))
         assert told == list(range(1, STEPS + 1))
@@ -68,7 +73,7 @@ def test_wherever_it_stops_it_ends_with_the_same_bytes(params: Params, root: Pat
         assert not list((root / ".srpo" / "scratch").glob("train@*")), "states of a finished training stay"
 
 
-def test_several_stops_in_a_row_and_other_hardware_settings(params: Params, root: Path) -> None:
+def test_several_stops_and_other_runtime_settings(params: Params, root: Path) -> None:
     files, wanted = RoundFiles(root, "001"), with_train(params, steps=STEPS)
     train(Round.of(wanted, root, "001"))
     undisturbed = contents(files)
@@ -80,8 +85,8 @@ def test_several_stops_in_a_row_and_other_hardware_settings(params: Params, root
     assert contents(files) == undisturbed
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "record", "other"])
-def test_a_damaged_state_falls_back_to_the_one_before(
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "curve", "older"])
+def test_a_damaged_state_falls_back_to_the_older(
     params: Params, root: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     caplog.set_level(logging.INFO, "srpo")
@@ -89,18 +94,19 @@ def test_a_damaged_state_falls_back_to_the_one_before(
     train(Round.of(wanted, root, "001"))
     undisturbed = contents(files)
     interrupted(wanted, root, 6)
-    older, newer = sorted(folder(root).glob("state-*.safetensors"))
+    _, newer = sorted(folder(root).glob("state-*.safetensors"))
     data = newer.read_bytes()
     if damage == "flipped":
         newer.write_bytes(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
     elif damage == "truncated":
         newer.write_bytes(data[: len(data) // 2])
-    elif damage == "record":
-        newer.with_suffix(".json").write_text('{"history": [')
+    elif damage == "curve":
+        newer.write_bytes(data.replace(b'\\"step\\": 3', b'\\"step\\": 8'))
     else:
-        newer.write_bytes(older.read_bytes())
+        newer.unlink()
     train(Round.of(wanted, root, "001"))
-    assert "state-000004.json: damaged" in caplog.text and "going on after step 2" in caplog.text
+    assert ("state-000004.safetensors: damaged" in caplog.text) == (damage != "older")
+    assert "resuming after step 2" in caplog.text
     assert contents(files) == undisturbed
 
 
@@ -109,7 +115,29 @@ def test_other_inputs_start_anew(params: Params, root: Path, caplog: pytest.LogC
     wanted = with_runtime(with_train(params, steps=STEPS), checkpoint_every=1)
     interrupted(wanted, root, 4)
     train(Round.of(with_train(wanted, learning_rate=2e-3), root, "001"))
-    assert "going on" not in caplog.text
+    assert "resuming" not in caplog.text
+
+
+def test_edits_that_change_no_result_keep_checkpoints(params: Params, root: Path, tmp_path: Path) -> None:
+    """Edit a chart and a docstring in a copy of the package between the kill and the resume."""
+    files = RoundFiles(root, "001")
+    write_train(root, steps=STEPS)
+    wanted = with_runtime(load_params(), checkpoint_every=1)
+    train(Round.of(wanted, root, "001"))
+    undisturbed = contents(files)
+    interrupted(wanted, root, 4)
+    package = shutil.copytree(REPO / "srpo", tmp_path / "code" / "srpo")
+    with (package / "reporting" / "charts.py").open("a") as file:
+        file.write("\nADDED = 1\n")
+    loop = package / "training" / "loop.py"
+    loop.write_text(loop.read_text().replace('"""The training loop: ', '"""A training loop, with another docstring: '))
+    environment = os.environ | {"PYTHONPATH": str(package.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "srpo", "train", "001"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "train 001: resuming after step 3" in done.stderr
+    found = contents(files)
+    assert found.keys() == undisturbed.keys()
+    assert all(found[name] == undisturbed[name] for name in found if name != "lineage.json")
 
 
 def start_train() -> multiprocessing.Process:
@@ -136,7 +164,7 @@ def test_sigkill(root: Path, capfd: pytest.CaptureFixture) -> None:
     undisturbed = contents(files)
     for at in (2, 6, 11):
         process, deadline = start_train(), time.monotonic() + 120
-        pattern = "train@001-*/state-{:06d}.json"
+        pattern = "train@001-*/state-{:06d}.safetensors"
         while not list((root / ".srpo" / "scratch").glob(pattern.format(at))) and time.monotonic() < deadline:
             time.sleep(0.002)
         process.kill()
@@ -146,7 +174,7 @@ def test_sigkill(root: Path, capfd: pytest.CaptureFixture) -> None:
     capfd.readouterr()
     process = start_train()
     process.join()
-    assert process.exitcode == 0 and "train 001: going on after step" in capfd.readouterr().err
+    assert process.exitcode == 0 and "train 001: resuming after step" in capfd.readouterr().err
     assert contents(files) == undisturbed
 
     client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")

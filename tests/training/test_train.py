@@ -1,4 +1,4 @@
-"""Training a LoRA or the whole UNet under each objective: what starts where, what stays frozen, what is published."""
+"""Training a LoRA or the whole UNet with each loss: where it starts, what stays frozen, what is published."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from srpo.config.loader import Params
 from srpo.errors import UserError
 from srpo.lineage.record import UNET_FILE, WEIGHTS_FILE, read_lineage
-from srpo.models.adapters import make_trainee
+from srpo.models.adapters import make_trainable_unet
 from srpo.rounds import Round, RoundFiles
 from srpo.sampling.sampler import Sampler
 from srpo.stages.train import train
@@ -30,9 +30,7 @@ def predict(unet: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("objective", ["sft", "dpo", "nft"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_objective_trains_either_method_over_two_rounds(
-    params: Params, root: Path, method: str, objective: str
-) -> None:
+def test_each_loss_trains_each_method_twice(params: Params, root: Path, method: str, objective: str) -> None:
     wanted = with_train(params, method=method, objective=objective, learning_rate=1e-2)
     base = predict(Sampler(params).unet)
     found = []
@@ -54,22 +52,23 @@ def test_every_objective_trains_either_method_over_two_rounds(
 
 @pytest.mark.parametrize("start", ["parent", "base"])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_frozen_model_is_the_one_training_starts_from(params: Params, root: Path, method: str, start: str) -> None:
+def test_reference_is_the_model_training_started_from(params: Params, root: Path, method: str, start: str) -> None:
     wanted = with_train(params, method=method, start=start)
     train(Round.of(with_train(params, method=method), root, "001"))
-    trainee = make_trainee(Sampler(params).unet, Round.of(wanted, root, "002"), keep=True, dtype=torch.float32)
+    round = Round.of(wanted, root, "002")
+    model = make_trainable_unet(Sampler(params).unet, round, with_reference=True, dtype=torch.float32)
     expected = predict(Sampler(params, RoundFiles(root, "001").adapter if start == "parent" else None).unet)
-    names = set(trainee.parameters)
-    assert names and all(value.dtype == torch.float32 for value in trainee.parameters.values())
-    assert torch.allclose(predict(trainee.unet), expected, atol=1e-5)
+    names = set(model.parameters)
+    assert names and all(value.dtype == torch.float32 for value in model.parameters.values())
+    assert torch.allclose(predict(model.unet), expected, atol=1e-5)
     with torch.no_grad():
-        for value in trainee.parameters.values():
+        for value in model.parameters.values():
             value.add_(0.1)
-    trained = predict(trainee.unet)
-    with trainee.frozen() as unet:
+    trained = predict(model.unet)
+    with model.reference() as unet:
         assert torch.allclose(predict(unet), expected, atol=1e-5)
-    assert torch.equal(predict(trainee.unet), trained) and not torch.allclose(trained, expected, atol=1e-3)
-    assert set(trainee.parameters) == names, "looking at the frozen model changed what is trained"
+    assert torch.equal(predict(model.unet), trained) and not torch.allclose(trained, expected, atol=1e-3)
+    assert set(model.parameters) == names, "using the reference changed what is trained"
 
 
 def test_a_full_adapter_opens_in_plain_diffusers(params: Params, root: Path) -> None:
@@ -83,7 +82,7 @@ def test_a_full_adapter_opens_in_plain_diffusers(params: Params, root: Path) -> 
     assert torch.equal(predict(plain), predict(Sampler(params, files.adapter).unet))
 
 
-def test_lineage_names_all_winners_that_were_used(params: Params, root: Path) -> None:
+def test_lineage_names_the_winners_that_were_used(params: Params, root: Path) -> None:
     digests = {key: digest(RoundFiles(root, key).winners) for key in ("001", "002")}
     train(Round.of(params, root, "002"))
     lineage, alone = read_lineage(RoundFiles(root, "002")), losses(RoundFiles(root, "002"))
@@ -96,7 +95,7 @@ def test_lineage_names_all_winners_that_were_used(params: Params, root: Path) ->
         assert losses(RoundFiles(root, "002")) != alone
 
 
-def test_a_missing_or_other_parent_is_told_in_one_line(params: Params, root: Path) -> None:
+def test_a_missing_or_other_parent_is_refused(params: Params, root: Path) -> None:
     with pytest.raises(UserError, match=rf"{UNET_FILE}: missing; run train of round 001"):
         train(Round.of(with_train(params, method="full"), root, "002"))
     with pytest.raises(UserError, match=r"rounds\.002\.train: rank or target_modules differ from those of parent 001"):

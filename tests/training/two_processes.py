@@ -12,7 +12,11 @@ from tests.training.helpers import with_runtime, with_train
 
 CASES = {
     "sft": {"batch_size": 5},
-    "dpo": {"objective": "dpo", "batch_size": 4},  # of round 002: with the parent's LoRA as a second adapter
+    "dpo": {
+        "objective": "dpo",
+        "dpo_beta": 200.0,
+        "batch_size": 4,
+    },  # of round 002: with the parent's LoRA as a second adapter
     "replay": {"replay": 0.5, "batch_size": 3},
 }
 
