@@ -8,8 +8,7 @@ import torch
 from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPProcessor, PreTrainedTokenizerBase
 
-from srpo.models.hub import Source, loading
-from srpo.models.pipeline import load_whole
+from srpo.models.hub import Source, load_complete, loading
 from srpo.rewards.preprocess import Preprocess
 from srpo.rewards.protocol import Pixels
 
@@ -47,7 +46,7 @@ class ClipEncoder:
             UserError: it can't be loaded.
         """
         with loading(source):
-            model = load_whole(CLIPModel, source.model, revision=source.revision, use_safetensors=True)
+            model = load_complete(CLIPModel, source.model, revision=source.revision, use_safetensors=True)
             processor = CLIPProcessor.from_pretrained(source.model, revision=source.revision)
             preprocess = Preprocess.from_config(processor.image_processor.to_dict())
         return cls(model, processor.tokenizer, preprocess, device, dtype)
