@@ -65,7 +65,7 @@ def test_a_password_in_the_address_is_told_to_nobody(
 
     param("tracking/uri", uri)(project)
     assert cli.run(["track"]) == 1 and cli.run(["table"]) == 0  # MLflow is not to be had
-    found = services.find_mlflow(uri).text, str(addresses(load_params(), "001"))  # what Prefect's artifact shows
+    found = services.check_mlflow(uri).text, str(addresses(load_params(), "001"))  # what Prefect's artifact shows
     told = "".join((*capfd.readouterr(), caplog.text, *found))
     assert "127.0.0.1" in told and not [secret for secret in SECRETS if secret in told]
     assert leaks(project) == []

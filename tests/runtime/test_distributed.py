@@ -31,7 +31,7 @@ def project(world: Path) -> Path:
 
 
 def start(project: Path) -> subprocess.Popen:
-    environ = os.environ | {"PYTHONPATH": str(REPO), "SRPO_WARM": "/nowhere"}
+    environ = os.environ | {"PYTHONPATH": str(REPO), "SRPO_FORK_SERVER": "/nowhere"}
     command = [sys.executable, "-m", "srpo", "generate", "001"]
     return subprocess.Popen(command, cwd=project, env=environ, stderr=subprocess.PIPE, text=True)
 
