@@ -115,7 +115,7 @@ def check_time(
     known = bool(devices) and cost.peak_tflops(devices[0].name) is not None
     names = [devices[0].name] if known else list(cost.EXAMPLES)
     cores = os.cpu_count() or 1
-    results = []
+    results: list[CheckResult] = []
     for key, params in rounds.items():
         processes = params.runtime.processes
         machines = {name: cost.Machine(cost.peak_tflops(name) or 1.0, processes, cores) for name in names}

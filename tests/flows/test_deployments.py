@@ -74,7 +74,7 @@ def test_the_check_sees_a_wrong_name_and_a_wrong_type() -> None:
         check({"gpus": "all"}, OWN_KUBERNETES)
 
 
-def test_the_kubernetes_template_adds_to_the_default_and_uses_all_it_names() -> None:
+def test_kubernetes_template() -> None:
     own, default = template(OWN_KUBERNETES), template(DEFAULTS / "kubernetes-0.8.0.json")
     added = set(own["variables"]["properties"]) - set(default["variables"]["properties"])
     assert added == {"gpus", "secret", "cache_claim"}

@@ -63,7 +63,7 @@ def _group(process: psutil.Process) -> int:
         return 0
 
 
-def test_commands_find_this_pythons_programs_without_an_activated_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_find_this_pythons_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     code, lines = run_group(["sh", "-c", "command -v srpo"], lambda line: None)
     assert (code, lines) == (0, [str(Path(sys.executable).parent / "srpo")])

@@ -86,7 +86,7 @@ def test_a_human_rejects_and_nothing_is_registered(project: Path, prefect_server
     assert aliases(project) == {}
 
 
-def test_a_failed_gate_is_refused_and_an_override_recorded(project: Path, prefect_server, capfd) -> None:
+def test_failed_gate_needs_an_override(project: Path, prefect_server, capfd) -> None:
     fail_the_gate(load_params(), project, "001")
     with pytest.raises(UserError, match=r"^round 001: the gate failed it \(fid_ratio\); give `override` a reason"):
         srpo_promote(round="001", auto=True)
