@@ -5,9 +5,8 @@
 Run it in the project's folder with its data. Both start as commands on a fresh copy of the project: `python -m
 flows.rounds --round 001`, with Prefect's server, DVC, MLflow, reports and base's evaluation; and bench.naive_round,
 which samples, scores, trains on and evaluates the same numbers of images with the same settings, without records.
-`load` is the time of imports: once in the script; in the flow, until the first stage. --warm runs the flow's stages from
-its fork server. --prompts takes
-only the first N prompts of both files.
+`load` is the time of imports: once in the script; in the flow, until the first stage. --warm runs the flow with its
+fork server. --prompts takes only the first N prompts of both files.
 """
 
 from __future__ import annotations
