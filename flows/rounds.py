@@ -29,7 +29,7 @@ from flows.errors import BadInput, StageDied, show_in_one_line
 from flows.names import artifact_key, run_name
 from flows.process import run_group
 from flows.stages import BASE_STAGES, CACHED, ROUND_STAGES, dvc, last_error, reproduce
-from srpo import rounds as tree
+from srpo.config import tree
 from srpo.config.loader import Params, load_params
 from srpo.errors import UserError
 from srpo.reporting import table

@@ -1,25 +1,12 @@
-"""Rounds: their tree, their files, and a round with its resolved params."""
+"""A round with its resolved params, and the paths of its files."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
-if TYPE_CHECKING:
-    from srpo.config.loader import Params
-
-BASE = "base"
-ROUND_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
-
-
-class HasParent(Protocol):
-    """A round as the tree needs it."""
-
-    @property
-    def parent(self) -> str: ...
+from srpo.config.loader import Params
+from srpo.config.tree import BASE, ancestors
 
 
 @dataclass(frozen=True)
@@ -31,26 +18,32 @@ class RoundFiles:
 
     @property
     def folder(self) -> Path:
+        """The round's folder."""
         return self.root / "rounds" / self.key
 
     @property
     def candidates(self) -> Path:
+        """Folder of parquet shards, one row per candidate."""
         return self.folder / "candidates"
 
     @property
     def scores(self) -> Path:
+        """Parquet file, one row per candidate and one column per reward."""
         return self.folder / "scores.parquet"
 
     @property
     def winners(self) -> Path:
+        """Folder of parquet shards, one row per winner."""
         return self.folder / "winners"
 
     @property
     def adapter(self) -> Path:
+        """Folder of the trained weights and lineage.json."""
         return self.folder / "adapter"
 
     @property
     def training(self) -> Path:
+        """CSV file, one row per logged training step."""
         return self.folder / "training.csv"
 
     @property
@@ -65,10 +58,12 @@ class RoundFiles:
 
     @property
     def evaluation(self) -> Path:
+        """Folder of metrics, per-prompt scores, samples and the gate's decision."""
         return self.folder / "evaluation"
 
     @property
     def report(self) -> Path:
+        """Folder of the report page."""
         return self.folder / "report"
 
 
@@ -107,70 +102,15 @@ class Round:
 
     @property
     def files(self) -> RoundFiles:
+        """The paths of this round."""
         return RoundFiles(self.root, self.key)
 
     @property
     def parent_files(self) -> RoundFiles:
+        """The paths of the parent."""
         return RoundFiles(self.root, self.parent)
 
     @property
     def base_files(self) -> RoundFiles:
+        """The paths of base."""
         return RoundFiles(self.root, BASE)
-
-
-def check_tree(parents: Mapping[str, str]) -> None:
-    """Check that {round: parent} is a tree rooted at `base`.
-
-    Raises:
-        ValueError: invalid round name, unknown parent or a cycle; the message names the round.
-    """
-    for key, parent in parents.items():
-        if key == BASE or not ROUND_NAME.fullmatch(key):
-            raise ValueError(f"{key!r} is not a valid name; use letters, digits, - and _, and not `base`")
-        if parent != BASE and parent not in parents:
-            raise ValueError(f"{key}.parent: no round {parent!r}; use base or a round of this file")
-    for key in parents:
-        path = [key]
-        parent = parents[key]
-        while parent != BASE:
-            if parent in path:
-                raise ValueError(f"{key}.parent: the parents form a cycle: {' -> '.join([*path, parent])}")
-            path.append(parent)
-            parent = parents[parent]
-
-
-def ancestors(tree: Mapping[str, HasParent], key: str) -> list[str]:
-    """Return the rounds between base and `key`, the oldest first."""
-    path: list[str] = []
-    parent = tree[key].parent
-    while parent != BASE:
-        path.append(parent)
-        parent = tree[parent].parent
-    return path[::-1]
-
-
-def order(tree: Mapping[str, HasParent]) -> list[str]:
-    """Return all rounds, parents before children, otherwise in file order."""
-    depth = {key: len(ancestors(tree, key)) for key in tree}
-    return sorted(tree, key=lambda key: depth[key])
-
-
-def branches(tree: Mapping[str, HasParent], keys: Collection[str]) -> list[list[str]]:
-    """Return the tree of `keys` (rounds and base) as paths, the main path first.
-
-    A path follows each round's first child. Every other child starts a path that begins with the round it branches off.
-    A round whose parent is not in `keys` is a child of its nearest ancestor in `keys`.
-    """
-    children: dict[str, list[str]] = {}
-    for key in (key for key in tree if key in keys):
-        above = [name for name in (BASE, *ancestors(tree, key)) if name in keys]
-        children.setdefault(above[-1] if above else BASE, []).append(key)
-
-    def grow(path: list[str]) -> list[list[str]]:
-        start = len(path) - 1  # forks of earlier rounds belong to the calling path
-        while child_keys := children.get(path[-1]):
-            path.append(child_keys[0])
-        forks = [[key, child] for key in path[start:] for child in children.get(key, [])[1:]]
-        return [path, *(branch for fork in forks for branch in grow(fork))]
-
-    return grow([BASE])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from srpo import rounds
+from srpo.config import tree
 from srpo.config.schema import (
     INCEPTION,
     EvaluateParams,
@@ -50,7 +50,7 @@ class Params(Section):
     @field_validator("rounds", mode="after")
     @classmethod
     def _rounds_are_a_tree(cls, value: dict[str, RoundParams]) -> dict[str, RoundParams]:
-        rounds.check_tree({key: node.parent for key, node in value.items()})
+        tree.check_tree({key: node.parent for key, node in value.items()})
         return value
 
     @model_validator(mode="after")
@@ -160,7 +160,7 @@ def load_params(path: Path | str = PARAMS_FILE) -> Params:
                 f"{path}: rounds.{key}.generate.early_rejection.reward: must be that of generate.early_rejection,"
                 " because DVC tracks its model"
             )
-        if node.parent != rounds.BASE and resolved[key].train.method != resolved[node.parent].train.method:
+        if node.parent != tree.BASE and resolved[key].train.method != resolved[node.parent].train.method:
             raise UserError(f"{path}: rounds.{key}.train.method: differs from parent {node.parent}; use the same")
     return params
 

@@ -22,10 +22,12 @@ class DeviceSettings(Protocol):
     """`device` and `dtype` of `runtime` in params.yaml."""
 
     @property
-    def device(self) -> str: ...
+    def device(self) -> str:
+        """`auto`, `cpu` or `cuda`."""
 
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str:
+        """`auto` or the name of a torch dtype."""
 
 
 def load_quietly() -> None:

@@ -33,7 +33,8 @@ class HasProcesses(Protocol):
     """Settings with a number of processes, such as `runtime` of params.yaml."""
 
     @property
-    def processes(self) -> int: ...
+    def processes(self) -> int:
+        """Processes per command."""
 
 
 def is_worker() -> bool:

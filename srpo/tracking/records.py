@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from srpo.config.loader import STAGES_WITH_OVERRIDES, Params
+from srpo.config.tree import ancestors, order
 from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.evaluation.image_stats import IMAGE_STATS
 from srpo.lineage.dvc_lock import read_dvc_lock
 from srpo.lineage.record import read_lineage
 from srpo.reporting.table import SET_MEASURES, verdict
-from srpo.rounds import BASE, Round, RoundFiles, ancestors, order
+from srpo.rounds import BASE, Round, RoundFiles
 from srpo.storage.hashing import file_digest, value_digest
 
 ARTIFACTS_TAG = "srpo.artifacts"

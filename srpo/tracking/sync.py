@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from srpo.config.loader import Params
+from srpo.config.tree import ancestors, order
 from srpo.errors import UserError, one_line, without_secrets
-from srpo.rounds import BASE, Round, RoundFiles, ancestors, order
+from srpo.rounds import BASE, Round, RoundFiles
 from srpo.runtime import distributed
 from srpo.runtime.extras import require
 from srpo.storage.hashing import file_digest, value_digest

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from srpo.config.loader import load_params
+from srpo.config.tree import ancestors, check_tree, order
 from srpo.errors import UserError
-from srpo.rounds import ancestors, check_tree, order
 
 REPO = Path(__file__).parents[2]
 
