@@ -160,7 +160,7 @@ def test_bad_params_give_one_clear_line(name: str, tmp_path: Path, capfd: pytest
     assert {entry.name for entry in tmp_path.iterdir()} == {"params.yaml"}, "something was written"
 
 
-def test_a_missing_file_and_an_unknown_round_are_named(tmp_path: Path, monkeypatch) -> None:
+def test_missing_file_and_unknown_round(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_params(tmp_path / "params.yaml")
     shutil.copy(REPO / "params.yaml", tmp_path)

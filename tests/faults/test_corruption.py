@@ -137,7 +137,7 @@ def test_a_damaged_cache_is_made_anew(project: Path, case: Case, damage: str) ->
     assert file.read_bytes() == sound
 
 
-def test_no_flipped_bit_of_a_dataset_goes_unseen(tmp_path: Path) -> None:
+def test_flipped_bits_are_detected(tmp_path: Path) -> None:
     """One bit of every byte of the footer, and of every third byte before it; where it passes nothing was changed."""
     path = tmp_path / "table.parquet"
     fields = {"candidate_id": pa.string(), "image": IMAGE, "latents": LATENTS, "reward": pa.float32()}

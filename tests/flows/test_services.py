@@ -52,7 +52,7 @@ def fall_in(flow: subprocess.Popen, stage: str, line: Proxy) -> list[psutil.Proc
     return psutil.Process(flow.pid).children(recursive=True)
 
 
-def test_a_round_outlives_a_short_absence_of_prefect(project: Path, prefect_line: Proxy) -> None:
+def test_short_absence_of_prefect(project: Path, prefect_line: Proxy) -> None:
     (project / "trouble-evaluate-base").write_text("linger")
     flow = run_flow("--round", "001")
     fall_in(flow, "evaluate-base", prefect_line)

@@ -101,7 +101,7 @@ def end(worker: psutil.Process) -> None:
     worker.wait(60)
 
 
-def test_cancelling_a_run_leaves_no_process_behind(deployed: Path) -> None:
+def test_canceled_run_leaves_no_process(deployed: Path) -> None:
     (deployed / "trouble-evaluate-base").write_text("hang")
     worker = start_worker()
     run = run_deployment(rounds=["001"])

@@ -60,7 +60,7 @@ def test_the_tiny_preset_needs_a_clone(tmp_path: Path, capfd: pytest.CaptureFixt
 
 
 @pytest.mark.slow
-def test_a_tiny_project_pulls_its_data_from_its_own_folder(tmp_path: Path) -> None:
+def test_tiny_project_pulls_its_data(tmp_path: Path) -> None:
     root = tmp_path / "tiny"
     assert cli.run(["init", "--preset", "tiny", str(root)]) == 0
     command = [sys.executable, "-m", "dvc", "pull", "-q", "--remote", "assets", "data.dvc"]
@@ -76,7 +76,7 @@ def test_without_git_dvc_stands_alone(tmp_path: Path, monkeypatch) -> None:
     assert not (tmp_path / "new" / ".git").exists()
 
 
-def test_in_a_repository_it_makes_no_second_one(tmp_path: Path) -> None:
+def test_existing_repository_is_used(tmp_path: Path) -> None:
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     assert cli.run(["init", str(tmp_path / "inside")]) == 0
     assert not (tmp_path / "inside" / ".git").exists() and (tmp_path / "inside" / ".dvc").is_dir()
