@@ -8,7 +8,6 @@ clone may be running. Nothing else commits dvc.lock.
 from __future__ import annotations
 
 import os
-import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -17,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from srpo.errors import UserError
+from srpo.lineage.dvc_lock import LOCK_FILE, parse_dvc_lock, read_dvc_lock
+from srpo.lineage.lock_merge import dump_dvc_lock
+from srpo.storage.git import git
 
-LOCK_FILE = "dvc.lock"
 SOURCES = ("params.yaml", "dvc.yaml", "data.dvc")  # they define stages, so other runners need them
 ATTEMPTS = 20
 _one_at_a_time = threading.Lock()
@@ -47,7 +48,7 @@ def sources() -> list[str]:
 
 def upstream() -> str | None:
     """Return the upstream branch (`origin/main`), or None without one or without Git."""
-    done = _try("rev-parse", "--abbrev-ref", "--symbolic-full-name", "@{upstream}")
+    done = git("rev-parse", "--abbrev-ref", "--symbolic-full-name", "@{upstream}")
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -66,14 +67,14 @@ def fast_forward() -> None:
         if _git("rev-list", f"{branch}..HEAD").strip():
             raise UserError(f"this branch has commits that are not in {branch}; `git pull --rebase`, then `git push`")
         committed = _entries("HEAD")
-        own = {stage: entry for stage, entry in _read(LOCK_FILE).items() if committed.get(stage) != entry}
+        own = {stage: entry for stage, entry in read_dvc_lock(Path()).items() if committed.get(stage) != entry}
         _git("checkout", "HEAD", "--", LOCK_FILE) if committed else Path(LOCK_FILE).unlink(missing_ok=True)
         try:
             _git("merge", "--quiet", "--ff-only", branch)
         finally:
             entries = _entries("HEAD")
             if any(entries.get(stage) != entry for stage, entry in own.items()):
-                Path(LOCK_FILE).write_bytes(_dump(entries | own))
+                Path(LOCK_FILE).write_bytes(dump_dvc_lock(entries | own))
 
 
 def push_lock_entry(stage: str) -> bool:
@@ -88,14 +89,14 @@ def push_lock_entry(stage: str) -> bool:
         UserError: Git can't reach upstream or is not allowed to push.
     """
     with _locked():
-        entry = _read(LOCK_FILE)[stage]
+        entry = read_dvc_lock(Path())[stage]
         for _ in range(ATTEMPTS):
             branch = _fetch()
             entries = _entries(branch)
             if entries.get(stage) == entry:
                 return False
-            commit = _commit(branch, _dump(entries | {stage: entry}), f"dvc.lock: {stage}")
-            pushed = _try("push", "--quiet", _remote(branch), f"{commit}:refs/heads/{_name(branch)}")
+            commit = _commit(branch, dump_dvc_lock(entries | {stage: entry}), f"dvc.lock: {stage}")
+            pushed = git("push", "--quiet", _remote(branch), f"{commit}:refs/heads/{_name(branch)}")
             if pushed.returncode == 0:
                 return True
             if not any(word in pushed.stderr for word in ("fetch first", "non-fast-forward", "cannot lock ref")):
@@ -115,7 +116,7 @@ def _commit(parent: str, lock_file: bytes, message: str) -> str:
 
 def _identity() -> dict[str, str]:
     """Return the environment for commits on a machine where Git knows no author."""
-    known = _try("config", "user.email").stdout.strip() or os.environ.get("GIT_AUTHOR_EMAIL")
+    known = git("config", "user.email").stdout.strip() or os.environ.get("GIT_AUTHOR_EMAIL")
     fields = ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL")
     return {} if known else dict(zip(fields, ("srpo", "srpo@localhost") * 2, strict=True))
 
@@ -150,37 +151,14 @@ def _in_tree(path: str) -> str:
 
 
 def _entries(commit: str) -> dict[str, Any]:
-    return _stages(_try("show", f"{commit}:{_in_tree(LOCK_FILE)}").stdout)  # empty if the commit has none
-
-
-def _read(path: str) -> dict[str, Any]:
-    return _stages(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
-
-
-def _stages(text: str) -> dict[str, Any]:
-    from dvc.utils.serialize import parse_yaml
-
-    return (parse_yaml(text, LOCK_FILE) or {}).get("stages", {}) if text else {}
-
-
-def _dump(stages: dict[str, Any]) -> bytes:
-    from dvc.utils.serialize import dumps_yaml
-
-    return dumps_yaml({"schema": "2.0", "stages": stages}).encode()
+    return parse_dvc_lock(git("show", f"{commit}:{_in_tree(LOCK_FILE)}").stdout)  # empty if the commit has none
 
 
 def _git(*arguments: str, stdin: str | None = None, environ: dict[str, str] | None = None) -> str:
-    done = _try(*arguments, stdin=stdin, environ=environ)
+    done = git(*arguments, stdin=stdin, environ=environ)
     if done.returncode != 0:
         raise UserError(f"git {arguments[0]}: {_last_line(done.stderr)}")
     return done.stdout
-
-
-def _try(
-    *arguments: str, stdin: str | None = None, environ: dict[str, str] | None = None
-) -> subprocess.CompletedProcess:
-    environ = os.environ | {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"} | (environ or {})
-    return subprocess.run(["git", *arguments], input=stdin, capture_output=True, text=True, env=environ)
 
 
 def _last_line(text: str) -> str:

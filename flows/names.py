@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+
+from srpo.storage.project import project_identity
 
 
 def project_name() -> str:
-    """Return the name of this project's folder in lowercase letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", Path.cwd().name.lower()).strip("-") or "project"
+    """Return the project's identity in lowercase letters, digits and dashes, as Prefect's artifacts require."""
+    return project_identity(Path.cwd()).lower().replace("_", "-")
 
 
 def run_name() -> str:

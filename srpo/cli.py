@@ -26,6 +26,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+lock_app = typer.Typer(help="Work with dvc.lock, the record of all stages.", no_args_is_help=True)
+app.add_typer(lock_app, name="lock")
 RoundKey = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rounds` in params.yaml")]
 RoundOrBase = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rounds` in params.yaml, or base")]
 
@@ -241,6 +243,25 @@ def check() -> None:
         print(f"{result.state:4}  {result.name:{width}}  {result.text}")
     if failed := sum(result.state == "fail" for result in results):
         raise UserError(f"{failed} of {len(results)} checks failed; fix the checks marked `fail` above")
+
+
+@lock_app.command("merge")
+def lock_merge(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[BASE OURS THEIRS]", help="three versions, as Git passes them to a merge driver"),
+    ] = None,
+) -> None:
+    """Merge dvc.lock by entry: three files into OURS, or without arguments the versions of a merge in conflict."""
+    from srpo.lineage.lock_merge import merge_files, merge_index
+
+    if not files:
+        merge_index(Path.cwd())
+        print("dvc.lock: merged; now `git add dvc.lock`")
+    elif len(files) == 3:
+        merge_files(*files)
+    else:
+        raise UserError("lock merge: takes three files, or none after a merge in conflict")
 
 
 @app.command()

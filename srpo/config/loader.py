@@ -24,6 +24,7 @@ from srpo.config.schema import (
 )
 from srpo.errors import UserError, one_line
 from srpo.rewards.families import FAMILIES, find_family
+from srpo.storage.conflicts import check_no_conflict
 
 PARAMS_FILE = "params.yaml"
 STAGES_WITH_OVERRIDES = ("generate", "select", "train")
@@ -128,7 +129,9 @@ def load_params(path: Path | str = PARAMS_FILE) -> Params:
 
     path = Path(path)
     try:
-        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        check_no_conflict(str(path), text, "keep the lines you want, remove the markers and `git add` the file")
+        raw = YAML(typ="safe", pure=True).load(text)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run srpo in the folder that contains params.yaml") from None
     except UnicodeDecodeError:

@@ -3,51 +3,70 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from srpo.errors import one_line, without_secrets
+from srpo.errors import UserError, one_line, without_secrets
+from srpo.lineage.dvc_lock import LOCK_FILE, read_dvc_lock
+from srpo.lineage.lock_merge import COMMAND, DRIVER
 from srpo.preflight import CheckResult
 from srpo.runtime.extras import missing
+from srpo.storage.conflicts import check_no_conflict
+from srpo.storage.git import git
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
 
+NOT_INSTALLED = 127  # status of `git`
 TIMEOUT_SECONDS = 15.0  # generous: a loaded server may be slow to answer
 
 
 def check_repositories(root: Path) -> list[CheckResult]:
     """Check that the project is under version control by Git and DVC, and that the DVC remote is writable."""
-    git = check_git(root)
+    results = [check_git(root), check_pipeline_files(root)]
     if line := missing("dvc"):
-        return [git, CheckResult("dvc", "fail", f"a project {line}")]
+        return [*results, CheckResult("dvc", "fail", f"a project {line}")]
     from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
 
     try:
         repo = Repo(str(root))
     except NotDvcRepoError:
-        return [git, CheckResult("dvc", "fail", "not a DVC repository; create one with `srpo init` or `dvc init`")]
+        return [*results, CheckResult("dvc", "fail", "not a DVC repository; create one with `srpo init` or `dvc init`")]
     with repo:
         data = CheckResult("dvc", "ok", "data/ is tracked")
         if not (root / "data.dvc").is_file():
             data = CheckResult("dvc", "warn", "data/ is not tracked, so no commit can restore it; run `dvc add data`")
-        return [git, data, check_remote(repo)]
+        return [*results, data, check_remote(repo)]
 
 
 def check_git(root: Path) -> CheckResult:
-    """Check that the project is in a Git repository without uncommitted changes."""
-    try:
-        status = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True)
-    except FileNotFoundError:
-        return CheckResult("git", "warn", "not installed; dvc.lock is not under version control")
+    """Check that the project is in a Git repository without uncommitted changes, with the merge driver of dvc.lock."""
+    status = git("status", "--porcelain", root=root)
     if status.returncode != 0:
-        return CheckResult("git", "warn", "no Git repository; dvc.lock is not under version control")
+        reason = "not installed" if status.returncode == NOT_INSTALLED else "no Git repository"
+        return CheckResult("git", "warn", f"{reason}; dvc.lock is not under version control")
+    attribute = git("check-attr", "merge", LOCK_FILE, root=root).stdout
+    if attribute.rstrip().endswith(DRIVER) and not git("config", f"merge.{DRIVER}.driver", root=root).stdout:
+        text = f"this clone has no merge driver for dvc.lock; `git config merge.{DRIVER}.driver '{COMMAND}'`"
+        return CheckResult("git", "warn", text)
     if changed := len(status.stdout.splitlines()):
         return CheckResult("git", "warn", f"{changed} uncommitted files; commit them, so that rounds record their code")
     return CheckResult("git", "ok", "all files committed")
+
+
+def check_pipeline_files(root: Path) -> CheckResult:
+    """Check that a merge has left no conflict in dvc.yaml or dvc.lock."""
+    try:
+        pipeline = root / "dvc.yaml"
+        if pipeline.exists():
+            text = pipeline.read_text(encoding="utf-8", errors="replace")
+            check_no_conflict("dvc.yaml", text, "remove the markers and `git add dvc.yaml`")
+        stages = read_dvc_lock(root)
+    except UserError as error:
+        return CheckResult(LOCK_FILE, "fail", str(error))
+    return CheckResult(LOCK_FILE, "ok", f"{len(stages)} stages recorded")
 
 
 def check_remote(repo: Repo) -> CheckResult:

@@ -72,9 +72,7 @@ def test_password_in_the_address_is_redacted(
 
 
 @pytest.mark.slow  # makes an MLflow database
-def test_tokens_are_not_written(
-    project: Path, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_tokens_are_not_written(project: Path, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture) -> None:
     from srpo.config.loader import load_params
     from srpo.lineage.record import write_lineage
     from srpo.rounds import RoundFiles

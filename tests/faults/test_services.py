@@ -97,9 +97,7 @@ def test_slow_server_is_one_warning(line: Proxy, project: Path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("lost", ["one answer", "all from then on"])
-def test_lost_answers_lead_to_no_duplicates(
-    line: Proxy, project: Path, wanted, lost: str
-) -> None:
+def test_lost_answers_lead_to_no_duplicates(line: Proxy, project: Path, wanted, lost: str) -> None:
     story, count = wanted
     for moment in moments(count):
         params, before = params_for(project, line, f"{lost} {moment}"), line.answers

@@ -113,7 +113,7 @@ def test_missing_files_fail(project: Path, capfd: pytest.CaptureFixture) -> None
     )
     assert found["model.base"].text.startswith("data/base has no file unet/diffusion_pytorch_model.safetensors")
     assert cli.run(["check"]) == 2
-    assert "3 of 14 checks failed" in capfd.readouterr().err
+    assert "3 of 15 checks failed" in capfd.readouterr().err
 
 
 def test_uncached_hub_model_fails_offline(project: Path) -> None:
