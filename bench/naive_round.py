@@ -1,11 +1,11 @@
-"""A round as one would write it first, without this project: one script, one import, diffusers and transformers.
+"""A round without this project: one script on diffusers and transformers.
 
     python -m bench.naive_round FOLDER
 
-Candidates prompt by prompt through the pipeline into PNG files; CLIP scores picture by picture; the best of each
-prompt; a LoRA loop with VAE and text encoders inside; base and the round evaluated on the same number of pictures by
-the same means. It has no lineage, no resume, no report, no intervals and no tracking. Settings are params.yaml's.
-Prints a line of JSON, seconds by part; bench.round runs it.
+Candidates are sampled prompt by prompt into PNG files, and CLIP scores are computed image by image. A LoRA loop trains
+on the best candidates, with VAE and text encoders in memory. Base and the round are evaluated on the same number of
+images with the same metrics. Lineage, resume, report, intervals and tracking are missing. Settings are those of
+params.yaml. Prints seconds by part as a line of JSON; bench.round runs it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Scorer = tuple[CLIPModel, CLIPProcessor]
 
 
 def sample(pipeline: StableDiffusionXLPipeline, prompts: list[Prompt], folder: Path, count: int, **settings) -> None:
-    """`count` PNG files for every prompt."""
+    """Write `count` PNG files per prompt."""
     folder.mkdir(parents=True)
     for prompt in prompts:
         images = pipeline(
@@ -45,14 +45,14 @@ def sample(pipeline: StableDiffusionXLPipeline, prompts: list[Prompt], folder: P
 
 @torch.no_grad()
 def clip(scorer: Scorer, image: Image.Image, prompt: str | None = None) -> tuple[float, np.ndarray]:
-    """CLIP score (0 without a prompt) and image features of one picture."""
+    """Return CLIP score (meaningless without a prompt) and image features of one image."""
     model, processor = scorer
     found = model(**processor(text=[prompt or ""], images=[image], return_tensors="pt", padding=True, truncation=True))
     return 100 * (found.image_embeds @ found.text_embeds.T).item(), found.image_embeds[0].numpy()
 
 
 def score(scorers: dict[str, Scorer], templates: list[tuple[str, np.ndarray]], prompts: list[Prompt], folder: Path):
-    """Every picture's scores, and features by each scorer, in the order of prompts and indices."""
+    """Return each image's scores and features, in the order of prompts and indices."""
     rows = []
     for prompt in prompts:
         for path in sorted(folder.glob(f"{prompt.id}-*.png")):
@@ -65,7 +65,7 @@ def score(scorers: dict[str, Scorer], templates: list[tuple[str, np.ndarray]], p
 
 
 def fine_tune(pipeline: StableDiffusionXLPipeline, winners: list[dict], params: Params) -> None:
-    """LoRA on the winners' PNG files, as diffusers' example script does it."""
+    """Train a LoRA on the winners' PNG files, as diffusers' example script does."""
     settings, unet = params.train, pipeline.unet
     size = params.generate.height
     unet.requires_grad_(False)
@@ -78,7 +78,7 @@ def fine_tune(pipeline: StableDiffusionXLPipeline, winners: list[dict], params: 
     )
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     generator = torch.Generator().manual_seed(0)
-    # with replacement, so that there is a batch even of few winners
+    # with replacement: there may be fewer winners than a batch has samples
     picks = torch.utils.data.RandomSampler(
         winners, replacement=True, num_samples=settings.steps * settings.batch_size, generator=generator
     )
@@ -107,13 +107,13 @@ def fine_tune(pipeline: StableDiffusionXLPipeline, winners: list[dict], params: 
 
 
 def evaluate(pipeline, scorers, templates, moments, prompts: list[Prompt], folder: Path, params: Params) -> None:
-    """Pictures and scores at every guidance scale, and FID on the judge's features."""
+    """Sample and score images at every guidance scale, and compute FID with the judge's features."""
     settings = params.evaluate
     size = {"height": settings.height, "width": settings.width, "num_inference_steps": settings.num_inference_steps}
     for guidance in settings.guidance_scales:
-        pictures = folder / str(guidance)
-        sample(pipeline, prompts, pictures, settings.images_per_prompt, guidance_scale=guidance, **size)
-        rows = score(scorers, templates, prompts, pictures)
+        images = folder / str(guidance)
+        sample(pipeline, prompts, images, settings.images_per_prompt, guidance_scale=guidance, **size)
+        rows = score(scorers, templates, prompts, images)
         features = np.stack([row["judge"][1] for row in rows])
         fid = frechet_distance(features.mean(0), np.cov(features, rowvar=False), *moments)
         accuracy = np.mean([row["accuracy"] for row in rows])
@@ -124,7 +124,7 @@ def evaluate(pipeline, scorers, templates, moments, prompts: list[Prompt], folde
 
 
 def main() -> None:
-    """Run it all in the current project's settings and data; pictures go under FOLDER."""
+    """Run a round with the settings and data of the current project; images go under FOLDER."""
     start, folder, seconds = time.perf_counter(), Path(sys.argv[1]), {}
 
     def finished(part: str) -> None:

@@ -4,9 +4,9 @@
 
 Run it in the project's folder with its data. Both start as commands on a fresh copy of the project: `python -m
 flows.rounds --round 001`, with Prefect's server, DVC, MLflow, reports and base's evaluation; and bench.naive_round,
-which makes, scores, trains on and evaluates the same numbers of pictures with the same settings, without records.
-`load` counts the imports: the script's one time, the flow's start of its warm server and of Prefect. --prompts takes
-only the first N prompts of both files.
+which samples, scores, trains on and evaluates the same numbers of images with the same settings, without records.
+`load` is the time of imports: once in the script; in the flow, until the first stage. --warm runs the flow with its
+fork server. --prompts takes only the first N prompts of both files.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -46,7 +47,7 @@ PARTS = {"base": "load", "evaluate-base": "evaluate base", "score": "score, sele
 
 
 def fresh_copy(project: Path, root: Path, prompts: int | None) -> None:
-    """The project without what it has made, its prompt files cut to `prompts` lines."""
+    """Copy the project without its outputs, and cut its prompt files to `prompts` lines."""
     shutil.copytree(project, root, ignore=LEFT_OUT)
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)
     if prompts:
@@ -55,7 +56,7 @@ def fresh_copy(project: Path, root: Path, prompts: int | None) -> None:
 
 
 def run(command: list[str], root: Path, on_line: Callable[[str], None]) -> float:
-    """Wall seconds of a command in `root`; `on_line` sees what it says."""
+    """Run a command in `root` and return its wall seconds; `on_line` is called with each line of its output."""
     environment = os.environ | {
         "PYTHONPATH": str(root),
         "PREFECT_HOME": str(root / ".prefect"),
@@ -78,8 +79,8 @@ def run(command: list[str], root: Path, on_line: Callable[[str], None]) -> float
     return time.perf_counter() - start
 
 
-def by_flow(root: Path) -> dict[str, float]:
-    """Seconds by part of the flow. A part lasts until DVC starts the next stage."""
+def by_flow(root: Path, warm: bool) -> dict[str, float]:
+    """Return seconds by part of the flow. A part lasts until DVC starts the next stage."""
     seconds: dict[str, float] = {}
     part, since = "load", time.perf_counter()
 
@@ -90,16 +91,16 @@ def by_flow(root: Path) -> dict[str, float]:
             seconds[part] = seconds.get(part, 0.0) + now - since
             part, since = PARTS.get(stage[1], stage[1]), now
 
-    run(["flows.rounds", "--round", KEY], root, on_line)
+    run(["flows.rounds", "--round", KEY, *(["--warm"] if warm else [])], root, on_line)
     seconds["report, MLflow, end"] = seconds.pop("report", 0.0) + time.perf_counter() - since
     return seconds
 
 
-def by_hand(root: Path) -> dict[str, float]:
-    """Seconds by part of the naive script."""
-    said: list[str] = []
-    total = run(["bench.naive_round", str(root / "naive")], root, said.append)
-    seconds = json.loads(next(line for line in reversed(said) if line.startswith("{")))
+def by_script(root: Path) -> dict[str, float]:
+    """Return seconds by part of the naive script."""
+    lines: list[str] = []
+    total = run(["bench.naive_round", str(root / "naive")], root, lines.append)
+    seconds = json.loads(next(line for line in reversed(lines) if line.startswith("{")))
     seconds["load"] += total - sum(seconds.values())
     return seconds
 
@@ -109,16 +110,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--prompts", type=int)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--warm", action="store_true")
     arguments = parser.parse_args()
-    found: dict[str, list[dict[str, float]]] = {"naive script": [], "flow": []}
+    seconds: dict[str, list[dict[str, float]]] = {"naive script": [], "flow": []}
     load = os.getloadavg()[0]
     for _ in range(arguments.repeats):
-        for name, way in zip(found, (by_hand, by_flow), strict=True):
+        for name, measure in (("naive script", by_script), ("flow", partial(by_flow, warm=arguments.warm))):
             with tempfile.TemporaryDirectory() as folder:
                 root = Path(folder) / "project"
                 fresh_copy(Path.cwd(), root, arguments.prompts)
-                found[name].append(way(root))
-    naive, flow = (min(runs, key=lambda parts: sum(parts.values())) for runs in found.values())
+                seconds[name].append(measure(root))
+    naive, flow = (min(runs, key=lambda parts: sum(parts.values())) for runs in seconds.values())
     table = Table(title=f"base and round {KEY}; seconds, best of {arguments.repeats}; load before {load:.1f}")
     for column in ("part", "naive script", "flow", "times as fast"):
         table.add_column(column, justify="left" if column == "part" else "right")

@@ -1,4 +1,4 @@
-"""Prefect over DVC: schedules, retries, cancellation and artifacts. Nothing here computes."""
+"""Prefect flows over DVC stages: schedules, retries, cancellation and artifacts. They compute nothing."""
 
 import sys
 

@@ -1,10 +1,10 @@
-"""The global concurrency limit `gpu`: how many stages may use a GPU at a time, over all flows of a Prefect server."""
+"""The global concurrency limit `gpu`: the number of stages that use a GPU at a time, over all flows of a server."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
-from logging import Logger
 
 import httpx
 from prefect.client.orchestration import get_client
@@ -16,31 +16,31 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from flows.process import Stopped, stopping
 
 LIMIT = "gpu"
-ASK_SECONDS = 2.0
-LEASE_SECONDS = 60  # the shortest: a slot held by a flow that was killed is free again after it
+POLL_SECONDS = 2.0
+LEASE_SECONDS = 60  # the minimum; the slot of a killed flow is free after it
 
 
 def ensure_limit() -> None:
-    """Create the limit, of one slot, unless there is one: what needs more says `prefect gcl create gpu --limit N`."""
+    """Create the limit with one slot unless it exists; `prefect gcl create gpu --limit N` makes a larger one."""
     with get_client(sync_client=True) as client:
         try:
             client.read_global_concurrency_limit_by_name(LIMIT)
         except ObjectNotFound:
-            with contextlib.suppress(ObjectAlreadyExists):  # another flow was faster
+            with contextlib.suppress(ObjectAlreadyExists):  # another flow has just created it
                 client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=1))
 
 
 @contextlib.contextmanager
-def slot(logger: Logger) -> Iterator[None]:
-    """Hold a slot while the block runs, after waiting for it.
+def slot(logger: logging.Logger | logging.LoggerAdapter) -> Iterator[None]:
+    """Wait for a slot and hold it while the block runs.
 
-    It asks again and again by itself: Prefect's own waiting can't be interrupted from another thread.
+    Polls, because Prefect's own waiting can't be interrupted from another thread.
 
     Raises:
-        Stopped: the flow is being ended.
+        Stopped: the flow is being stopped.
     """
     with contextlib.ExitStack() as stack:
-        waits = False
+        logged = False
         while True:
             try:
                 stack.enter_context(concurrency(LIMIT, max_retries=0, lease_duration=LEASE_SECONDS))
@@ -48,10 +48,10 @@ def slot(logger: Logger) -> Iterator[None]:
             except ConcurrencySlotAcquisitionError as error:
                 if not _is_taken(error.__cause__):
                     raise
-            if not waits:
+            if not logged:
                 logger.info("Waiting for a slot of the concurrency limit `%s`", LIMIT)
-                waits = True
-            if stopping.wait(ASK_SECONDS):
+                logged = True
+            if stopping.wait(POLL_SECONDS):
                 raise Stopped
         yield
 

@@ -1,6 +1,6 @@
-"""Failures that are one line to the user: Prefect's logs show them without a traceback.
+"""Errors that are shown in one line, without a traceback in Prefect's logs.
 
-A flow that ends with one returns it in its state. A worker's Prefect raises it from there all the same, and logs that.
+A flow returns such an error in its final state. A worker's Prefect raises it from there all the same, and logs it.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import logging
 
 from srpo.errors import UserError
 
-ENGINE_WORDS = "exited with unexpected exception"  # said after the run's last state, which names the failure
+ENGINE_MESSAGE = "exited with unexpected exception"  # follows the message of the run's final state
 
 
 class StageDied(RuntimeError):
-    """A stage died; its last words are in the run's log. It may be tried again."""
+    """A stage failed and may be retried. Its last lines are in the run's log."""
 
 
 class BadInput(RuntimeError):
-    """A stage, or DVC before it, refused its input. Trying again would give the same answer."""
+    """A stage, or DVC before it, found its input invalid. A retry would fail, too."""
 
 
 class _OneLine(logging.Filter):
@@ -25,13 +25,13 @@ class _OneLine(logging.Filter):
         if not record.exc_info or not isinstance(record.exc_info[1], (UserError, StageDied, BadInput)):
             return True
         record.exc_info = record.exc_text = None
-        return ENGINE_WORDS not in record.getMessage()
+        return ENGINE_MESSAGE not in record.getMessage()
 
 
-_one_line = _OneLine()
+_one_line_filter = _OneLine()
 
 
 def show_in_one_line() -> None:
-    """Have this process's Prefect leave out the tracebacks of these failures."""
+    """Remove the tracebacks of these errors from the logs of this process's Prefect."""
     for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
-        logging.getLogger(name).addFilter(_one_line)
+        logging.getLogger(name).addFilter(_one_line_filter)

@@ -1,14 +1,13 @@
-"""What runners without a shared disk exchange: files through the DVC remote, entries of dvc.lock through Git.
+"""Exchange between runners without a shared disk: files through the DVC remote, entries of dvc.lock through Git.
 
-A runner starts with `take_over`, pulls a stage's `inputs`, and after each stage `publish`es its entry. A publication
-is a commit on top of the upstream branch that changes that one entry of dvc.lock, made without touching the working
-tree: other stages of this clone may be running. Nothing else commits dvc.lock.
+A runner starts with `fast_forward`, pulls a stage's `inputs`, and calls `push_lock_entry` after each stage: a commit of
+one entry of dvc.lock on top of the upstream branch, without touching the working tree, because other stages of this
+clone may be running. Nothing else commits dvc.lock.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -17,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from srpo.errors import UserError
+from srpo.lineage.dvc_lock import LOCK_FILE, parse_dvc_lock, read_dvc_lock
+from srpo.lineage.lock_merge import dump_dvc_lock
+from srpo.storage.git import git
 
-LOCK_FILE = "dvc.lock"
-SOURCES = ("params.yaml", "dvc.yaml", "data.dvc")  # what makes a stage; others must be able to see it
+SOURCES = ("params.yaml", "dvc.yaml", "data.dvc")  # they define stages, so other runners need them
 ATTEMPTS = 20
 _one_at_a_time = threading.Lock()
 
 
 def inputs(stage: str) -> list[str]:
-    """Those of a stage's dependencies that other stages make: what a runner has to pull, and no more.
+    """Return the dependencies of a stage that are outputs of other stages, which a runner has to pull.
 
     Args:
         stage: as DVC names it, `train@001`.
@@ -33,12 +34,12 @@ def inputs(stage: str) -> list[str]:
     from dvc.repo import Repo
 
     with Repo(".") as repo:
-        made = {out.def_path for other in repo.index.stages if not other.is_data_source for out in other.outs}
-        return [dep.def_path for dep in repo.stage.load_one(name=stage).deps if dep.def_path in made]
+        outputs = {out.def_path for other in repo.index.stages if not other.is_data_source for out in other.outs}
+        return [dep.def_path for dep in repo.stage.load_one(name=stage).deps if dep.def_path in outputs]
 
 
 def sources() -> list[str]:
-    """The `.dvc` files: data that no stage makes."""
+    """Return the `.dvc` files: data that is not the output of a stage."""
     from dvc.repo import Repo
 
     with Repo(".") as repo:
@@ -46,65 +47,65 @@ def sources() -> list[str]:
 
 
 def upstream() -> str | None:
-    """The branch that this one follows, `origin/main`, or None: no Git, or nothing to follow."""
-    found = _try("rev-parse", "--abbrev-ref", "--symbolic-full-name", "@{upstream}")
-    return found.stdout.strip() if found.returncode == 0 else None
+    """Return the upstream branch (`origin/main`), or None without one or without Git."""
+    done = git("rev-parse", "--abbrev-ref", "--symbolic-full-name", "@{upstream}")
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
-def take_over() -> None:
-    """Fast-forward to the upstream branch; entries of dvc.lock that are only here stay.
+def fast_forward() -> None:
+    """Fast-forward to the upstream branch. Entries of dvc.lock that are only in this clone stay.
 
     Raises:
-        UserError: this clone has changes or commits of its own that upstream lacks, or Git can't reach it.
+        UserError: this clone has changes or commits that upstream does not have, or Git can't reach it.
     """
     with _locked():
         branch = _fetch()
         if changed := _git("diff", "--name-only", "HEAD", "--", *SOURCES).split():
             raise UserError(
-                f"{changed[0]} has changes that are in no commit; commit and `git push` before a run that pushes"
+                f"{changed[0]} has uncommitted changes; commit and `git push` them before a run that pushes"
             )
         if _git("rev-list", f"{branch}..HEAD").strip():
-            raise UserError(f"this branch has commits that {branch} lacks; `git pull --rebase`, then `git push`")
-        recorded, here = _entries("HEAD"), _read(LOCK_FILE)
-        own = {stage: entry for stage, entry in here.items() if recorded.get(stage) != entry}
-        _git("checkout", "HEAD", "--", LOCK_FILE) if recorded else Path(LOCK_FILE).unlink(missing_ok=True)
+            raise UserError(f"this branch has commits that are not in {branch}; `git pull --rebase`, then `git push`")
+        committed = _entries("HEAD")
+        own = {stage: entry for stage, entry in read_dvc_lock(Path()).items() if committed.get(stage) != entry}
+        _git("checkout", "HEAD", "--", LOCK_FILE) if committed else Path(LOCK_FILE).unlink(missing_ok=True)
         try:
             _git("merge", "--quiet", "--ff-only", branch)
         finally:
-            there = _entries("HEAD")
-            if any(there.get(stage) != entry for stage, entry in own.items()):
-                Path(LOCK_FILE).write_bytes(_dump(there | own))
+            entries = _entries("HEAD")
+            if any(entries.get(stage) != entry for stage, entry in own.items()):
+                Path(LOCK_FILE).write_bytes(dump_dvc_lock(entries | own))
 
 
-def publish(stage: str) -> bool:
-    """Commit a stage's entry of dvc.lock to the upstream branch, whatever others have committed there meanwhile.
+def push_lock_entry(stage: str) -> bool:
+    """Commit a stage's entry of dvc.lock to the upstream branch, on top of the commits that others pushed meanwhile.
 
     Its outputs must be in the DVC remote already.
 
     Returns:
-        False if upstream had that very entry.
+        False if upstream has the same entry.
 
     Raises:
-        UserError: Git can't reach upstream, or it does not let us push.
+        UserError: Git can't reach upstream or is not allowed to push.
     """
     with _locked():
-        entry = _read(LOCK_FILE)[stage]
+        entry = read_dvc_lock(Path())[stage]
         for _ in range(ATTEMPTS):
             branch = _fetch()
-            there = _entries(branch)
-            if there.get(stage) == entry:
+            entries = _entries(branch)
+            if entries.get(stage) == entry:
                 return False
-            commit = _commit(branch, _dump(there | {stage: entry}), f"dvc.lock: {stage}")
-            pushed = _try("push", "--quiet", _remote(branch), f"{commit}:refs/heads/{_name(branch)}")
+            commit = _commit(branch, dump_dvc_lock(entries | {stage: entry}), f"dvc.lock: {stage}")
+            pushed = git("push", "--quiet", _remote(branch), f"{commit}:refs/heads/{_name(branch)}")
             if pushed.returncode == 0:
                 return True
             if not any(word in pushed.stderr for word in ("fetch first", "non-fast-forward", "cannot lock ref")):
-                break  # no other runner was faster: it will not do
+                break  # not a race with another runner: a retry would fail, too
         raise UserError(f"dvc.lock: {stage} could not be pushed to {branch}: {_last_line(pushed.stderr)}")
 
 
 def _commit(parent: str, lock_file: bytes, message: str) -> str:
-    with tempfile.TemporaryDirectory() as folder:  # an index of its own
+    with tempfile.TemporaryDirectory() as folder:  # a private index
         environ = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
         blob = _git("hash-object", "-w", "--stdin", stdin=lock_file.decode()).strip()
         _git("read-tree", parent, environ=environ)
@@ -114,15 +115,15 @@ def _commit(parent: str, lock_file: bytes, message: str) -> str:
 
 
 def _identity() -> dict[str, str]:
-    """A name for commits of a machine on which nobody gave one."""
-    known = _try("config", "user.email").stdout.strip() or os.environ.get("GIT_AUTHOR_EMAIL")
+    """Return the environment for commits on a machine where Git knows no author."""
+    known = git("config", "user.email").stdout.strip() or os.environ.get("GIT_AUTHOR_EMAIL")
     fields = ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL")
     return {} if known else dict(zip(fields, ("srpo", "srpo@localhost") * 2, strict=True))
 
 
 @contextmanager
 def _locked() -> Iterator[None]:
-    """DVC's own lock: no `dvc` writes dvc.lock meanwhile."""
+    """Hold DVC's lock, so that no `dvc` command writes dvc.lock meanwhile."""
     from dvc.repo import Repo
 
     with _one_at_a_time, Repo(".", _wait_for_lock=True) as repo, repo.lock:
@@ -132,7 +133,7 @@ def _locked() -> Iterator[None]:
 def _fetch() -> str:
     branch = upstream()
     if branch is None:
-        raise UserError("this branch follows no other; `git push --set-upstream origin <branch>` once")
+        raise UserError("this branch has no upstream; run `git push --set-upstream origin <branch>`")
     _git("fetch", "--quiet", _remote(branch))
     return branch
 
@@ -150,38 +151,15 @@ def _in_tree(path: str) -> str:
 
 
 def _entries(commit: str) -> dict[str, Any]:
-    return _stages(_try("show", f"{commit}:{_in_tree(LOCK_FILE)}").stdout)  # empty where there is none yet
-
-
-def _read(path: str) -> dict[str, Any]:
-    return _stages(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
-
-
-def _stages(text: str) -> dict[str, Any]:
-    from dvc.utils.serialize import parse_yaml
-
-    return (parse_yaml(text, LOCK_FILE) or {}).get("stages", {}) if text else {}
-
-
-def _dump(stages: dict[str, Any]) -> bytes:
-    from dvc.utils.serialize import dumps_yaml
-
-    return dumps_yaml({"schema": "2.0", "stages": stages}).encode()
+    return parse_dvc_lock(git("show", f"{commit}:{_in_tree(LOCK_FILE)}").stdout)  # empty if the commit has none
 
 
 def _git(*arguments: str, stdin: str | None = None, environ: dict[str, str] | None = None) -> str:
-    done = _try(*arguments, stdin=stdin, environ=environ)
+    done = git(*arguments, stdin=stdin, environ=environ)
     if done.returncode != 0:
         raise UserError(f"git {arguments[0]}: {_last_line(done.stderr)}")
     return done.stdout
 
 
-def _try(
-    *arguments: str, stdin: str | None = None, environ: dict[str, str] | None = None
-) -> subprocess.CompletedProcess:
-    environ = os.environ | {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"} | (environ or {})
-    return subprocess.run(["git", *arguments], input=stdin, capture_output=True, text=True, env=environ)
-
-
 def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["it failed without a word"])[-1]
+    return (text.strip().splitlines() or ["no error message"])[-1]

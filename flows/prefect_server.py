@@ -1,7 +1,7 @@
-"""A Prefect server for a flow that is run by hand, where none is configured; and an end for a flow that lost its own.
+"""The Prefect server of a flow: a temporary one unless one is configured; a flow that loses its server ends.
 
-Prefect would start one itself, but among the flow's own processes and with nothing that ends it: Ctrl-C would stop
-the server before the flow could tell it so, and a flow that is killed would leave it running.
+Prefect would start a temporary server itself, but in the flow's process group and without an end: Ctrl-C would stop the
+server before the flow could report to it, and a killed flow would leave it running.
 """
 
 from __future__ import annotations
@@ -29,49 +29,49 @@ from prefect.settings import (
 )
 
 from flows.process import end_group, is_running
+from srpo.errors import without_secrets
 from srpo.runtime.processes import end_with_parent
 
-# on disk: this server ends before a lease does that a killed flow held, and the next server must know of it
+# leases on disk: that of a killed flow may outlive this server, and the next server must know it
 LEASES = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
-START_SECONDS = 300  # the first start migrates an empty database: 26 s on two slow cores
-
-
-# without its server a flow can start nothing, and would go on trying for hours
+START_SECONDS = 300  # the first start creates the database: 26 s on two slow cores
+# without its server a flow can start no stage, and would retry for hours
 PATIENCE_SECONDS = float(os.environ.get("SRPO_SERVER_PATIENCE", "300"))
 POLL_SECONDS = 5
 
 
 class NoServer(RuntimeError):
-    """The server did not start."""
+    """There is no usable server. The message is one line."""
 
 
 @contextlib.contextmanager
-def provided() -> Iterator[None]:
-    """Have a server while the block runs, on Prefect's usual database; one that the user configured is used instead.
+def ensure_server() -> Iterator[None]:
+    """Check the configured server; without one, run a server on Prefect's default database.
 
-    It ends with this process and not with the block: Prefect's threads send their last logs and events when Python
-    waits for them at exit, and would try for a minute without a server.
+    That server ends with this process and not with the block: Prefect's threads send their last logs and events when
+    Python waits for them at exit, and would retry for a minute without a server.
 
     Raises:
-        NoServer: with what it said.
+        NoServer: the configured server does not answer or rejects the credentials, or the server did not start.
     """
-    if PREFECT_API_URL.value():
+    if address := PREFECT_API_URL.value():
+        _check_server(address)
         yield
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     address = f"http://127.0.0.1:{port}/api"
-    # without its scheduler: this server is here for one flow
+    # no scheduler: the server is for one flow
     options = ["--host", "127.0.0.1", "--port", port, "--no-ui", "--no-scheduler", "--no-late-runs"]
     with (
-        tempfile.TemporaryFile("w+", errors="replace") as words,
+        tempfile.TemporaryFile("w+", errors="replace") as output,
         temporary_settings({PREFECT_API_URL: address}, set_defaults={PREFECT_SERVER_ANALYTICS_ENABLED: False}),
     ):
         process = subprocess.Popen(
             [sys.executable, "-m", "prefect", "--no-prompt", "server", "start", *options],
             stdin=subprocess.DEVNULL,
-            stdout=words,
+            stdout=output,
             stderr=subprocess.STDOUT,
             env=LEASES | os.environ | get_current_settings().to_environment_variables(exclude_unset=True),
             start_new_session=True,
@@ -79,42 +79,61 @@ def provided() -> Iterator[None]:
         )
         atexit.register(end_group, process)
         if not _is_up(process, address):
-            words.seek(0)
-            raise NoServer(f"Prefect's server did not start: {' '.join(words.read().split()):.300}")
+            output.seek(0)
+            raise NoServer(f"Prefect's server did not start: {' '.join(output.read().split()):.300}")
         yield
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[None]:
-    """While the block runs, exit with status 1 and a line when the server has been away for five minutes.
+def exit_without_server() -> Iterator[None]:
+    """While the block runs, exit with status 1 and a message if the server has been unreachable for five minutes.
 
-    As long as a stage runs nothing is ended: what it makes is kept, whether or not anyone can be told.
+    While a stage runs, the process does not exit: the stage's outputs are kept in any case.
     """
-    over, context = threading.Event(), contextvars.copy_context()  # which holds the server's address
-    threading.Thread(target=context.run, args=(_watch, over), name="srpo-watch", daemon=True).start()
+    ended = threading.Event()
+    context = contextvars.copy_context()  # contains the server's address
+    threading.Thread(target=context.run, args=(_watch, ended), name="srpo-watch", daemon=True).start()
     try:
         yield
     finally:
-        over.set()
+        ended.set()
 
 
-def _watch(over: threading.Event) -> None:
-    seen = time.monotonic()
-    while not over.wait(POLL_SECONDS):
-        if is_running() or not _is_away():
-            seen = time.monotonic()
-        elif time.monotonic() - seen > PATIENCE_SECONDS and not is_running():
+def _watch(ended: threading.Event) -> None:
+    last_seen = time.monotonic()
+    while not ended.wait(POLL_SECONDS):
+        if is_running() or not _is_unreachable():
+            last_seen = time.monotonic()
+        elif time.monotonic() - last_seen > PATIENCE_SECONDS and not is_running():
             print(
-                f"srpo: error: Prefect's server at {PREFECT_API_URL.value()} has been away for {PATIENCE_SECONDS:.0f}"
-                " s; all finished stages are kept: run the same again when it is back",
+                f"srpo: error: Prefect's server at {PREFECT_API_URL.value()} has been unreachable for"
+                f" {PATIENCE_SECONDS:.0f} s; finished stages are kept: run the same command again when it is back",
                 file=sys.stderr,
                 flush=True,
             )
             os._exit(1)
 
 
-def _is_away() -> bool:
-    # Prefect's own client, which knows of keys and proxies
+def _check_server(address: str) -> None:
+    shown = without_secrets(address)
+    try:
+        with get_client(sync_client=True) as client:
+            if error := client.api_healthcheck():
+                raise error
+            client.read_flows(limit=1)  # the health check needs no credentials
+    except httpx.HTTPStatusError as error:
+        status = error.response.status_code
+        hint = "is it the right address?"
+        if status in (401, 403):
+            hint = "set PREFECT_API_AUTH_STRING or PREFECT_API_KEY"
+        raise NoServer(f"Prefect's server at {shown} answers {status}; {hint}") from None
+    except httpx.HTTPError as error:
+        hint = "start it or unset PREFECT_API_URL, see docs/how-to/servers.md"
+        raise NoServer(f"Prefect's server at {shown} does not answer ({type(error).__name__}); {hint}") from None
+
+
+def _is_unreachable() -> bool:
+    # Prefect's own client, which uses API keys and proxies
     with get_client(sync_client=True) as client:
         error = client.api_healthcheck()
     if isinstance(error, httpx.HTTPStatusError):

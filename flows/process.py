@@ -1,4 +1,4 @@
-"""Run commands as process groups whose lines stream into a logger and that never outlive their tasks."""
+"""Commands as process groups, whose output lines are logged and which end with their tasks."""
 
 from __future__ import annotations
 
@@ -20,33 +20,38 @@ TERM_GRACE_SECONDS = 15
 PROGRESS_SECONDS = 30
 TAIL_LINES = 200
 
-stopping = threading.Event()  # set while everything here is being ended
+stopping = threading.Event()  # set while all commands are being stopped
 _running: set[subprocess.Popen] = set()
 _starting = threading.Lock()
 
 
 class Stopped(RuntimeError):
-    """The flow is being ended; nothing new is started."""
+    """The flow is being stopped; no command is started."""
+
+
+def ignore_state(state: str) -> None:
+    """Do nothing with the text of a progress bar."""
 
 
 def run_group(
-    command: Sequence[str], on_line: Callable[[str], None], on_state: Callable[[str], None] = lambda state: None
+    command: Sequence[str], on_line: Callable[[str], None], on_state: Callable[[str], None] = ignore_state
 ) -> tuple[int, list[str]]:
-    """Run `command` and hand each line of its output (stderr included) to `on_line` as it comes.
+    """Run `command` and pass each line of its output, with stderr, to `on_line`.
 
-    Whatever ends the wait (an exception, a signal turned into one, `end_all` by another thread) also ends the whole
-    process group: SIGTERM, then SIGKILL after 15 s. If this process is killed outright, the kernel ends the child.
+    When the wait ends early (by an exception, an interrupt, or `end_all` in another thread), the whole process group is
+    stopped: SIGTERM, and SIGKILL after 15 s. If this process is killed, the kernel stops the child.
 
     Args:
-        on_state: gets what a progress bar shows, each time something of it is read.
+        on_line: called with each complete line.
+        on_state: called with the current text of a progress bar, at every read.
 
     Returns:
         The exit code, negative for a signal as in `subprocess`, and the last 200 lines.
 
     Raises:
-        Stopped: `end_all` came before or meanwhile.
+        Stopped: `end_all` was called before or during the run.
     """
-    with _starting:  # so that `end_all` sees every process, or no more are started
+    with _starting:  # `end_all` sees every process that is started
         if stopping.is_set():
             raise Stopped
         process = subprocess.Popen(
@@ -61,6 +66,7 @@ def run_group(
         _running.add(process)
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     try:
+        assert process.stdout
         for line in _lines(process.stdout.fileno(), on_state):
             tail.append(line)
             on_line(line)
@@ -68,26 +74,27 @@ def run_group(
     finally:
         end_group(process)
         _running.discard(process)
-        process.stdout.close()
+        if process.stdout:
+            process.stdout.close()
     if stopping.is_set():
         raise Stopped
     return code, list(tail)
 
 
 def _environment() -> dict[str, str]:
-    # dvc.yaml says `srpo`: this Python's, where no environment is activated
+    # dvc.yaml calls `srpo`: find this Python's, even if no environment is activated
     path = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{Path(sys.executable).parent}"
-    # unbuffered: else lines wait in the child until it has 8 kB of them
+    # unbuffered: else the child holds back 8 kB of lines
     return os.environ | {"PYTHONUNBUFFERED": "1", "PATH": path}
 
 
 def is_running() -> bool:
-    """Whether any command runs now."""
+    """Return whether any command is running."""
     return bool(_running)
 
 
 def end_all() -> None:
-    """End every running command, whatever thread waits for it, and start no other until `stopping` is cleared."""
+    """Stop all running commands of all threads, and start no others until `stopping` is cleared."""
     with _starting:
         stopping.set()
         enders = [threading.Thread(target=end_group, args=[process]) for process in _running]
@@ -98,14 +105,14 @@ def end_all() -> None:
 
 
 def end_with_worker() -> None:
-    """Have the kernel send SIGTERM when the worker that runs this flow is gone: it could not be cancelled any more."""
+    """Have the kernel send SIGTERM when this flow's worker ends: the flow could no longer be cancelled."""
     if "PREFECT__FLOW_RUN_ID" in os.environ:
         signal_at_parents_end(signal.SIGTERM)()
 
 
 def _lines(fd: int, on_state: Callable[[str], None]) -> Iterator[str]:
-    """Lines as they come. Of the states a progress bar draws over each other: one in 30 s, and the last one."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a chunk may end inside a character
+    """Yield lines. Of a progress bar, yield its text every 30 s, and the last one."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a read may end inside a character
     pending, shown_at = "", time.monotonic()
     while data := os.read(fd, 65536):
         *whole, pending = (pending + decoder.decode(data)).split("\n")
@@ -120,7 +127,7 @@ def _lines(fd: int, on_state: Callable[[str], None]) -> Iterator[str]:
             shown_at = time.monotonic()
         if "\r" in pending:
             on_state(_last_state(pending))
-        if pending.count("\r") > 1:  # forget states that are drawn over
+        if pending.count("\r") > 1:  # drop overwritten states
             last = pending.rstrip("\r").rpartition("\r")[2]
             pending = f"\r{last}\r" if pending.endswith("\r") else f"\r{last}"
     if state := _last_state(pending):
@@ -132,7 +139,7 @@ def _last_state(line: str) -> str:
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """End a process that leads a group, and all of its group: SIGTERM, after 15 s SIGKILL."""
+    """Stop a process that leads a group, and the group: SIGTERM, after 15 s SIGKILL."""
     for number, grace in ((signal.SIGTERM, TERM_GRACE_SECONDS), (signal.SIGKILL, 5)):
         if process.poll() is not None:
             break
@@ -140,5 +147,5 @@ def end_group(process: subprocess.Popen) -> None:
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(grace)
-    with contextlib.suppress(ProcessLookupError):  # what the leader left behind
+    with contextlib.suppress(ProcessLookupError):  # children that the leader left
         os.killpg(process.pid, signal.SIGKILL)

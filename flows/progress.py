@@ -1,4 +1,4 @@
-"""The flow's live progress: one artifact for all its stages, updated at most every two seconds."""
+"""Progress of a flow as one artifact for all its stages, updated at most every two seconds."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import threading
 import time
 from collections.abc import Sequence
 from contextvars import ContextVar
+from typing import cast
+from uuid import UUID
 
 import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-KEY = "srpo-progress"
+from flows.names import artifact_key
+
 EVERY_SECONDS = 2.0
-PERCENT = re.compile(r"(\d+)%\|")  # as tqdm writes it
+PERCENT = re.compile(r"(\d+)%\|")  # tqdm's format
 
 current: ContextVar[Progress] = ContextVar("progress")
 
 
 class Progress:
-    """Which part of a flow's stages is done. Any thread may tell it."""
+    """Share of a flow's stages that is done. Its methods may be called by any thread."""
 
     def __init__(self, stages: Sequence[str]) -> None:
         self.total = len(stages)
@@ -28,10 +31,13 @@ class Progress:
         self.running: dict[str, int] = {}
         self.shown_at = time.monotonic()
         self.lock = threading.Lock()
-        self.artifact = create_progress_artifact(0.0, key=KEY, description=self._words())
+        # synchronous here, and a coroutine in async flows
+        self.artifact = cast(
+            "UUID", create_progress_artifact(0.0, key=artifact_key("progress"), description=self._describe())
+        )
 
-    def see(self, stage: str, state: str = "") -> None:
-        """A stage runs, and this is what its progress bar shows."""
+    def update(self, stage: str, state: str = "") -> None:
+        """Record that a stage runs, with the text of its progress bar."""
         percent = PERCENT.findall(state)
         with self.lock:
             if percent or stage not in self.running:
@@ -40,8 +46,8 @@ class Progress:
                 return
             self._show()
 
-    def leave(self, stage: str, done: bool) -> None:
-        """A stage is over: done, or failed."""
+    def end(self, stage: str, done: bool) -> None:
+        """Record that a stage has ended."""
         with self.lock:
             self.running.pop(stage, None)
             if done:
@@ -50,16 +56,16 @@ class Progress:
                 self._show()
 
     def finish(self) -> None:
-        """Show how it ended, however short the last update is ago."""
+        """Show the final state, however recent the last update."""
         with self.lock:
             self._show()
 
     def _show(self) -> None:
         self.shown_at = time.monotonic()
         share = len(self.done) + sum(self.running.values()) / 100
-        with contextlib.suppress(httpx.HTTPError):  # it only shows
-            update_progress_artifact(self.artifact, 100 * share / max(self.total, 1), self._words())
+        with contextlib.suppress(httpx.HTTPError):  # a display must not stop a flow
+            update_progress_artifact(self.artifact, 100 * share / max(self.total, 1), self._describe())
 
-    def _words(self) -> str:
+    def _describe(self) -> str:
         running = ", ".join(f"{stage} {percent} %" for stage, percent in sorted(self.running.items()))
         return f"{len(self.done)} of {self.total} stages" + (f"; now {running}" if running else "")

@@ -1,15 +1,20 @@
-"""`srpo`: hand the command to a warm process when there is one, else run it here."""
+"""The `srpo` command."""
 
+import os
 import sys
 
-from srpo.runtime import distributed, fork_server
+from srpo.runtime import distributed
 
 
 def main() -> None:
-    """Console entry point. Imports nothing heavy until it is known that this process does the work."""
+    """Run a command: in the fork server if one runs, else in this process. Heavy imports come with the command."""
     argv = sys.argv[1:]
     distributed.become_worker()
-    code = None if distributed.is_worker() else fork_server.hand_over(["srpo", *argv])
+    code = None
+    if "SRPO_FORK_SERVER" in os.environ and not distributed.is_worker():
+        from srpo.runtime import fork_server
+
+        code = fork_server.submit(["srpo", *argv])
     if code is None:
         from srpo import cli
 

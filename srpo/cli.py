@@ -1,8 +1,9 @@
-"""The command line: thin commands over the stages. What computes is imported by the command that uses it."""
+"""The command line. Each command imports the code it runs, so that `srpo --help` starts at once."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,7 +14,7 @@ import typer
 
 from srpo import __version__
 from srpo.config.loader import PARAMS_FILE, Params, load_params
-from srpo.errors import UserError, hindrance
+from srpo.errors import BlockedError, UserError, environment_error_message
 from srpo.rounds import BASE, Round
 from srpo.runtime import distributed
 from srpo.runtime.round_lock import lock_round
@@ -25,25 +26,27 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+lock_app = typer.Typer(help="Work with dvc.lock, the record of all stages.", no_args_is_help=True)
+app.add_typer(lock_app, name="lock")
 RoundKey = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rounds` in params.yaml")]
 RoundOrBase = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rounds` in params.yaml, or base")]
 
 
 def run(argv: list[str]) -> int:
-    """Run one command and return its exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
-    # of several processes the first draws a bar; the others' lines take its place until it is drawn again
-    over_bar = distributed.rank() > 0 and sys.stderr.isatty()
-    form = "\r\x1b[K%(message)s" if over_bar else "%(message)s"
-    logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr, force=True)
-    for chatty in ("alembic", "mlflow", "httpx", "transformers", "datasets"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    logging.getLogger("diffusers").setLevel(logging.CRITICAL)  # its errors are raised, too
+    """Run one command and return its exit status: 0 success, 1 failure, 2 bad input, 130 interrupted."""
+    # the first of several processes draws a progress bar; lines of the others overwrite it until it is drawn again
+    overwrites_bar = distributed.rank() > 0 and sys.stderr.isatty()
+    line_format = "\r\x1b[K%(message)s" if overwrites_bar else "%(message)s"
+    logging.basicConfig(level=logging.INFO, format=line_format, stream=sys.stderr, force=True)
+    for library in ("alembic", "mlflow", "httpx", "transformers", "datasets"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    logging.getLogger("diffusers").setLevel(logging.CRITICAL)  # it raises what it logs
     try:
         code = app(args=argv, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except UserError as error:
         if distributed.is_worker():
-            distributed.tell_parent(error)
+            distributed.report_to_parent(error)
         else:
             print(f"srpo: error: {error}", file=sys.stderr)
         return 2
@@ -52,14 +55,14 @@ def run(argv: list[str]) -> int:
             print("srpo: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if hasattr(error, "format_message"):  # click's usage errors, wherever this typer keeps its click
+        if hasattr(error, "format_message"):  # click's usage errors; some versions of typer contain a copy of click
             print(f"srpo: error: {error.format_message()}", file=sys.stderr)
             return 2
-        if told := hindrance(error):
+        if message := environment_error_message(error):
             if distributed.is_worker():
-                distributed.tell_parent(told)
+                distributed.report_to_parent(message)
                 return distributed.BLOCKED
-            print(f"srpo: error: {told}", file=sys.stderr)
+            print(f"srpo: error: {message}", file=sys.stderr)
             return 1
         raise
 
@@ -70,18 +73,27 @@ def _project() -> tuple[Params, Path]:
 
 @contextmanager
 def _round(key: str, stage: str | None = None) -> Iterator[Round]:
-    """Resolve a round of the project here and, for a stage, hold its lock."""
+    """Resolve a round of the project in this folder; for a stage, hold the round's lock and check its folder."""
     params, root = _project()
     if key == BASE and stage not in ("base", "evaluate"):
-        params.for_round(key)  # refuses it
+        params.for_round(key)  # raises: base has no such stage
     round = Round.of(params, root, key)
     with lock_round(round.files, stage) if stage else nullcontext():
+        if stage:
+            _check_writable(round.files.folder)
         yield round
+
+
+def _check_writable(folder: Path) -> None:
+    """Fail now and not when the finished outputs are moved there."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        raise BlockedError(f"{existing}: not writable; change its permissions and run the same command again")
 
 
 @app.command()
 def base() -> None:
-    """Record which base model and reward models these rounds use."""
+    """Record the base model and the reward models of all rounds."""
     from srpo.stages.base import pin_base
 
     with _round(BASE, "base") as round:
@@ -91,9 +103,11 @@ def base() -> None:
 @app.command()
 def generate(
     key: RoundKey,
-    shards: Annotated[str | None, typer.Option(hidden=True, help="only these shards, shared by all workers")] = None,
+    shards: Annotated[
+        str | None, typer.Option(hidden=True, help="only these shards, distributed over all workers")
+    ] = None,
 ) -> None:
-    """Make N candidate images for every train prompt."""
+    """Sample N candidate images per train prompt."""
     with _round(key, "generate") as round:
         from srpo.stages.generate import generate
 
@@ -111,7 +125,7 @@ def score(key: RoundKey) -> None:
 
 @app.command()
 def select(key: RoundKey) -> None:
-    """Keep the best candidate of every prompt."""
+    """Select the best candidate of each prompt."""
     with _round(key, "select") as round:
         from srpo.stages.select import select
 
@@ -133,7 +147,7 @@ def train(key: RoundKey) -> None:
 
 @app.command()
 def evaluate(key: RoundOrBase) -> None:
-    """Sample the eval prompts and measure."""
+    """Sample the eval prompts, compute metrics and decide whether the round passes."""
     with _round(key, "evaluate") as round:
         from srpo.stages.evaluate import evaluate
         from srpo.tracking.sync import sync_round
@@ -155,18 +169,16 @@ def report(key: RoundKey) -> None:
 
 @app.command("score-images")
 def score_images(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of png, jpg and webp pictures")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of PNG, JPEG and WebP images")],
     reward: Annotated[
         list[str],
         typer.Option(help="a reward of params.yaml, a family (pickscore), or kind=model[@revision]; repeat for more"),
     ],
-    prompts: Annotated[
-        Path | None, typer.Option(help="prompt file; a picture's file name is its prompt's <id> or <id>-<number>")
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="one prompt for all pictures")] = None,
-    out: Annotated[Path, typer.Option(help="parquet file to write: one row a picture")] = Path("image-scores.parquet"),
+    prompts: Annotated[Path | None, typer.Option(help="prompt file; images are named <id> or <id>-<number>")] = None,
+    prompt: Annotated[str | None, typer.Option(help="one prompt for all images")] = None,
+    out: Annotated[Path, typer.Option(help="parquet file to write, one row per image")] = Path("image-scores.parquet"),
 ) -> None:
-    """Score any folder of pictures with any rewards; needs no project."""
+    """Score a folder of images with any rewards; no project is needed."""
     from srpo.tools.score_images import score_folder
 
     score_folder(folder, reward, prompts, prompt, out)
@@ -195,7 +207,7 @@ def campaign() -> None:
 
 @app.command()
 def table() -> None:
-    """Print all evaluated rounds, one line each, and where to look further."""
+    """Print a table of all evaluated rounds, and the addresses of reports and servers."""
     params, root = _project()
     from rich.console import Console
 
@@ -211,10 +223,10 @@ def table() -> None:
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="folder to make the project in")] = Path(),
-    preset: Annotated[str, typer.Option(help="sdxl, or tiny (from a clone of the repository only)")] = "sdxl",
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="folder of the project")] = Path(),
+    preset: Annotated[str, typer.Option(help="sdxl, or tiny (in a clone of the repository only)")] = "sdxl",
 ) -> None:
-    """Start a project: params.yaml from a preset, the pipeline, Git and DVC. Overwrites nothing."""
+    """Create a project: params.yaml from a preset, the pipeline, Git and DVC. Overwrites no file."""
     from srpo.scaffold.init import init_project, next_steps
 
     print(f"wrote {', '.join(init_project(folder, preset))} under {folder.resolve()}")
@@ -223,17 +235,35 @@ def init(
 
 @app.command()
 def check() -> None:
-    """Look for what would go wrong before hours are spent, and estimate hours, memory and disk."""
+    """Check models, data, DVC and MLflow before hours are spent; estimate hours, memory and disk."""
     params, root = _project()
     from srpo.preflight.checks import check_project
 
-    findings = check_project(params, root)
-    width = max(len(finding.what) for finding in findings)
-    for finding in findings:
-        print(f"{finding.state:4}  {finding.what:{width}}  {finding.text}")
-    failed = sum(finding.state == "fail" for finding in findings)
-    if failed:
-        raise UserError(f"{failed} of {len(findings)} checks failed; mend what says fail above")
+    results = check_project(params, root)
+    width = max(len(result.name) for result in results)
+    for result in results:
+        print(f"{result.state:4}  {result.name:{width}}  {result.text}")
+    if failed := sum(result.state == "fail" for result in results):
+        raise UserError(f"{failed} of {len(results)} checks failed; fix the checks marked `fail` above")
+
+
+@lock_app.command("merge")
+def lock_merge(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[BASE OURS THEIRS]", help="three versions, as Git passes them to a merge driver"),
+    ] = None,
+) -> None:
+    """Merge dvc.lock by entry: three files into OURS, or without arguments the versions of a merge in conflict."""
+    from srpo.lineage.lock_merge import merge_files, merge_index
+
+    if not files:
+        merge_index(Path.cwd())
+        print("dvc.lock: merged; now `git add dvc.lock`")
+    elif len(files) == 3:
+        merge_files(*files)
+    else:
+        raise UserError("lock merge: takes three files, or none after a merge in conflict")
 
 
 @app.command()
@@ -248,9 +278,9 @@ def lineage(
         str, typer.Argument(metavar="ROUND|VERSION", help="a round, or a version or alias of the registry")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
-    check: Annotated[bool, typer.Option(help="hash what is on disk and mark what is missing or differs")] = True,
+    check: Annotated[bool, typer.Option(help="hash the files on disk and mark missing and changed ones")] = True,
 ) -> None:
-    """Print what a round or a registered version was made from, back to base and prompts."""
+    """Print the inputs of a round or a registered version, back to base model and prompts."""
     params, root = _project()
     from rich.console import Console
 
@@ -269,9 +299,9 @@ def lineage(
 @app.command()
 def restore(
     version: Annotated[str, typer.Argument(metavar="VERSION", help="a version or alias of the registry")],
-    to: Annotated[Path | None, typer.Option(help="folder to make; default restored/<version>")] = None,
+    to: Annotated[Path | None, typer.Option(help="folder to create; default restored/<version>")] = None,
 ) -> None:
-    """Bring back exactly the adapter of a registered version from DVC."""
+    """Restore the adapter of a registered version from DVC, byte by byte."""
     params, root = _project()
     from srpo.release.restore import restore
 
@@ -281,10 +311,10 @@ def restore(
 @app.command()
 def export(
     key: RoundKey,
-    to: Annotated[Path, typer.Option(help="folder to make")],
-    merged: Annotated[bool, typer.Option(help="write the whole pipeline, too, with the tuned weights in it")] = False,
+    to: Annotated[Path, typer.Option(help="folder to create")],
+    merged: Annotated[bool, typer.Option(help="also write the whole pipeline with the tuned weights merged")] = False,
 ) -> None:
-    """Write a round for others to use: weights, pictures, model card."""
+    """Export a round for publication: weights, sample images and model card."""
     from srpo.release.export import export
 
     with _round(key) as round:

@@ -1,4 +1,4 @@
-"""What users are told in one line: what they can mend in their input, what stands in the way; without secrets."""
+"""User-facing errors: one-line messages, with secrets redacted."""
 
 from __future__ import annotations
 
@@ -8,47 +8,47 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-LONGEST = 400
-# what would break the line, steer the terminal or turn the direction of writing
+MAX_LENGTH = 400
+# line breaks, terminal controls and marks that change the direction of writing
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-# a password may hold @, so all up to the last one goes
+# up to the last @, because a password may contain one
 USER_PART = re.compile(r"//\S*@")
 SECRET_PART = re.compile(r"([?&][^=&\s]*(?:token|key|pass|secret|auth|cred|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
-CURES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some") | {
+HINTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free disk space") | {
     errno.EFBIG: "raise the limit (ulimit -f)",
     errno.EROFS: "make it writable",
-    errno.EACCES: "give this user the right",
-    errno.EXDEV: "rounds/ and .srpo/ must be on one file system; join them",
+    errno.EACCES: "give this user the permission",
+    errno.EXDEV: "move rounds/ and .srpo/ to one file system",
 }
-# libraries that write files of their own tell the number in words only
-TOLD = re.compile(r"os error (\d+)|errno (\d+)", re.IGNORECASE)
+# Arrow and Polars give the error number in their message only
+ERROR_NUMBER = re.compile(r"os error (\d+)|errno (\d+)", re.IGNORECASE)
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text without its line breaks, which libraries are free with."""
+    """Return an error's message without line breaks."""
     return " ".join(str(error).split())
 
 
 def without_secrets(text: str) -> str:
-    """The text with user, password and parameters such as `token=` left out of the addresses in it."""
+    """Return the text without user names, passwords and parameters such as `token=` of the URLs in it."""
     return SECRET_PART.sub(r"\1...", USER_PART.sub("//", text))
 
 
 class UserError(Exception):
-    """Bad input. Its text is one line: the key or file, what is wrong with it, what to do.
+    """Bad input. The message is one line: the key or file, the problem, the remedy.
 
-    The CLI prints it without a traceback and exits with status 2; drivers never retry it. Texts quote what users and
-    strangers wrote, so what can't be printed is shown escaped, and the middle of a very long text is left out.
+    The command line prints it without a traceback and exits with status 2; flows do not retry it. Messages quote text
+    of users and third parties, so unprintable characters are escaped, and the middle of a long message is cut.
     """
 
     def __init__(self, text: str) -> None:
-        line = UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), str(text))
-        half = LONGEST // 2
-        super().__init__(line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}")
+        line = UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), str(text))
+        half = MAX_LENGTH // 2
+        super().__init__(line if len(line) <= MAX_LENGTH else f"{line[:half]} ... {line[-half:]}")
 
 
 class MissingFile(UserError, FileNotFoundError):
-    """A file of a round is not there: its stage has not run, or it is not checked out."""
+    """A file of a round is missing: its stage has not run, or the file is not checked out."""
 
 
 @contextmanager
@@ -78,27 +78,28 @@ def user_error(prefix: str, hint: str = "", reason: Callable[[Exception], str] |
 
 
 class BlockedError(Exception):
-    """Something outside the input stands in the way, such as a full disk or another process. Its text is one line.
+    """A problem outside the input, such as a full disk or another process. The message is one line.
 
-    The CLI prints it without a traceback and exits with status 1; once it is gone the same command goes on.
+    The command line prints it without a traceback and exits with status 1. The same command continues once the
+    problem is solved.
     """
 
 
-def hindrance(error: BaseException) -> str | None:
-    """The line for an error that is `BlockedError` or comes of a disk that takes no more; None for any other."""
-    at: BaseException | None = error
-    while at is not None:
-        if isinstance(at, BlockedError):
-            return str(at)
-        number = at.errno if isinstance(at, OSError) and at.errno in CURES else _number_told(at)
-        if number in CURES:
-            where = getattr(at, "filename", None)
-            what = os.strerror(number).lower()
-            return f"{f'{where}: ' if where else ''}{what}; {CURES[number]} and run the same command again"
-        at = at.__cause__ or at.__context__
+def environment_error_message(error: BaseException) -> str | None:
+    """Return the line for a `BlockedError` or an error of the disk among the causes of `error`; None for others."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, BlockedError):
+            return str(cause)
+        number = cause.errno if isinstance(cause, OSError) and cause.errno in HINTS else _parse_number(cause)
+        if number in HINTS:
+            file = getattr(cause, "filename", None)
+            prefix = f"{file}: " if file else ""
+            return f"{prefix}{os.strerror(number).lower()}; {HINTS[number]} and run the same command again"
+        cause = cause.__cause__ or cause.__context__
     return None
 
 
-def _number_told(error: BaseException) -> int | None:
-    found = TOLD.search(str(error))
-    return int(found[1] or found[2]) if found else None
+def _parse_number(error: BaseException) -> int | None:
+    match = ERROR_NUMBER.search(str(error))
+    return int(match[1] or match[2]) if match else None

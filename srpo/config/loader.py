@@ -1,4 +1,4 @@
-"""The typed, validated view of `params.yaml`: what its sections (srpo/config/schema.py) must be together."""
+"""Loading and validation of params.yaml. The sections are in srpo/config/schema.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from srpo import rounds
+from srpo.config import tree
 from srpo.config.schema import (
     INCEPTION,
     EvaluateParams,
@@ -23,8 +23,9 @@ from srpo.config.schema import (
     TrainParams,
 )
 from srpo.data.metric_keys import name_conflict
-from srpo.errors import UserError
+from srpo.errors import UserError, one_line
 from srpo.rewards.families import FAMILIES, find_family
+from srpo.storage.conflicts import check_no_conflict
 
 PARAMS_FILE = "params.yaml"
 STAGES_WITH_OVERRIDES = ("generate", "select", "train")
@@ -33,12 +34,14 @@ STAGES_WITH_OVERRIDES = ("generate", "select", "train")
 class Params(Section):
     """All of params.yaml."""
 
-    seed: int = Field(ge=0, lt=2**31, description="root of every random number")
+    seed: int = Field(ge=0, lt=2**31, description="seed of all random numbers")
     rounds: dict[str, RoundParams] = Field(min_length=1, description="the tree of rounds")
     model: ModelParams
     prompts: PromptParams
     generate: GenerateParams
-    rewards: dict[str, RewardParams] = Field(min_length=1, description="by name; the names become columns")
+    rewards: dict[str, RewardParams] = Field(
+        min_length=1, description="by name; the names become columns of the scores"
+    )
     select: SelectParams
     train: TrainParams
     evaluate: EvaluateParams
@@ -49,7 +52,7 @@ class Params(Section):
     @field_validator("rounds", mode="after")
     @classmethod
     def _rounds_are_a_tree(cls, value: dict[str, RoundParams]) -> dict[str, RoundParams]:
-        rounds.check_tree({key: node.parent for key, node in value.items()})
+        tree.check_tree({key: node.parent for key, node in value.items()})
         return value
 
     @model_validator(mode="after")
@@ -60,7 +63,7 @@ class Params(Section):
             except UserError as error:
                 raise ValueError(f"rewards.{name}.kind: {error}") from None
             if spec.kind in FAMILIES and spec.model is None:
-                raise ValueError(f"rewards.{name}.model: missing; {spec.kind} has no published model, so name one")
+                raise ValueError(f"rewards.{name}.model: missing; {spec.kind} has no default model, so name one")
             if not name.isidentifier():
                 raise ValueError(f"rewards.{name}: not usable as a column name; rename the reward")
             if conflict := name_conflict(name, self.rewards):
@@ -69,69 +72,71 @@ class Params(Section):
         if roles != {"select", "judge"}:
             raise ValueError("rewards: needs at least one with role select and one with role judge")
         if self.evaluate.features != INCEPTION:
-            self._must_judge("features", self.evaluate.features)
+            self._check_is_judge("features", self.evaluate.features)
         elif self.evaluate.clip_features is None:
-            raise ValueError("evaluate.clip_features: name a judge, since evaluate.features is no CLIP's")
-        self._must_judge("clip_features", self.evaluate.clip_name)
+            raise ValueError("evaluate.clip_features: missing; name a judge, since evaluate.features is inception")
+        self._check_is_judge("clip_features", self.evaluate.clip_name)
         return self
 
     @model_validator(mode="after")
     def _previews_have_a_reward(self) -> Params:
-        top = self.generate.early_rejection
-        if top and (top.reward not in self.rewards or self.rewards[top.reward].role != "select"):
-            raise ValueError(f"generate.early_rejection.reward: {top.reward!r} is not a reward with role select")
+        early = self.generate.early_rejection
+        if early and (early.reward not in self.rewards or self.rewards[early.reward].role != "select"):
+            raise ValueError(f"generate.early_rejection.reward: {early.reward!r} is not a reward with role select")
         return self
 
-    def _must_judge(self, key: str, name: str) -> None:
+    def _check_is_judge(self, key: str, name: str) -> None:
         if name not in self.rewards or self.rewards[name].role != "judge":
             raise ValueError(f"evaluate.{key}: {name!r} is not a reward with role judge")
 
     def for_round(self, key: str) -> Params:
-        """These params with the round's overrides applied.
+        """Return these params with the round's overrides applied.
 
         Raises:
             UserError: the round is not in params.yaml, or an override does not fit its section.
         """
         if key not in self.rounds:
             raise UserError(f"rounds.{key}: no such round in {PARAMS_FILE}; it has {', '.join(self.rounds)}")
-        node, merged = self.rounds[key], {}
+        sections = {}
         for stage in STAGES_WITH_OVERRIDES:
             section = getattr(self, stage)
-            values = section.model_dump() | getattr(node, stage)
+            values = section.model_dump() | getattr(self.rounds[key], stage)
             try:
-                merged[stage] = type(section).model_validate(values)
+                sections[stage] = type(section).model_validate(values)
             except ValidationError as error:
                 raise UserError(f"{PARAMS_FILE}: {_first_problem(error, ('rounds', key, stage))}") from None
-        return self.model_copy(update=merged)
+        return self.model_copy(update=sections)
 
     def reward_names(self, role: str) -> list[str]:
-        """Names of the rewards with this role (`select` or `judge`), in file order."""
+        """Return the names of the rewards with this role (`select` or `judge`), in file order."""
         return [name for name, spec in self.rewards.items() if spec.role == role]
 
 
 def load_params(path: Path | str = PARAMS_FILE) -> Params:
-    """Read and validate a params file, every round's overrides included.
+    """Read and validate a params file, including each round's overrides.
 
     Raises:
-        UserError: one line naming the first wrong key, what is wrong and what would be right.
+        UserError: one line with the first wrong key, the problem and the remedy.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     path = Path(path)
     try:
-        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        check_no_conflict(str(path), text, "keep the lines you want, remove the markers and `git add` the file")
+        raw = YAML(typ="safe", pure=True).load(text)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run srpo from the folder that holds params.yaml") from None
+        raise UserError(f"{path}: no such file; run srpo in the folder that contains params.yaml") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from None
-    # the last three: a date or number that is none, what can't be a key, brackets without end
+        raise UserError(f"{path}: not readable ({error.strerror})") from None
+    # the last three: an impossible date or number, an unhashable key, endless brackets
     except (YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML; {_yaml_problem(error)}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: must be a mapping of sections, found {type(raw).__name__}")
+        raise UserError(f"{path}: must be a mapping of sections, not {type(raw).__name__}")
     nodes = raw.get("rounds")
     for key in nodes if isinstance(nodes, dict) else ():
         if not isinstance(key, str):
@@ -141,20 +146,20 @@ def load_params(path: Path | str = PARAMS_FILE) -> Params:
     except ValidationError as error:
         raise UserError(f"{path}: {_first_problem(error)}") from None
     except UnicodeEncodeError:
-        raise UserError(f"{path}: holds half a character (a lone surrogate); remove it") from None
+        raise UserError(f"{path}: contains a lone surrogate, half a character; remove it") from None
+    resolved = {key: params.for_round(key) for key in params.rounds}
     for key, node in params.rounds.items():
-        if problem := _misfit(params.for_round(key), params, node.parent):
-            raise UserError(f"{path}: rounds.{key}.{problem}")
+        early = resolved[key].generate.early_rejection
+        if early and (
+            params.generate.early_rejection is None or early.reward != params.generate.early_rejection.reward
+        ):
+            raise UserError(
+                f"{path}: rounds.{key}.generate.early_rejection.reward: must be that of generate.early_rejection,"
+                " because DVC tracks its model"
+            )
+        if node.parent != tree.BASE and resolved[key].train.method != resolved[node.parent].train.method:
+            raise UserError(f"{path}: rounds.{key}.train.method: differs from parent {node.parent}; use the same")
     return params
-
-
-def _misfit(resolved: Params, whole: Params, parent: str) -> str | None:
-    rejection, top = resolved.generate.early_rejection, whole.generate.early_rejection
-    if rejection and (top is None or rejection.reward != top.reward):
-        return "generate.early_rejection.reward: must be generate.early_rejection's; DVC follows that one's model"
-    if parent != rounds.BASE and resolved.train.method != whole.for_round(parent).train.method:
-        return f"train.method: differs from that of parent {parent}; keep it"
-    return None
 
 
 def _first_problem(error: ValidationError, prefix: tuple[str, ...] = ()) -> str:
@@ -165,13 +170,13 @@ def _first_problem(error: ValidationError, prefix: tuple[str, ...] = ()) -> str:
         hint = "; write {} to override nothing" if key.startswith("rounds.") else "; add it"
         return f"{key}: missing{hint}{more}"
     if problem["type"] == "extra_forbidden":
-        return f"{key}: unknown key; remove it or mend its spelling{more}"
+        return f"{key}: unknown key; remove it or correct its spelling{more}"
     message = problem["msg"].removeprefix("Value error, ")
-    found = "" if problem["type"] == "value_error" else f", found {problem['input']!r:.80}"
-    return f"{key}: {message}{found}{more}" if key else f"{message}{more}"
+    value = "" if problem["type"] == "value_error" else f", not {problem['input']!r:.80}"
+    return f"{key}: {message}{value}{more}" if key else f"{message}{more}"
 
 
 def _yaml_problem(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     place = f"line {mark.line + 1}: " if mark else ""
-    return place + " ".join(str(getattr(error, "problem", None) or error).split())
+    return place + (getattr(error, "problem", None) or one_line(error))

@@ -1,7 +1,7 @@
-"""The sections of `params.yaml`, each key with its type, its range and one line that says what it is.
+"""The sections of params.yaml: each key with its type, range and a one-line description.
 
-What is under `runtime` and `tracking` may change without changing any result, so no DVC stage depends on it;
-everything else is provenance.
+Keys under `runtime` and `tracking` may change without changing any result, so no DVC stage depends on them. All other
+keys are part of a round's lineage.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from srpo.errors import UserError
 from srpo.rewards.families import find_family
 
 INCEPTION = "inception"
+MIN_REFERENCE_IMAGES = 3
 
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -23,7 +24,7 @@ Pixels = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors and nothing is silently converted."""
+    """Base of all sections: unknown keys are errors, and values are not converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
@@ -35,7 +36,7 @@ class ModelParams(Section):
     revision: str | None = Field(None, description="Hub revision (commit hash); pin it for Hub ids")
     variant: str | None = Field(None, description="weight file variant, such as fp16")
     vae: str | None = Field(
-        None, min_length=1, description="another VAE, such as madebyollin/sdxl-vae-fp16-fix; null is the base's own"
+        None, min_length=1, description="another VAE, such as madebyollin/sdxl-vae-fp16-fix; null uses the base's"
     )
     vae_revision: str | None = Field(None, description="Hub revision of `vae`")
     scheduler: str | None = Field(
@@ -47,34 +48,36 @@ class ModelParams(Section):
 
 
 class PromptParams(Section):
-    """Prompt files: one JSON object a line with `id`, `prompt` and optional `tags`."""
+    """Prompt files: one JSON object per line with `id`, `prompt` and optional `tags`."""
 
-    train: str = Field(description="prompts that candidates are made for")
+    train: str = Field(description="prompts that candidates are sampled for")
     eval: str = Field(description="held-out prompts; sharing one with `train` is an error")
 
 
 class Checkpoint(Section):
-    """A point of the trajectory where previews are scored."""
+    """A step of the denoising at which previews are scored."""
 
-    step: PositiveInt = Field(description="denoising steps done when the previews are made")
-    keep: PositiveInt = Field(description="candidates per prompt that go on")
+    step: PositiveInt = Field(description="number of denoising steps before the preview")
+    keep: PositiveInt = Field(description="candidates per prompt that continue")
 
 
 class EarlyRejectionParams(Section):
-    """Candidates whose previews score low are given up before they are finished."""
+    """Candidates with low-scoring previews are dropped before they are finished."""
 
     reward: str = Field(min_length=1, description="the reward with role select that scores the previews")
     checkpoints: list[Checkpoint] = Field(min_length=1, description="in order of steps, keeping fewer each time")
     audit_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.1, description="share of prompts whose candidates are all finished, to measure what rejection loses"
+        0.1, description="share of prompts whose candidates are all finished, to measure the loss by early rejection"
     )
-    preview_scale: Literal[1, 2, 4] = Field(1, description="previews are decoded at 1/1, 1/2 or 1/4 of the size")
+    preview_scale: Literal[1, 2, 4] = Field(
+        1, description="previews are decoded at 1/1, 1/2 or 1/4 of the height and width"
+    )
 
     @model_validator(mode="after")
     def _checkpoints_narrow(self) -> EarlyRejectionParams:
         for before, after in pairwise(self.checkpoints):
             if after.step <= before.step or after.keep >= before.keep:
-                raise ValueError("checkpoints: each must come at a later step and keep fewer than the one before")
+                raise ValueError("checkpoints: each must have a later step and a smaller keep than the one before")
         return self
 
 
@@ -112,19 +115,19 @@ class GenerateParams(SamplingParams):
 
 
 class RewardParams(Section):
-    """One reward model. Those with role `select` choose winners; those with role `judge` never do."""
+    """A reward model. Those with role `select` select winners; those with role `judge` are held out for evaluation."""
 
     kind: str = Field(
         min_length=1, description="a family of docs/reference/rewards.md, or package.module:Class of your own"
     )
     model: str | None = Field(
-        None, min_length=1, description="Hub id, local folder or file; left out: the family's published model"
+        None, min_length=1, description="Hub id, local folder or file; the default is the family's published model"
     )
     revision: str | None = Field(
-        None, description="Hub revision (commit hash); of a class of your own, its version: change it to rescore"
+        None, description="Hub revision (commit hash); for a class of your own, its version: change it to rescore"
     )
-    role: Literal["select", "judge"] = Field(description="selects winners, or judges rounds")
-    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="share in the selection score")
+    role: Literal["select", "judge"] = Field(description="select: selects winners; judge: evaluates rounds")
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="weight in the selection score")
 
     @model_validator(mode="before")
     @classmethod
@@ -134,67 +137,78 @@ class RewardParams(Section):
         try:
             family = find_family(value["kind"])
         except UserError:
-            return value  # named by the whole file's validation, with its key
+            return value  # Params reports it, with the reward's name
         return value | {"model": family.model, "revision": value.get("revision") or family.revision}
 
 
 class SelectParams(Section):
-    """Which candidates become winners."""
+    """Selection of winners."""
 
-    top_fraction: Fraction = Field(1.0, description="keep this share of prompts, largest margins first")
+    top_fraction: Fraction = Field(1.0, description="share of prompts to keep, those with the largest margins")
     min_margin: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="drop prompts whose winner beats its prompt's mean by less (selection score units)"
+        0.0, description="drop prompts whose winner exceeds the prompt's mean by less, in units of the selection score"
     )
     temperature: Annotated[float, Field(ge=0)] = Field(
         0.0,
-        description="draw each winner with probability proportional to exp(selection score / temperature), which keeps"
-        " variety; 0 takes the best",
+        description="sample each winner with probability proportional to exp(selection score / temperature), which"
+        " keeps diversity; 0 takes the best",
     )
     combine: Literal["zscore", "rank", "beats_mean"] = Field(
         "zscore",
-        description="how several selecting rewards decide: weighted sum of z-scores within the prompt, weighted mean"
-        " rank, or z-scores among the candidates that beat the prompt's mean on every one",
+        description="how several selecting rewards are combined within a prompt: weighted sum of z-scores, weighted"
+        " mean rank, or sum of z-scores among the candidates above the prompt's mean in every reward",
     )
     weighting: Literal["uniform", "advantage"] = Field(
-        "uniform", description="winners count alike in training, or by their margin (mean weight 1)"
+        "uniform", description="weight of winners in training: all equal, or by their margin (mean weight 1)"
     )
 
 
 class TrainParams(Section):
     """Fine-tuning on the winners' latents."""
 
-    method: Literal["lora", "full"] = Field("lora", description="train a LoRA, or every weight of the UNet")
-    rank: int = Field(ge=1, le=1024, description="LoRA rank; a round inherits its parent's adapter, so it stays")
+    method: Literal["lora", "full"] = Field("lora", description="train a LoRA, or all weights of the UNet")
+    rank: int = Field(
+        ge=1, le=1024, description="LoRA rank; the same for all rounds of a path, which continue their parent's adapter"
+    )
     target_modules: list[str] = Field(
         default=["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="UNet modules that get LoRA"
     )
     objective: Literal["sft", "dpo", "nft"] = Field(
-        "sft", description="winners only; winner against loser (Diffusion-DPO); or winner and negated loser (NFT)"
+        "sft",
+        description="winners only (SFT), winner against loser (Diffusion-DPO), or winner and negated loser (NFT)",
     )
-    dpo_beta: Annotated[float, Field(gt=0)] = Field(2000.0, description="dpo: how dear it is to leave the parent")
-    nft_beta: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="nft: how far implicit policies reach")
+    dpo_beta: Annotated[float, Field(gt=0)] = Field(
+        2000.0, description="DPO beta: strength of the penalty for deviating from the parent"
+    )
+    nft_beta: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="NFT beta: step size of the implicit policies"
+    )
     start: Literal["parent", "base"] = Field(
-        "parent", description="go on from the parent's weights, or anew from base on all winners so far"
+        "parent", description="continue from the parent's weights, or start from base with all winners so far"
     )
     replay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of every batch drawn from the winners of earlier rounds on the path from base"
     )
     steps: PositiveInt = Field(description="optimizer steps")
-    batch_size: PositiveInt = Field(description="winners per optimizer step, over all processes")
+    batch_size: PositiveInt = Field(description="winners per optimizer step, summed over processes")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(description="peak AdamW learning rate")
-    warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="linear warm-up")
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="steps of linear warm-up")
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="after warm-up")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay")
-    snr_gamma: Annotated[float, Field(gt=0)] | None = Field(None, description="min-SNR weighting; null is off")
-    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1, description="share of samples trained on the empty prompt, so that guidance keeps working"
+    snr_gamma: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="gamma of min-SNR loss weighting; null disables it"
     )
-    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradient clipping")
+    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="share of samples trained with the empty prompt, which classifier-free guidance needs"
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradients are clipped to this norm")
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="publish the exponential moving average of the weights; null publishes the last ones"
+        None,
+        description="decay of the weights' moving average, which is published; null publishes the last weights",
     )
     max_loss_ratio: Annotated[float, Field(gt=1)] | None = Field(
-        10.0, description="stop when the mean loss of recent steps is that many times the lowest so far; null never"
+        10.0,
+        description="stop when the mean loss of recent steps exceeds this multiple of its minimum; null disables it",
     )
     max_winner_error_ratio: Annotated[float, Field(gt=1)] | None = Field(
         1.5,
@@ -206,15 +220,17 @@ class TrainParams(Section):
 class EvaluateParams(SamplingParams):
     """Evaluation settings, identical for every round."""
 
-    guidance_scale: Guidance = Field(description="the one of the sweep whose numbers are reported")
+    guidance_scale: Guidance = Field(description="the scale whose metrics are reported")
     images_per_prompt: PositiveInt = Field(description="images per eval prompt and guidance scale")
-    guidance_scales: list[Guidance] = Field(min_length=1, description="the sweep; reward alone favours high values")
-    reference: str = Field(description="parquet file or folder of reference images for FID, KID and CMMD")
-    features: str = Field(description="what makes FID's and KID's image features: `inception`, or a judge's name")
-    clip_features: str | None = Field(
-        None, description="the judge whose image embeddings CMMD and diversity use; null takes `features`"
+    guidance_scales: list[Guidance] = Field(
+        min_length=1, description="all scales that are evaluated; rewards alone favor high ones"
     )
-    samples: PositiveInt = Field(16, description="eval prompts whose pictures are kept")
+    reference: str = Field(description="parquet file or folder of reference images for FID, KID and CMMD")
+    features: str = Field(description="image features of FID and KID: `inception`, or the name of a judge")
+    clip_features: str | None = Field(
+        None, description="the judge whose image embeddings CMMD and diversity use; null uses `features`"
+    )
+    samples: PositiveInt = Field(16, description="number of eval prompts whose images are kept for the report")
 
     @model_validator(mode="after")
     def _reported_is_in_sweep(self) -> EvaluateParams:
@@ -224,53 +240,62 @@ class EvaluateParams(SamplingParams):
 
     @property
     def clip_name(self) -> str:
-        """Name of the judge whose image embeddings CMMD and diversity use."""
+        """Return the name of the judge whose image embeddings CMMD and diversity use."""
         return self.clip_features or self.features
 
 
 class GateParams(Section):
-    """What a round must show to pass. Judges and pictures decide, never the selecting reward."""
+    """Limits that a round must keep to pass. They apply to judges and image metrics, never to the selecting reward."""
 
     min_judge_win_rate: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5, description="lower end of the 95 % interval of each judge's win rate against base, at least"
+        0.5, description="minimum of each judge's win rate against base (lower end of the 95 % interval)"
     )
-    max_fid_ratio: Annotated[float, Field(gt=0)] = Field(1.0, description="FID over base's, at most")
-    max_kid_increase: float | None = Field(0.0, description="KID minus base's, at most; null asks for nothing")
-    min_diversity_ratio: Annotated[float, Field(ge=0)] = Field(0.5, description="diversity over base's, at least")
+    max_fid_ratio: Annotated[float, Field(gt=0)] = Field(1.0, description="maximum of FID divided by base's")
+    max_kid_increase: float | None = Field(0.0, description="maximum of KID minus base's; null disables the rule")
+    min_diversity_ratio: Annotated[float, Field(ge=0)] = Field(
+        0.5, description="minimum of diversity divided by base's"
+    )
     max_image_stat_shift: Annotated[float, Field(gt=0)] | None = Field(
         1.0,
-        description="shift of mean saturation, contrast, edges and colour entropy from base's, in base's standard "
-        "deviations over pictures, at most; null asks for nothing",
+        description="maximum shift of mean saturation, contrast, edge density and color entropy from base's, in base's"
+        " standard deviations over images; null disables the rule",
     )
 
 
 class RuntimeParams(Section):
-    """Hardware. Changing it changes no result, so no stage depends on it."""
+    """Hardware settings. They change no result, so no stage depends on them."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA when it is there")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: bfloat16 on CUDA")
-    processes: PositiveInt = Field(1, description="processes, one a GPU, that generate and train run in")
-    batch_size: PositiveInt = Field(16, description="images denoised at once; halved where memory runs out")
-    train_batch_size: PositiveInt | None = Field(
-        None, description="samples in one forward pass of training; gradients add up to train.batch_size; null is all"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto uses CUDA if available")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto is bfloat16 on CUDA and float32 on a CPU"
     )
-    gradient_checkpointing: bool = Field(False, description="training recomputes activations: slower, less memory")
-    checkpoint_every: PositiveInt = Field(100, description="training steps between the states a killed run resumes at")
-    compile: bool = Field(False, description="CUDA: compile the UNet's repeated blocks; pays off after minutes")
+    processes: PositiveInt = Field(1, description="processes, one per GPU, of generate and train")
+    batch_size: PositiveInt = Field(16, description="images sampled at once; halved when memory runs out")
+    train_batch_size: PositiveInt | None = Field(
+        None,
+        description="samples per forward pass of training, accumulated to train.batch_size; null is all at once",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in training: slower, with less memory"
+    )
+    checkpoint_every: PositiveInt = Field(
+        100, description="training steps between checkpoints, from which an interrupted run resumes"
+    )
+    compile: bool = Field(False, description="compile the UNet's repeated blocks (CUDA only), which takes minutes")
 
 
 class TrackingParams(Section):
-    """MLflow."""
+    """MLflow settings."""
 
     uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking URI")
     experiment: str = Field("srpo", min_length=1, description="MLflow experiment")
-    campaign: str = Field("campaign", min_length=1, description="name of the run that spans all rounds")
+    campaign: str = Field("campaign", min_length=1, description="name of the parent run of all rounds")
 
 
 class RoundParams(Section):
-    """One node of the tree of rounds. Overrides stand per stage, `{}` for none: DVC tracks each by its key."""
+    """A round. Its overrides are per stage, `{}` for none, because DVC tracks them by key."""
 
     parent: str = Field(min_length=1, description="`base` or the name of another round")
-    generate: dict[str, Any] = Field(description="overrides of `generate` in this round")
-    select: dict[str, Any] = Field(description="overrides of `select` in this round")
-    train: dict[str, Any] = Field(description="overrides of `train` in this round")
+    generate: dict[str, Any] = Field(description="overrides of `generate`")
+    select: dict[str, Any] = Field(description="overrides of `select`")
+    train: dict[str, Any] = Field(description="overrides of `train`")

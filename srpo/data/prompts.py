@@ -67,21 +67,22 @@ def check_disjoint(train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> Non
     Raises:
         UserError: naming the first shared prompt.
     """
-    known = {_folded(prompt.prompt): prompt.id for prompt in train}
+    known = {normalize(prompt.prompt): prompt.id for prompt in train}
     for prompt in evaluation:
-        if _folded(prompt.prompt) in known:
+        if normalize(prompt.prompt) in known:
             raise UserError(
-                f"prompts.eval: {prompt.id!r} has the text of train prompt {known[_folded(prompt.prompt)]!r};"
+                f"prompts.eval: {prompt.id!r} has the text of train prompt {known[normalize(prompt.prompt)]!r};"
                 " remove it from one of the two files"
             )
 
 
+def normalize(text: str) -> str:
+    """Return the text without differences of case and spacing, by which prompts are compared."""
+    return " ".join(text.casefold().split())
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and not UNUSABLE.search(value)
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def _parse(line: str, place: str) -> Prompt:

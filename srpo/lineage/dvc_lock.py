@@ -6,15 +6,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from srpo.errors import UserError
+from srpo.storage.conflicts import check_no_conflict
+
+LOCK_FILE = "dvc.lock"
+
 
 def read_dvc_lock(root: Path) -> dict[str, Any]:
-    """Return the stages of dvc.lock by name (`train@001`), each with `outs` and maybe `deps`; empty without a file."""
-    from ruamel.yaml import YAML
+    """Return the stages of dvc.lock by name (`train@001`), each with `outs` and maybe `deps`; empty without a file.
 
-    lock = root / "dvc.lock"
-    if not lock.exists():
-        return {}
-    return (YAML(typ="safe").load(lock.read_text(encoding="utf-8")) or {}).get("stages") or {}
+    Raises:
+        UserError: the file has Git's conflict markers or is damaged.
+    """
+    lock = root / LOCK_FILE
+    return parse_dvc_lock(lock.read_text(encoding="utf-8", errors="replace")) if lock.exists() else {}
+
+
+def parse_dvc_lock(text: str) -> dict[str, Any]:
+    """Return the stages in the text of a dvc.lock.
+
+    Raises:
+        UserError: it has Git's conflict markers or is damaged.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    check_no_conflict(LOCK_FILE, text, "run `srpo lock merge`, then `git add dvc.lock`")
+    try:
+        content = YAML(typ="safe").load(text) or {}
+        stages = content.get("stages") or {}
+        return dict(stages)
+    except (YAMLError, AttributeError, TypeError, ValueError):
+        raise UserError(f"{LOCK_FILE}: damaged; restore it with `git checkout {LOCK_FILE}`") from None
 
 
 def recorded(lock: Mapping[str, Any], stage: str, side: Literal["deps", "outs"]) -> dict[str, str]:

@@ -1,8 +1,12 @@
-"""What a campaign on SDXL will cost: pure arithmetic over params, no model and no device.
+"""Estimates of time, memory and disk of a campaign on SDXL: arithmetic over params, without models or devices.
 
-FLOP and GB of one pass were counted once by torch's FLOP counter and memory tracker over SDXL's shapes in 16 bits,
-without a device. The FLOP are exact (multiply and add are two); kernels, allocators and drivers move memory by a
-quarter either way. All of it is for SDXL's UNet of 2.57 billion weights.
+FLOP and GB of one pass were counted with torch's FLOP counter and memory tracker over SDXL's shapes in 16 bits, on the
+meta device. FLOP are exact (multiply and add count as two); memory is within a quarter, because kernels, allocators
+and drivers differ. Everything is for SDXL's UNet of 2.57 billion weights.
+
+CPU seconds were measured per image of 1024 x 1024 on one core; stages do that work beside the device.
+
+All functions take the params of one round, with its overrides applied (`Params.for_round`).
 """
 
 from __future__ import annotations
@@ -10,132 +14,215 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from srpo.config.loader import Params
-from srpo.config.schema import GenerateParams
+from srpo.config.schema import INCEPTION, GenerateParams
 
 GB = 1e9
 PIXELS = 1024 * 1024
 UNET_TFLOP = 6.76  # one forward pass of one row at 1024 x 1024
 DECODE_TFLOP = 10.5  # the VAE's decoder at 1024 x 1024
-TRAIN_FORWARDS = {"lora": 14 / UNET_TFLOP, "full": 20 / UNET_TFLOP}  # a training pass, in forward passes
-UNET_WEIGHTS, TEXT_WEIGHTS, VAE_WEIGHTS = 2.567e9, 0.818e9, 0.084e9
-LORA_WEIGHTS_A_RANK = 1.4515e6  # of the default target_modules, attention's four projections
-OPTIMIZER_BYTES = 16  # a trained weight in float32, its gradient and AdamW's two moments
-DENOISE_GB, DECODE_GB = 1.5, 2.4  # a row in the UNet, a picture in the decoder; 16 bits, 1024 x 1024
-# activations that wait for a sample's backward pass, without and with recomputing: counted, LoRA's float32 inputs added
-TRAIN_GB, CHECKPOINTED_GB = 8.0, 1.5
-CONTEXT_GB = 1.5  # the driver's, the kernels' and the allocator's own
-PNG_BYTES = 1.5e6  # of a 1024 x 1024 picture
-LATENT_BYTES = 2 * 4 / 64  # four float16 channels for 8 x 8 pixels
-# Dense bf16 peaks of the makers' data sheets, TFLOP/s; the first name that is part of the device's wins.
+TRAIN_FORWARDS = {"lora": 14 / UNET_TFLOP, "full": 20 / UNET_TFLOP}  # one training pass, in forward passes
+UNET_WEIGHTS = 2.567e9
+TEXT_WEIGHTS = 0.818e9
+VAE_WEIGHTS = 0.084e9
+LORA_WEIGHTS_PER_RANK = 1.4515e6  # of the default target_modules, attention's four projections
+OPTIMIZER_BYTES = 16  # per trained weight: float32 weight, gradient and AdamW's two moments
+DENOISE_GB = 1.5  # per row in the UNet; 16 bits, 1024 x 1024
+DECODE_GB = 2.4  # per image in the decoder; 16 bits, 1024 x 1024
+# activations kept for one sample's backward pass, without and with checkpointing: counted, LoRA's float32 inputs added
+TRAIN_GB = 8.0
+CHECKPOINTED_GB = 1.5
+CONTEXT_GB = 1.5  # of driver, kernels and allocator
+PNG_BYTES = 1.5e6  # per image of 1024 x 1024
+LATENT_BYTES = 2 * 4 / 64  # per pixel: four float16 channels for 8 x 8 pixels
+# One image through the image encoder at its input size (224 to 336 pixels), by reward family: twice the published MACs.
+REWARD_TFLOP = {"clip": 0.16, "aesthetic": 0.16, "pickscore": 0.33, "hpsv2": 0.33, "hpsv2.1": 0.33, "imagereward": 0.25}
+OTHER_REWARD_TFLOP = 25.0  # of vqascore's 11 billion weights; an upper bound for a class of one's own
+INCEPTION_TFLOP = 0.012
+ENCODE_SECONDS = 0.117  # PNG, level 1
+DECODE_SECONDS = 0.054  # PNG to a tensor
+STATISTICS_SECONDS = 0.052  # saturation, contrast, edges and color entropy
+HASH_BYTES_PER_SECOND = 0.5e9  # MD5 by DVC
+COPY_BYTES_PER_SECOND = 1e9  # into DVC's cache where it holds copies
+SHARED_STAGES = ("generate", "train")  # that run in runtime.processes
+# Dense bf16 peaks in TFLOP/s from the manufacturers' data sheets; the first name contained in the device's name counts.
 PEAKS = {
     "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10G": 70.0,
     "RTX 4090": 165.0, "RTX 3090": 71.0,
 }  # fmt: skip
 EXAMPLES = ("H200", "H100", "A100", "RTX 4090")
-SHARE = 0.4  # of the peak that compiled bf16 PyTorch is assumed to reach; not measured here, 0.3 to 0.5 are usual
+SHARE = 0.4  # of the peak that compiled bf16 PyTorch is assumed to reach; not measured, 0.3 to 0.5 are usual
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine that an estimate is for.
+
+    Attributes:
+        peak: one device's dense bf16 peak, TFLOP/s.
+        processes: how many run at once, one per device.
+        cores: CPU cores.
+        share: of the peak that is reached.
+    """
+
+    peak: float
+    processes: int = 1
+    cores: int = 1
+    share: float = SHARE
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Work of one stage: TFLOP on devices, and CPU seconds that are spent beside them on all cores."""
+
+    tflop: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def hours(self, machine: Machine, processes: int) -> float:
+        """Return hours from start to end in that many processes."""
+        device_seconds = self.tflop / (machine.peak * machine.share) / processes
+        return max(device_seconds, self.cpu_seconds / machine.cores) / 3600
 
 
 @dataclass(frozen=True)
 class RoundCost:
-    """TFLOP of one round's stages."""
+    """Work of one round's stages; `save` is DVC's hashing and copying of their outputs, on one core."""
 
-    generate: float
-    train: float
-    evaluate: float
+    generate: StageCost
+    score: StageCost
+    train: StageCost
+    evaluate: StageCost
+    save_seconds: float
 
-    @property
-    def total(self) -> float:
-        return self.generate + self.train + self.evaluate
+    def stage_hours(self, machine: Machine) -> dict[str, float]:
+        """Return hours from start to end by stage."""
+        hours = {}
+        for stage in ("generate", "score", "train", "evaluate"):
+            processes = machine.processes if stage in SHARED_STAGES else 1
+            hours[stage] = getattr(self, stage).hours(machine, processes)
+        return hours | {"save": self.save_seconds / 3600}
 
-    def hours(self, peak: float, share: float = SHARE) -> float:
-        """GPU-hours on a device of `peak` TFLOP/s."""
-        return self.total / (peak * share) / 3600
+    def gpu_hours(self, machine: Machine) -> float:
+        """Return hours of computation, summed over devices."""
+        tflop = sum(stage.tflop for stage in (self.generate, self.score, self.train, self.evaluate))
+        return tflop / (machine.peak * machine.share) / 3600
 
 
 def unet_tflop(height: int, width: int) -> float:
-    """One forward pass of SDXL's UNet for one row, by pixels: a few percent too much below 1024 x 1024."""
+    """Return the work of SDXL's UNet for one row: proportional to pixels, a few percent too much below 1024 x 1024."""
     return UNET_TFLOP * height * width / PIXELS
 
 
 def image_tflop(steps: float, guidance: float, height: int, width: int) -> float:
-    """One picture: `steps` passes, twice as many rows when guided, and the decoder."""
+    """Return the work of one image: `steps` passes, with twice the rows if guided, and the decoder."""
     rows = 2 if guidance > 1 else 1
     return steps * rows * unet_tflop(height, width) + DECODE_TFLOP * height * width / PIXELS
 
 
 def mean_steps(settings: GenerateParams) -> float:
-    """Denoising steps per candidate, early rejection and its audit counted."""
-    full, early = settings.num_inference_steps, settings.early_rejection
+    """Return denoising steps per candidate, with early rejection and its audit."""
+    full = settings.num_inference_steps
+    early = settings.early_rejection
     if early is None:
         return float(full)
-    spent, done, alive = 0, 0, settings.candidates_per_prompt
-    for point in early.checkpoints:
-        spent, done, alive = spent + alive * (point.step - done), point.step, point.keep
+    spent = 0
+    done = 0
+    alive = settings.candidates_per_prompt
+    for checkpoint in early.checkpoints:
+        spent += alive * (checkpoint.step - done)
+        done = checkpoint.step
+        alive = checkpoint.keep
     rejecting = (spent + alive * (full - done)) / settings.candidates_per_prompt
     return early.audit_fraction * full + (1 - early.audit_fraction) * rejecting
 
 
-def round_cost(params: Params, key: str, train_prompts: int, eval_prompts: int) -> RoundCost:
-    """TFLOP of round `key`. Previews, reward models and text encoders (about a percent) are left out."""
-    resolved = params.for_round(key)
-    made, trained, measured = resolved.generate, resolved.train, resolved.evaluate
-    candidate = image_tflop(mean_steps(made), made.guidance_scale, made.height, made.width)
-    forwards = TRAIN_FORWARDS[trained.method]
-    if trained.objective != "sft":  # winner and loser, and both by the frozen reference
-        forwards = 2 * forwards + 2
-    sweep = sum(
-        image_tflop(measured.num_inference_steps, guidance, measured.height, measured.width)
-        for guidance in measured.guidance_scales
-    )
+def round_cost(params: Params, train_prompts: int, eval_prompts: int, copies: int = 1) -> RoundCost:
+    """Return the work of a round. Previews, text encoders and `srpo select` (about a percent) are left out.
+
+    Args:
+        copies: 2 if DVC's cache holds copies of the workspace's files, 1 if links.
+    """
+    generate = params.generate
+    candidates = train_prompts * generate.candidates_per_prompt
+    candidate = image_tflop(mean_steps(generate), generate.guidance_scale, generate.height, generate.width)
+    size = generate.height * generate.width / PIXELS
+    rewards = sum(REWARD_TFLOP.get(spec.kind, OTHER_REWARD_TFLOP) for spec in params.rewards.values())
+    saved_bytes = round_bytes(params, train_prompts, eval_prompts)
     return RoundCost(
-        generate=train_prompts * made.candidates_per_prompt * candidate,
-        train=trained.steps * trained.batch_size * forwards * unet_tflop(made.height, made.width),
-        evaluate=eval_prompts * measured.images_per_prompt * sweep,
+        generate=StageCost(candidates * candidate, candidates * size * ENCODE_SECONDS),
+        score=StageCost(candidates * rewards, candidates * size * DECODE_SECONDS),
+        train=StageCost(_training_tflop(params)),
+        evaluate=evaluation_cost(params, eval_prompts),
+        save_seconds=saved_bytes / HASH_BYTES_PER_SECOND + (copies - 1) * saved_bytes / COPY_BYTES_PER_SECOND,
     )
+
+
+def evaluation_cost(params: Params, eval_prompts: int) -> StageCost:
+    """Return the work of evaluating a round or base: images at every guidance scale, rewards and metrics."""
+    evaluate = params.evaluate
+    images = eval_prompts * evaluate.images_per_prompt
+    sweep = sum(
+        image_tflop(evaluate.num_inference_steps, guidance, evaluate.height, evaluate.width)
+        for guidance in evaluate.guidance_scales
+    )
+    metrics = sum(REWARD_TFLOP.get(spec.kind, OTHER_REWARD_TFLOP) for spec in params.rewards.values())
+    if evaluate.features == INCEPTION:
+        metrics += INCEPTION_TFLOP
+    scales = len(evaluate.guidance_scales)
+    statistics = STATISTICS_SECONDS * _eval_pixels(params) / PIXELS
+    return StageCost(images * (sweep + scales * metrics), images * scales * statistics)
 
 
 def sampling_gb(params: Params) -> float:
-    """GB of device memory that generate and evaluate take: the weights and the dearer of denoising and decoding."""
-    width, scale = _bytes(params), max(params.generate.height * params.generate.width, _eval_pixels(params)) / PIXELS
-    vae_width = 4 if params.model.vae is None else width  # SDXL's own VAE is run in float32
+    """Return GB of device memory in generate and evaluate: weights and the larger of denoising and decoding."""
+    width = _bytes_per_number(params)
+    scale = max(params.generate.height * params.generate.width, _eval_pixels(params)) / PIXELS
+    vae_width = 4 if params.model.vae is None else width  # SDXL's own VAE runs in float32
     weights = (width * (UNET_WEIGHTS + TEXT_WEIGHTS) + vae_width * VAE_WEIGHTS) / GB
     rows = params.runtime.batch_size * scale
     return CONTEXT_GB + weights + max(rows * 2 * DENOISE_GB * width / 2, rows * DECODE_GB * vae_width / 2)
 
 
-def training_gb(params: Params, key: str) -> float:
-    """GB of device memory that training a round takes."""
-    resolved, runtime, width = params.for_round(key), params.runtime, _bytes(params)
-    settings = resolved.train
+def training_gb(params: Params) -> float:
+    """Return GB of device memory in training."""
+    train = params.train
+    runtime = params.runtime
+    width = _bytes_per_number(params)
     weights = width * (UNET_WEIGHTS + TEXT_WEIGHTS + VAE_WEIGHTS) / GB
-    trained = UNET_WEIGHTS if settings.method == "full" else settings.rank * LORA_WEIGHTS_A_RANK
-    share = -(-settings.batch_size // runtime.processes)
-    rows = min(runtime.train_batch_size or share, share) * (1 if settings.objective == "sft" else 2)
-    kept = CHECKPOINTED_GB if runtime.gradient_checkpointing else TRAIN_GB
-    scale = resolved.generate.height * resolved.generate.width / PIXELS
-    return CONTEXT_GB + weights + trained * OPTIMIZER_BYTES / GB + rows * kept * scale * width / 2
+    trained = UNET_WEIGHTS if train.method == "full" else train.rank * LORA_WEIGHTS_PER_RANK
+    share = -(-train.batch_size // runtime.processes)
+    rows = min(runtime.train_batch_size or share, share) * (1 if train.objective == "sft" else 2)
+    activations = CHECKPOINTED_GB if runtime.gradient_checkpointing else TRAIN_GB
+    scale = params.generate.height * params.generate.width / PIXELS
+    return CONTEXT_GB + weights + trained * OPTIMIZER_BYTES / GB + rows * activations * scale * width / 2
 
 
-def round_bytes(params: Params, key: str, train_prompts: int, eval_prompts: int) -> float:
-    """Bytes a round leaves: candidates, winners, kept samples and the adapter, DVC's cache not counted."""
-    resolved = params.for_round(key)
-    made, measured = resolved.generate, resolved.evaluate
-    pixels = made.height * made.width
-    candidate = pixels * (PNG_BYTES / PIXELS + LATENT_BYTES)
-    pictures = train_prompts * (made.candidates_per_prompt + resolved.select.top_fraction)
-    samples = min(measured.samples, eval_prompts) * measured.images_per_prompt * _eval_pixels(params)
-    adapter = 2 * UNET_WEIGHTS if resolved.train.method == "full" else 4 * resolved.train.rank * LORA_WEIGHTS_A_RANK
-    return pictures * candidate + samples * PNG_BYTES / PIXELS + adapter
+def round_bytes(params: Params, train_prompts: int, eval_prompts: int) -> float:
+    """Return bytes of a round's outputs: candidates, winners, sample images and the adapter, without DVC's cache."""
+    generate = params.generate
+    evaluate = params.evaluate
+    candidate = generate.height * generate.width * (PNG_BYTES / PIXELS + LATENT_BYTES)
+    images = train_prompts * (generate.candidates_per_prompt + params.select.top_fraction)
+    samples = min(evaluate.samples, eval_prompts) * evaluate.images_per_prompt * _eval_pixels(params)
+    adapter = 2 * UNET_WEIGHTS if params.train.method == "full" else 4 * params.train.rank * LORA_WEIGHTS_PER_RANK
+    return images * candidate + samples * PNG_BYTES / PIXELS + adapter
 
 
 def peak_tflops(device: str) -> float | None:
-    """A device's dense bf16 peak by its name (as torch.cuda and nvidia-smi give it); None for one not in the table."""
+    """Return a device's dense bf16 peak by its name in torch.cuda and nvidia-smi; None if it is not in the table."""
     return next((peak for name, peak in PEAKS.items() if name in device), None)
+
+
+def _training_tflop(params: Params) -> float:
+    train = params.train
+    forwards = TRAIN_FORWARDS[train.method]
+    if train.objective != "sft":  # winner and loser, and both through the reference
+        forwards = 2 * forwards + 2
+    return train.steps * train.batch_size * forwards * unet_tflop(params.generate.height, params.generate.width)
 
 
 def _eval_pixels(params: Params) -> int:
     return params.evaluate.height * params.evaluate.width
 
 
-def _bytes(params: Params) -> int:
+def _bytes_per_number(params: Params) -> int:
     return 4 if params.runtime.dtype == "float32" else 2

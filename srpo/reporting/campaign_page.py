@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from srpo import rounds as tree
+from srpo.config import tree
 from srpo.config.loader import Params
 from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.errors import MissingFile, UserError

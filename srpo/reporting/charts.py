@@ -27,7 +27,7 @@ def over_rounds(measured: Measured, paths: Sequence[Sequence[str]], name: str, r
 
     Args:
         measured: by round; a round without the number is left out.
-        paths: `rounds.branches`; a path after the first starts at the round where it branches off.
+        paths: `config.tree.branches`; a path after the first starts at the round where it branches off.
     """
     figure, axis = _axis(SMALL)
     places = _places(paths)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from srpo import rounds as tree
+from srpo.config import tree
 from srpo.config.loader import PARAMS_FILE, Params, load_params
 from srpo.data.records import read_metrics
 from srpo.errors import without_secrets

@@ -1,7 +1,7 @@
-"""A command in several processes, one a GPU, started by torchrun's agent; light to import.
+"""One command in several processes, one per GPU, started by torchrun's agent. Imports torch only to start them.
 
-A worker knows itself by the environment that torchrun and `accelerate launch` set, so that a command may be started by
-either of them by hand, too.
+Workers are recognized by the environment variables of torchrun and `accelerate launch`, so a command may also be
+started with either of them.
 """
 
 from __future__ import annotations
@@ -15,57 +15,66 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from srpo.errors import BlockedError, UserError
 from srpo.runtime.processes import signal_at_parents_end
 
-if TYPE_CHECKING:
-    from srpo.config.schema import RuntimeParams
-
-log = logging.getLogger("srpo")
+log = logging.getLogger(__name__)
 PARENT_VARIABLE = "SRPO_PARENT"
-BAD_INPUT, BLOCKED, INTERRUPTED = 2, 3, 130  # BLOCKED is a worker's alone
-END_SECONDS = 10
+# exit statuses; only workers use BLOCKED
+BAD_INPUT = 2
+BLOCKED = 3
+INTERRUPTED = 130
+SHUTDOWN_SECONDS = 10
+
+
+class HasProcesses(Protocol):
+    """Settings with a number of processes, such as `runtime` of params.yaml."""
+
+    @property
+    def processes(self) -> int:
+        """Processes per command."""
 
 
 def is_worker() -> bool:
-    """Whether this process is one of several that run the same command."""
+    """Return whether this process is one of several that run the same command."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
 def rank() -> int:
-    """This process's number among all, from 0."""
+    """Return the number of this process among all, from 0."""
     return int(os.environ["RANK"]) if is_worker() else 0
 
 
 def local_rank() -> int:
-    """This process's number among those of this machine: the number of its GPU."""
+    """Return the number of this process among those of this machine, which is the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if is_worker() else 0
 
 
 def world_size() -> int:
-    """How many processes run this command."""
+    """Return the number of processes that run this command."""
     return int(os.environ["WORLD_SIZE"]) if is_worker() else 1
 
 
-def is_parent(runtime: RuntimeParams) -> bool:
-    """Whether this process is to start others that do the work."""
+def is_parent(runtime: HasProcesses) -> bool:
+    """Return whether this process has to start workers."""
     return runtime.processes > 1 and not is_worker()
 
 
 def run(command: Callable[[], Sequence[str]], processes: int, attempts: int = 1) -> None:
-    """Run `srpo <command>` in that many processes at once, until all have ended well.
+    """Run `srpo <command>` in that many processes at once, until all succeed.
 
-    When one dies the others are ended, and after that all are started again, at most `attempts` times in all. What
-    finds its input bad or is interrupted is not tried again. No worker outlives this process.
+    When one fails, the others are stopped and all are started again, unless the input is bad or the command was
+    interrupted. No worker outlives this process.
 
     Args:
-        command: asked for the arguments before each attempt.
+        command: called before each attempt; returns the arguments.
+        attempts: the most starts in total.
 
     Raises:
-        UserError: what a worker found wrong with the input.
-        BlockedError: what stood in a worker's way.
+        UserError: bad input, as reported by a worker.
+        BlockedError: an environment error, as reported by a worker.
         KeyboardInterrupt: interrupted.
         SystemExit: ended by a signal, or the last attempt failed.
     """
@@ -80,26 +89,26 @@ def run(command: Callable[[], Sequence[str]], processes: int, attempts: int = 1)
             raise BlockedError(message)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
-        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-        again = "starting all again" if attempt < attempts else "giving up"
+        cause = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        action = "restarting all" if attempt < attempts else "giving up"
         log.warning(
-            "one of %d processes ended with %s; %s (attempt %d of %d)", processes, how, again, attempt, attempts
+            "one of %d processes ended with %s; %s (attempt %d of %d)", processes, cause, action, attempt, attempts
         )
     raise SystemExit(1)
 
 
 def become_worker() -> None:
-    """In a worker, before anything else: end when the parent that `run` was called in does."""
+    """Have a worker end with the process that called `run`. To be called first of all; does nothing elsewhere."""
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is None or sys.platform != "linux":
         return
     signal_at_parents_end(signal.SIGKILL)()
-    if os.getppid() != int(parent):  # it ended before we asked
+    if os.getppid() != int(parent):  # it had ended already
         sys.exit(INTERRUPTED)
 
 
-def tell_parent(error: Exception | str) -> None:
-    """In a worker: leave the message for the parent, who prints it once for all."""
+def report_to_parent(error: Exception | str) -> None:
+    """Leave a worker's error message for the process that started it, which prints it once."""
     if PARENT_VARIABLE not in os.environ:
         print(f"srpo: error: {error}", file=sys.stderr)
         return
@@ -108,13 +117,13 @@ def tell_parent(error: Exception | str) -> None:
 
 
 def _run_once(arguments: list[str], processes: int) -> tuple[int, str] | None:
-    """None when all ended well, else the exit code and the message of the first that did not."""
+    """Return the exit code and message of the first process that failed, or None."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what failed is told here
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # failures are logged by `run`
     os.environ[PARENT_VARIABLE] = str(os.getpid())
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     with tempfile.TemporaryDirectory(prefix="srpo-", ignore_cleanup_errors=True) as folder:
@@ -123,21 +132,21 @@ def _run_once(arguments: list[str], processes: int) -> tuple[int, str] | None:
             max_nodes=1,
             nproc_per_node=processes,
             run_id="srpo",
-            # processes of one machine meet in a file: no port is opened for that, no host name looked up
+            # processes of one machine rendezvous in a file: without a port or a host name
             rdzv_backend="c10d",
-            rdzv_endpoint=f"{folder}/meeting",
+            rdzv_endpoint=f"{folder}/rendezvous",
             rdzv_configs={"store_type": "file"},
             local_addr="127.0.0.1",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
-            shutdown_timeout=END_SECONDS,
+            shutdown_timeout=SHUTDOWN_SECONDS,
         )
         try:
             elastic_launch(config, sys.executable)(*arguments)
         except ChildFailedError as error:
             _, failure = error.get_first_failure()
-            told = failure.error_file_data["message"] if isinstance(failure.error_file_data, dict) else ""
-            return failure.exitcode, told["message"] if isinstance(told, dict) else str(failure.message)
+            message = failure.error_file_data["message"] if isinstance(failure.error_file_data, dict) else ""
+            return failure.exitcode, message["message"] if isinstance(message, dict) else str(failure.message)
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None

@@ -1,13 +1,14 @@
-"""A fork server that has imported everything, so that a stage's process starts in milliseconds.
+"""An optional server that has imported everything and forks a process per command, which starts in milliseconds.
 
-Importing torch, diffusers, transformers, PEFT and MLflow takes 10 to 50 s on two slow cores, and a campaign runs
-dozens of `srpo` and `dvc` processes. The driver starts this server once; commands that find its socket in
-`SRPO_WARM` hand it their arguments, folder, environment and standard streams and return the exit code of the
-child it forks. Without the server, and anywhere but on Linux, each command runs in its own process.
+Importing torch, diffusers, transformers, PEFT and MLflow takes 10 to 50 s on two slow cores, and a campaign runs dozens
+of `srpo` and `dvc` processes. That matters for the tiny demo and little else, so the server runs only on request: with
+`SRPO_WARM=1` or `--warm`, the flow starts one. Commands that find its socket in `SRPO_FORK_SERVER` send it their
+arguments, folder, environment and standard streams, and return the exit code of the child that it forks. Without a
+server, and on systems other than Linux, each command runs in its own process.
 
-The server only imports: it touches no device and computes nothing, because neither a CUDA context nor a thread
-survives a fork (a child of a process that has *used* Polars or OpenMP hangs). What a library reads from the
-environment while it is imported (HF_HUB_OFFLINE, OMP_NUM_THREADS) is the server's; the rest is each command's own.
+The server imports and does nothing else: it touches no device and computes nothing, because neither a CUDA context nor
+a thread survives a fork (a child of a process that has *used* Polars or OpenMP hangs). Variables that libraries read
+while they are imported (HF_HUB_OFFLINE, OMP_NUM_THREADS) are the server's; all others are those of the command.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import io
 import json
 import os
 import selectors
@@ -29,12 +31,13 @@ from pathlib import Path
 
 from srpo.runtime.processes import end_with_parent
 
-SOCKET_VARIABLE = "SRPO_WARM"
-PRELOAD_VARIABLE = "SRPO_WARM_PRELOAD"
+REQUEST_VARIABLE = "SRPO_WARM"
+SOCKET_VARIABLE = "SRPO_FORK_SERVER"
+PRELOAD_VARIABLE = "SRPO_FORK_SERVER_PRELOAD"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STARTED = b"+"
 
-# module, or module:attribute where a library loads lazily. `dvc` commands come first and need only its part.
+# module, or module:attribute where a library loads lazily. `dvc` modules come first: its commands wait for no others.
 PRELOAD = (
     "dvc.cli", "dvc.cli.parser", "dvc.repo", "dvc.commands.repro", "dvc.stage.run", "dvc.repo.reproduce",
     "dvc.dependency.param", "dvc.output", "dvc.cachemgr", "dvc.data_cloud",
@@ -51,11 +54,11 @@ PRELOAD = (
 )  # fmt: skip
 
 
-def hand_over(command: list[str]) -> int | None:
-    """Let the warm server run `command` (`srpo ...` or `dvc ...`) with this process's streams.
+def submit(command: list[str]) -> int | None:
+    """Have the server run `command` (`srpo ...` or `dvc ...`) with this process's streams, and wait for its end.
 
     Returns:
-        Its exit code, 128 + n when signal n ended it, or None when no server takes it.
+        Its exit code, 128 + n if signal n ended it, or None if no server accepted it.
     """
     path = os.environ.get(SOCKET_VARIABLE)
     if not path:
@@ -81,19 +84,26 @@ def hand_over(command: list[str]) -> int | None:
     with contextlib.suppress(ConnectionError):
         code = connection.recv(1)
     if not code:  # the server was killed, and the kernel killed the command with it
-        print("srpo: the warm server is gone", file=sys.stderr)
+        print("srpo: the fork server was killed", file=sys.stderr)
     return code[0] if code else 128 + signal.SIGKILL
 
 
+def if_requested() -> contextlib.AbstractContextManager[None]:
+    """Return `running()` if SRPO_WARM=1, else a context manager that does nothing."""
+    return running() if os.environ.get(REQUEST_VARIABLE) == "1" else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
-def started() -> Iterator[None]:
-    """Run a warm server while the block runs; one that is already there is used instead."""
-    if sys.platform != "linux" or _answers(os.environ.get(SOCKET_VARIABLE)):
+def running() -> Iterator[None]:
+    """Run a server while the block runs; a server that runs already is used instead."""
+    if sys.platform != "linux" or _accepts_connections(os.environ.get(SOCKET_VARIABLE)):
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="srpo-", ignore_cleanup_errors=True) as folder:  # a socket's path is short
-        path = str(Path(folder, "warm"))
-        # its own session: Ctrl-C reaches each command through its client, not behind its back
+    with tempfile.TemporaryDirectory(
+        prefix="srpo-", ignore_cleanup_errors=True
+    ) as folder:  # the path of a socket must be short
+        path = str(Path(folder, "socket"))
+        # its own session: Ctrl-C reaches each command through its client only
         server = subprocess.Popen(
             [sys.executable, "-m", "srpo.runtime.fork_server", "serve", path],
             stdin=subprocess.PIPE,
@@ -109,14 +119,15 @@ def started() -> Iterator[None]:
             os.environ.pop(SOCKET_VARIABLE, None)
             server.terminate()
             try:
-                server.wait(15)  # a signal waits for the import at hand
+                server.wait(15)  # the signal is handled after the current import
             except subprocess.TimeoutExpired:
                 server.kill()
                 server.wait()
-            server.stdin.close()
+            if server.stdin:
+                server.stdin.close()
 
 
-def run_here(argv: list[str]) -> int:
+def run_inline(argv: list[str]) -> int:
     """Run a `srpo` or `dvc` command in this process and return its exit code."""
     module, function = {"srpo": ("srpo.cli", "run"), "dvc": ("dvc.cli", "main")}[argv[0]]
     sys.argv = list(argv)
@@ -135,7 +146,7 @@ class _Command:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, number)
 
-    def client_left(self) -> bool:
+    def has_lost_client(self) -> bool:
         try:
             return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -151,7 +162,7 @@ class _Command:
 
 
 class Server:
-    """Imports, takes commands, forks, reports exit codes; ends when standard input closes or a signal comes."""
+    """Imports modules, accepts commands, forks their processes and reports exit codes."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
@@ -171,15 +182,15 @@ class Server:
         for number in FORWARDED:
             signal.signal(number, lambda *_: sys.exit())
         self.selector = selectors.DefaultSelector()
-        self.selector.register(0, selectors.EVENT_READ, sys.exit)  # the driver is gone
+        self.selector.register(0, selectors.EVENT_READ, sys.exit)  # the driver ended
         self.selector.register(self.listener, selectors.EVENT_READ, self._accept)
         self.selector.register(self.wake, selectors.EVENT_READ, self._reap)
 
     def run(self) -> None:
-        """Serve until standard input closes or SIGTERM comes. No command outlives it."""
-        # diffusers asks for CUDA as it is imported; asked this way, PyTorch does not bar forked children from it
+        """Serve until standard input closes or a signal arrives, then kill all commands."""
+        # diffusers queries CUDA when it is imported; queried through NVML, CUDA stays usable in forked children
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-        gc.disable()  # nothing here becomes garbage
+        gc.disable()  # imports leave no garbage
         try:
             while True:
                 for key, _ in self.selector.select(0 if self.to_import or self.waiting else None):
@@ -192,7 +203,7 @@ class Server:
         finally:
             for command in self.running:
                 command.signal_group(signal.SIGKILL)
-            with contextlib.suppress(OSError):  # the driver that made the folder may be dead
+            with contextlib.suppress(OSError):  # the driver that made the folder may have been killed
                 self.path.unlink()
                 self.path.parent.rmdir()
 
@@ -205,7 +216,7 @@ class Server:
             command.request = json.loads(_read(connection, int.from_bytes(header, "big")))
             connection.settimeout(None)
             self.waiting.append(command)
-        except (OSError, ValueError):  # not a command: `started` knocks to learn whether anyone is in
+        except (OSError, ValueError):  # not a command: `running` connects to see whether a server answers
             connection.close()
 
     def _is_ready(self, command: _Command) -> bool:
@@ -213,7 +224,7 @@ class Server:
         return not any(item.startswith(needs) for item in self.to_import)
 
     def _start(self, command: _Command) -> None:
-        if command.client_left() or (command.request["argv"][0] == "srpo" and not _cuda_survives_fork()):
+        if command.has_lost_client() or (command.request["argv"][0] == "srpo" and not _cuda_survives_fork()):
             command.close()
             return
         gc.freeze()  # a collection in a child would copy every page
@@ -221,18 +232,18 @@ class Server:
         command.pid = os.fork()
         if not command.pid:
             self._become(command)
-        os.setpgid(command.pid, command.pid)  # here and in the child: whoever comes first
+        os.setpgid(command.pid, command.pid)  # also in the child: the first call counts
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         for fd in command.fds:
             os.close(fd)
         command.fds = []
         self.running.append(command)
-        self.selector.register(command.connection, selectors.EVENT_READ, lambda: self._client_spoke(command))
+        self.selector.register(command.connection, selectors.EVENT_READ, lambda: self._forward_signals(command))
         with contextlib.suppress(OSError):
             command.connection.send(STARTED)
 
     def _become(self, command: _Command) -> None:
-        """In the forked child: be the command. Does not return."""
+        """Run the command in the forked child, and exit."""
         code = 1
         try:
             os.setpgid(0, 0)
@@ -244,19 +255,20 @@ class Server:
             for target, fd in enumerate(command.fds):
                 os.dup2(fd, target)
             for other in (*self.running, *self.waiting, command):
-                other.close()  # else this child would keep clients waiting when the server is gone
+                other.close()  # else clients would wait for this child when the server has ended
             self.listener.close()
             self.selector.close()
             os.environ.clear()
             os.environ.update(command.request["environ"])
             os.chdir(command.request["cwd"])
-            sys.stdout.reconfigure(line_buffering=True)
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(line_buffering=True)
             if "numpy" in sys.modules:
                 sys.modules["numpy"].random.seed()  # `random` reseeds itself after a fork
             gc.enable()
-            code = run_here(command.request["argv"])
-        except SystemExit as leaving:
-            code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+            code = run_inline(command.request["argv"])
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
         except BaseException:
             import traceback
 
@@ -267,7 +279,7 @@ class Server:
                 sys.stderr.flush()
             os._exit(code & 255)
 
-    def _client_spoke(self, command: _Command) -> None:
+    def _forward_signals(self, command: _Command) -> None:
         try:
             numbers = command.connection.recv(16)
         except OSError:
@@ -285,7 +297,7 @@ class Server:
             if not pid:
                 continue
             self.running.remove(command)
-            command.signal_group(signal.SIGKILL)  # what it left behind in its group
+            command.signal_group(signal.SIGKILL)  # children that it left in its group
             code = os.waitstatus_to_exitcode(status)
             with contextlib.suppress(KeyError, ValueError):
                 self.selector.unregister(command.connection)
@@ -300,12 +312,12 @@ def _import(item: str) -> None:
         loaded = importlib.import_module(module)
         if attribute:
             getattr(loaded, attribute)
-    except Exception as error:  # a stage that needs it will say so in its own words
-        print(f"srpo: warm: {item}: {error}", file=sys.stderr)
+    except Exception as error:  # a stage that needs it reports it
+        print(f"srpo: fork server: {item}: {error}", file=sys.stderr)
 
 
 def _cuda_survives_fork() -> bool:
-    """Whether a forked child may use the GPUs, if there are any: False where something initialised CUDA."""
+    """Return False if something has initialized CUDA, so that a forked child could not use the GPUs."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.device_count():
         return True
@@ -315,10 +327,10 @@ def _cuda_survives_fork() -> bool:
     return os.waitpid(probe, 0)[1] == 0
 
 
-def _answers(path: str | None) -> bool:
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as knock:
+def _accepts_connections(path: str | None) -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
         if path:
-            knock.connect(path)
+            connection.connect(path)
             return True
     return False
 
@@ -328,7 +340,7 @@ def _read(connection: socket.socket, count: int) -> bytes:
     while len(data) < count:
         part = connection.recv(count - len(data))
         if not part:
-            raise ConnectionError("the client is gone")
+            raise ConnectionError("the client has disconnected")
         data += part
     return data
 
@@ -338,7 +350,7 @@ if __name__ == "__main__":
         try:
             Server(sys.argv[2]).run()
         finally:
-            os._exit(0)  # nothing is left to finalise, and triton would print what it leaks
+            os._exit(0)  # without finalizers, in which triton prints about leaks
     else:
-        outcome = hand_over(sys.argv[1:])
-        sys.exit(run_here(sys.argv[1:]) if outcome is None else outcome)
+        exit_code = submit(sys.argv[1:])
+        sys.exit(run_inline(sys.argv[1:]) if exit_code is None else exit_code)

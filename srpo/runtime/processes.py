@@ -1,4 +1,4 @@
-"""Processes that end with their parent."""
+"""Processes that end with their parent. On systems other than Linux these functions do nothing."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from collections.abc import Callable
 
 
 def signal_at_parents_end(number: int) -> Callable[[], None]:
-    """A function by which a process asks the kernel to send it signal `number` when its parent ends."""
+    """Return a function by which a process asks the kernel to send it signal `number` when its parent ends."""
     if sys.platform != "linux":
         return lambda: None
-    import ctypes  # here and not in a new child: importing between fork and exec can hang
+    import ctypes  # not in the child: importing between fork and exec can hang
 
-    pr_set_pdeathsig, prctl = 1, ctypes.CDLL(None).prctl
+    pr_set_pdeathsig = 1
+    prctl = ctypes.CDLL(None).prctl
     return lambda: prctl(pr_set_pdeathsig, number)
 
 
 def end_with_parent(number: int) -> Callable[[], None]:
-    """A function that a new child calls so that it gets signal `number` when its parent ends, or has ended already."""
-    request, parent = signal_at_parents_end(number), os.getpid()
+    """Return a function for a new child to call: it gets signal `number` when its parent ends, or has ended already."""
+    request = signal_at_parents_end(number)
+    parent = os.getpid()
 
     def ask() -> None:
         request()

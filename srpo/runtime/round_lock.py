@@ -1,64 +1,45 @@
-"""One process at a time works on a round. The kernel frees the lock when its holder ends, however it ends."""
+"""A lock per round, so that one command at a time works on it. The kernel releases it when the process ends."""
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+
+from filelock import FileLock
 
 from srpo.errors import BlockedError
 from srpo.rounds import RoundFiles
 from srpo.runtime import distributed
 
-GRACE_SECONDS = 2  # a process that was just killed may take a moment to be gone
+TIMEOUT_SECONDS = 2  # a killed process may take a moment to end
 
 
 @contextmanager
 def lock_round(files: RoundFiles, stage: str) -> Iterator[None]:
-    """Hold a round (or base) while the block runs; other rounds are free. Others are told `srpo <stage> <key>`.
-
-    Of a command in many processes the one that started them holds the round.
+    """Hold the lock of a round or of base. Workers of a command leave it to the process that started them.
 
     Raises:
-        BlockedError: another process works on the round.
-        OSError: there is no writing to `.srpo/` or `rounds/`.
+        BlockedError: another process holds it; the message names the process.
+        OSError: `.srpo/` is not writable.
     """
     if distributed.PARENT_VARIABLE in os.environ or distributed.rank():
         yield
         return
-    from filelock import FileLock
-
-    folder, key = files.root / ".srpo", files.key
+    folder = files.root / ".srpo"
     folder.mkdir(exist_ok=True)
-    holder = folder / f"round@{key}.json"  # beside the lock, which some versions of the library empty
-    lock = FileLock(folder / f"round@{key}.lock", timeout=GRACE_SECONDS)
+    holder = folder / f"round@{files.key}.txt"  # not in the lock file: some versions of filelock truncate that
+    lock = FileLock(folder / f"round@{files.key}.lock", timeout=TIMEOUT_SECONDS)
     try:
         lock.acquire()
     except TimeoutError:
-        raise BlockedError(f"rounds/{key} is being worked on by {_told(holder)}; wait or end it") from None
+        text = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+        raise BlockedError(f"rounds/{files.key} is locked by {text}; wait or stop that process") from None
     with lock:
-        _check_writable(files.folder)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        me = {"pid": os.getpid(), "host": socket.gethostname(), "command": f"srpo {stage} {key}", "since": since}
-        holder.write_text(json.dumps(me), encoding="utf-8")
+        process = f"process {os.getpid()} on host {socket.gethostname()}"
+        holder.write_text(f"{process} (srpo {stage} {files.key}, since {since})", encoding="utf-8")
         yield
         holder.unlink(missing_ok=True)
-
-
-def _told(holder: Path) -> str:
-    try:
-        found = json.loads(holder.read_text(encoding="utf-8"))
-        return "process {pid} on host {host} ({command}, since {since})".format_map(found)
-    except (OSError, ValueError, KeyError):  # it has only just begun
-        return "another process"
-
-
-def _check_writable(folder: Path) -> None:
-    """Now rather than after hours: files are renamed to there when the stage is done."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(there, os.W_OK):
-        raise BlockedError(f"{there}: not writable (read-only, or not this user's); make it so and run this again")

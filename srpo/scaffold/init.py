@@ -1,24 +1,29 @@
-"""`srpo init`: a project folder of its own, from a preset."""
+"""`srpo init`: a new project folder from a preset."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from srpo.errors import UserError
+from srpo.lineage.lock_merge import ATTRIBUTE, COMMAND, DRIVER
 from srpo.runtime.extras import require
+from srpo.storage.git import git
+from srpo.storage.project import IDENTITY_FILE, project_identity
 
 PROJECT = Path(__file__).parent / "project"
 CLONE = Path(__file__).parents[2]
-# a wheel holds these in `project`, by names that no tool there takes for its own; see pyproject.toml
+# a wheel has these files in `project`, by names that no tool there takes for its own; see pyproject.toml
 AT_ROOT = {"pipeline.yaml": "dvc.yaml", "prefect.yaml": "prefect.yaml", "gitignore": ".gitignore", "presets": "presets"}
 TINY = "tiny"
+DEPLOYMENT_NAME = re.compile(r"(?<=^  - name: )\w+$|(?<=--name )\w+", re.MULTILINE)
 
 
 def presets() -> list[str]:
-    """The names that `--preset` takes."""
+    """Return the values of `--preset`."""
     return sorted(path.stem for path in _template("presets").glob("*.yaml"))
 
 
@@ -31,12 +36,12 @@ def init_project(folder: Path, preset: str) -> list[str]:
         The files and folders written, relative to `folder`.
 
     Raises:
-        UserError: DVC is not installed, no such preset, one of the files is there already, or the data is not at hand;
+        UserError: DVC is not installed, no such preset, a file exists already, or the preset's data is missing;
             nothing is written.
     """
     require("dvc", "`srpo init`")
     if preset not in presets():
-        raise UserError(f"--preset: there is no {preset!r}; choose one of {', '.join(presets())}")
+        raise UserError(f"--preset: no preset {preset!r}; choose one of {', '.join(presets())}")
     plan = {
         "params.yaml": _template("presets") / f"{preset}.yaml",
         "dvc.yaml": _template("pipeline.yaml"),
@@ -49,7 +54,7 @@ def init_project(folder: Path, preset: str) -> list[str]:
         raise UserError(f"{folder}: is a file; name a folder")
     for name in plan:
         if (folder / name).exists():
-            raise UserError(f"{folder / name}: is there already and init overwrites nothing; name another folder")
+            raise UserError(f"{folder / name}: exists already, and init overwrites nothing; name another folder")
     for name, source in plan.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -57,17 +62,19 @@ def init_project(folder: Path, preset: str) -> list[str]:
             shutil.copytree(source, target)
         else:
             shutil.copyfile(source, target)
+    _name_deployments(folder)
     _make_repositories(folder)
+    _install_merge_driver(folder)
     if preset == TINY:
         _run(folder, sys.executable, "-m", "dvc", "remote", "add", "-q", "assets", "assets")
-    return list(plan)
+    return [*plan, IDENTITY_FILE, ".gitattributes"]
 
 
 def next_steps(preset: str) -> str:
-    """What to do in a new project, one line."""
+    """Return the next steps in a new project as one line."""
     if preset == TINY:
-        return "dvc pull --remote assets data.dvc, then python -m flows.rounds"
-    return "README.md has the steps: your prompts and reference pictures into data/, a remote, srpo check, dvc repro"
+        return "dvc pull --remote assets data.dvc, then python -m flows.rounds --warm"
+    return "see README.md: add prompts and reference images to data/, add a remote, run srpo check and dvc repro"
 
 
 def _template(name: str) -> Path:
@@ -78,31 +85,45 @@ def _template(name: str) -> Path:
 def _tiny_data() -> dict[str, Path]:
     if not (CLONE / "data.dvc").is_file() or not (CLONE / "assets").is_dir():
         raise UserError(
-            "--preset tiny: its models and pictures come with the source repository and not with the package;"
-            " clone that and run `make demo`, or take --preset sdxl"
+            "--preset tiny: its models and images are in the source repository and not in the package;"
+            " clone that and run `make demo`, or use --preset sdxl"
         )
     return {"data.dvc": CLONE / "data.dvc", "assets": CLONE / "assets"}
 
 
+def _name_deployments(folder: Path) -> None:
+    """Put the project's identity before the names of deployments: a Prefect server has one of each name."""
+    path = folder / "prefect.yaml"
+    identity = project_identity(folder)
+    path.write_text(DEPLOYMENT_NAME.sub(rf"{identity}-\g<0>", path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 def _make_repositories(folder: Path) -> None:
-    git = shutil.which("git")
-    top = _git_top(folder) if git else None
-    if git and top is None:
-        _run(folder, git, "init", "-q")
+    top = _git_top(folder)
+    if top is None and git("init", "-q", root=folder).returncode == 0:
         top = folder.resolve()
     if not (folder / ".dvc").exists():
-        # DVC keeps to one repository for each of Git's unless told otherwise
+        # in a subfolder of a Git repository DVC needs an option
         kind = ["--no-scm"] if top is None else [] if top == folder.resolve() else ["--subdir"]
         _run(folder, sys.executable, "-m", "dvc", "init", "-q", *kind)
 
 
+def _install_merge_driver(folder: Path) -> None:
+    """Have Git merge dvc.lock by entry. The attribute is versioned; the command is a setting of each clone."""
+    path = folder / ".gitattributes"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if ATTRIBUTE not in lines:
+        path.write_text("\n".join([*lines, ATTRIBUTE]) + "\n", encoding="utf-8")
+    git("config", f"merge.{DRIVER}.driver", COMMAND, root=folder)
+
+
 def _git_top(folder: Path) -> Path | None:
-    found = subprocess.run(["git", "rev-parse", "--show-toplevel"], cwd=folder, capture_output=True, text=True)
-    return Path(found.stdout.strip()).resolve() if found.returncode == 0 else None
+    done = git("rev-parse", "--show-toplevel", root=folder)
+    return Path(done.stdout.strip()).resolve() if done.returncode == 0 else None
 
 
 def _run(folder: Path, *command: str) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode != 0:
-        words = " ".join((done.stderr or done.stdout).split())
-        raise UserError(f"{folder}: `{Path(command[0]).name} {' '.join(command[1:4])}` failed: {words:.200}")
+        message = " ".join((done.stderr or done.stdout).split())
+        raise UserError(f"{folder}: `{Path(command[0]).name} {' '.join(command[1:4])}` failed: {message:.200}")

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from srpo.config.loader import STAGES_WITH_OVERRIDES, Params
+from srpo.config.tree import ancestors, order
 from srpo.data.metric_keys import IMAGE_STATS
 from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.lineage.dvc_lock import read_dvc_lock, recorded, round_hashes
 from srpo.lineage.record import adapter_weights, read_lineage
 from srpo.reporting.table import SET_MEASURES, verdict
-from srpo.rounds import BASE, Round, ancestors, order
+from srpo.rounds import BASE, Round
 from srpo.storage import git
 from srpo.storage.hashing import file_digest, value_digest
 

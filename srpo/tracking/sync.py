@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srpo.config.loader import Params
-from srpo.rounds import BASE, Round, RoundFiles, order
+from srpo.config.tree import order
+from srpo.rounds import BASE, Round, RoundFiles
 from srpo.runtime.extras import require
 from srpo.storage.hashing import file_digest, value_digest
 from srpo.storage.project import project_folder, project_identity

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from srpo.config.loader import load_params
+from srpo.config.tree import ancestors, check_tree, order
 from srpo.errors import UserError
-from srpo.rounds import ancestors, check_tree, order
 
 REPO = Path(__file__).parents[2]
 
@@ -52,7 +52,7 @@ def test_overrides_reach_only_their_round(tmp_path: Path) -> None:
 
 BAD = {
     "missing key": ("seed: 0\n", "", "seed: missing"),
-    "wrong type": ("seed: 0\n", "seed: many\n", "seed: Input should be a valid integer, found 'many'"),
+    "wrong type": ("seed: 0\n", "seed: many\n", "seed: Input should be a valid integer, not 'many'"),
     "out of range": (
         "top_fraction: 1.0",
         "top_fraction: 1.5",
@@ -67,12 +67,12 @@ BAD = {
     "reward without a model": (
         "kind: templates, model: data/templates.parquet",
         "kind: templates",
-        "rewards.accuracy.model: missing; templates has no published model",
+        "rewards.accuracy.model: missing; templates has no default model",
     ),
     "unknown combination": (
         "top_fraction: 1.0",
         "combine: vote",
-        "select.combine: Input should be 'zscore', 'rank' or 'beats_mean', found 'vote'",
+        "select.combine: Input should be 'zscore', 'rank' or 'beats_mean', not 'vote'",
     ),
     "no judge": (
         "model: data/judge, role: judge",
@@ -84,16 +84,20 @@ BAD = {
         "features: reward",
         "evaluate.features: 'reward' is not a reward with role judge",
     ),
-    "Inception and no CLIP": ("features: judge", "features: inception", "evaluate.clip_features: name a judge"),
+    "Inception and no CLIP": (
+        "features: judge",
+        "features: inception",
+        "evaluate.clip_features: missing; name a judge",
+    ),
     "a reward named as a metric": (
         "  accuracy: {kind",
         "  fid: {kind",
         "rewards.fid: a metric of every evaluation has this name; rename the reward",
     ),
-    "unknown parent": ('parent: "002"', 'parent: "007"', "003.parent: there is no round '007'"),
-    "cyclic parents": ('"001":\n    parent: base', '"001":\n    parent: "003"', "the parents run in a circle"),
+    "unknown parent": ('parent: "002"', 'parent: "007"', "003.parent: no round '007'"),
+    "cyclic parents": ('"001":\n    parent: base', '"001":\n    parent: "003"', "the parents form a cycle"),
     "unquoted round": ('"003":', "003:", 'quote it, as in "003"'),
-    "bad round name": ('"003":', '"../3":', "can't name a round"),
+    "bad round name": ('"003":', '"../3":', "is not a valid name"),
     "missing override section": (
         "    select: {}\n    train: {}\n\nmodel",
         "    select: {}\n\nmodel",
@@ -123,7 +127,7 @@ BAD = {
         "prompts_per_shard: 35",
         "prompts_per_shard: 35\n  early_rejection:"
         " {reward: reward, checkpoints: [{step: 4, keep: 2}, {step: 6, keep: 2}]}",
-        "generate.early_rejection: checkpoints: each must come at a later step and keep fewer",
+        "generate.early_rejection: checkpoints: each must have a later step and a smaller keep",
     ),
     "a judge that rejects": (
         "prompts_per_shard: 35",
@@ -133,12 +137,12 @@ BAD = {
     "a round's rejection that DVC does not follow": (
         "parent: base\n    generate: {}",
         "parent: base\n    generate: {early_rejection: {reward: reward, checkpoints: [{step: 4, keep: 2}]}}",
-        "rounds.001.generate.early_rejection.reward: must be generate.early_rejection's",
+        "rounds.001.generate.early_rejection.reward: must be that of generate.early_rejection",
     ),
     "another method than the parent's": (
         'parent: "002"\n    generate: {}\n    select: {}\n    train: {}',
         'parent: "002"\n    generate: {}\n    select: {}\n    train: {method: full}',
-        "rounds.003.train.method: differs from that of parent 002",
+        "rounds.003.train.method: differs from parent 002",
     ),
     "reported guidance not in sweep": ("guidance_scales: [", "guidance_scales: [29.0, ", None),
     "not yaml": ("seed: 0\n", "seed: [\n", "not valid YAML"),
@@ -160,7 +164,7 @@ def test_bad_params_give_one_clear_line(name: str, tmp_path: Path, capfd: pytest
     assert {entry.name for entry in tmp_path.iterdir()} == {"params.yaml"}, "something was written"
 
 
-def test_a_missing_file_and_an_unknown_round_are_named(tmp_path: Path, monkeypatch) -> None:
+def test_missing_file_and_unknown_round(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_params(tmp_path / "params.yaml")
     shutil.copy(REPO / "params.yaml", tmp_path)
@@ -177,5 +181,5 @@ def test_tree_order_and_ancestors() -> None:
     }
     assert order(tree) == ["a", "a2", "b", "c"]
     assert ancestors(tree, "c") == ["a", "b"]
-    with pytest.raises(ValueError, match="circle"):
+    with pytest.raises(ValueError, match="cycle"):
         check_tree({"x": "y", "y": "x"})

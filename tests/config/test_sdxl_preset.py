@@ -91,7 +91,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         part = root / whole.evaluate.reference / f"part-{number}.parquet"
         parquet.write_table(part, rows[6 * number : 6 * number + 6], {"image": IMAGE})
     environment = os.environ | build_home(root.parent / "home", whole) | {"PYTHONPATH": str(REPO)}
-    environment.pop("SRPO_WARM", None)
+    environment.pop("SRPO_FORK_SERVER", None)
     done = subprocess.run(
         [sys.executable, "-c", RUN, "base", "evaluate base", *ROUND],
         cwd=root,
@@ -148,4 +148,4 @@ def test_check_finds_every_model(project: Path) -> None:
     assert done.returncode == 0, done.stdout
     for key in ("model.base", "model.vae", "rewards.pick.model", "rewards.hps.model", "rewards.clip.model"):
         assert lines[key].startswith("ok") and lines[key].endswith("in the Hub's cache"), lines[key]
-    assert lines["evaluate.features"].startswith("ok") and "(counted)" in lines["prompts.train"]
+    assert lines["evaluate.features"].startswith("ok") and "none longer than" in lines["prompts.train"]

@@ -45,7 +45,7 @@ def run_command(root: Path, tool: str, argv: tuple[str, ...], log: Path | None) 
     with open(log or os.devnull, "w") as out:  # noqa: PTH123
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-    raise SystemExit(fork_server.run_here([tool, *argv]))
+    raise SystemExit(fork_server.run_inline([tool, *argv]))
 
 
 def make_world(root: Path) -> None:

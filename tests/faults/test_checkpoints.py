@@ -208,7 +208,7 @@ def test_a_parent_adapter(name: str, world: Path, capfd: pytest.CaptureFixture) 
     assert not list(world.rglob(MARK)), "its code ran"
 
 
-def test_a_pickle_beside_safetensors_is_not_read(world: Path) -> None:
+def test_pickle_is_not_read(world: Path) -> None:
     hostile(f"{UNET}.bin", f"{VAE}.bin", "data/base/text_encoder/pytorch_model.bin", "data/reward/pytorch_model.bin")(
         world
     )

@@ -17,7 +17,7 @@ WALL_CLOCK = re.compile(r"time\.(time|strftime|localtime|gmtime|ctime)\b|datetim
 ALLOWED = {"distributed.py", "round_lock.py", "sync.py"}
 
 
-def test_the_wall_clock_is_read_nowhere_that_makes_results() -> None:
+def test_results_do_not_read_the_clock() -> None:
     found = {path.name for path in SOURCES.rglob("*.py") if WALL_CLOCK.search(path.read_text(encoding="utf-8"))}
     assert found <= ALLOWED
 
@@ -30,7 +30,7 @@ def with_a_wild_clock(root: Path, stage: str, log: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["generate", "select", "train"])
-def test_a_clock_that_runs_backwards_changes_nothing(project: Path, stage: str) -> None:
+def test_backward_clock_changes_nothing(project: Path, stage: str) -> None:
     undisturbed = contents(project, stage)
     take_away(project, stage)
     process = SERVER.Process(target=with_a_wild_clock, args=(project, stage, project / ".log"))

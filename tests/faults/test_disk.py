@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from srpo.errors import BlockedError, hindrance
+from srpo.errors import BlockedError, environment_error_message
 from tests.faults.helpers import OUTPUTS, command_of, contents, oddities, run, take_away
 
 STAGES = ("generate", "score", "select", "train", "evaluate", "report")
@@ -86,24 +86,24 @@ def test_read_only_rounds(project: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (OSError(errno.ENOSPC, "x", "/data/file"), "/data/file: no space left on device; free some"),
+        (OSError(errno.ENOSPC, "x", "/data/file"), "/data/file: no space left on device; free disk space"),
         (OSError(errno.EFBIG, "x"), "file too large; raise the limit"),
         (OSError("[Errno 28] Error writing bytes to file"), "no space left on device"),
         (ValueError("I/O error: No space left on device (os error 28)"), "no space left on device"),
-        (OSError(errno.EXDEV, "x"), "invalid cross-device link; rounds/ and .srpo/ must be on one file system"),
+        (OSError(errno.EXDEV, "x"), "invalid cross-device link; move rounds/ and .srpo/ to one file system"),
         (BlockedError("by that"), "by that"),
     ],
 )
 def test_what_stands_in_the_way_is_told(error: Exception, told: str) -> None:
-    assert hindrance(error).startswith(told)
+    assert environment_error_message(error).startswith(told)
     wrapped = RuntimeError("in the writer")
     wrapped.__cause__ = error
-    assert hindrance(wrapped).startswith(told)
+    assert environment_error_message(wrapped).startswith(told)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOENT, "x"), ValueError("errno"), KeyError("os error 2")])
 def test_other_errors_keep_their_traceback(error: Exception) -> None:
-    assert hindrance(error) is None
+    assert environment_error_message(error) is None
 
 
 def test_a_file_size_limit_is_told(tmp_path: Path) -> None:
@@ -116,5 +116,5 @@ def test_a_file_size_limit_is_told(tmp_path: Path) -> None:
             write_json(tmp_path / "x.json", "far more than ten bytes")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "file too large" in hindrance(caught.value)
+    assert "file too large" in environment_error_message(caught.value)
     assert not (tmp_path / "x.json").exists()

@@ -122,7 +122,7 @@ LINES = st.one_of(
 
 @SPARE
 @given(lines=st.lists(LINES, max_size=4), end=st.sampled_from([b"\n", b"\r\n", b"\r", b"\n\n"]))
-def test_any_lines_as_prompts_are_read_or_refused(lines: list[bytes], end: bytes, tmp_path_factory) -> None:
+def test_random_prompt_files(lines: list[bytes], end: bytes, tmp_path_factory) -> None:
     path = written(tmp_path_factory.getbasetemp(), "prompts.jsonl", end.join(lines))
     found = accepted(load_prompts, path)
     if found is not None:  # what is accepted can be used: names are names, and texts go into files
@@ -134,7 +134,7 @@ def test_any_lines_as_prompts_are_read_or_refused(lines: list[bytes], end: bytes
 
 @settings(SPARE, max_examples=40)
 @given(tree=mutated(), lines=st.lists(LINES, min_size=1, max_size=3))
-def test_the_command_line_refuses_without_traceback_or_output(tree: Any, lines: list[bytes], tmp_path_factory) -> None:
+def test_invalid_command_lines(tree: Any, lines: list[bytes], tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("fuzz")
     write_params(folder, tree)
     written(folder, "data/prompts/train.jsonl", b"\n".join(lines))

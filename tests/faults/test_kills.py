@@ -43,7 +43,7 @@ def records(root: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_kills_of_what_writes_to_mlflow_leave_its_records_as_they_were(project: Path) -> None:
+def test_kills_while_writing_to_mlflow(project: Path) -> None:
     params, chance = project / "params.yaml", random.Random(4)
     params.write_text(params.read_text().replace("uri: nowhere://", "uri: sqlite:///mlflow.db"))
     wanted, hits = records(project), 0

@@ -1,4 +1,4 @@
-"""Two at once on one round: the second is told who is at work. Another round is free; a dead holder holds nothing."""
+"""Two commands on one round: the second names the first. Other rounds are free, and so is a killed holder's round."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def hold(root: Path, key: str) -> None:
         signal.pause()
 
 
-def test_the_second_is_told_who_holds_the_round_and_changes_nothing(project: Path) -> None:
+def test_second_command_names_the_holder(project: Path) -> None:
     before = contents(project, "select")
     holder = SERVER.Process(target=hold, args=(project, "001"))
     holder.start()
@@ -31,7 +31,7 @@ def test_the_second_is_told_who_holds_the_round_and_changes_nothing(project: Pat
         code, told = run(project, "select", "001")
         assert code == 1 and "Traceback" not in told
         who = f"process {holder.pid} on host {socket.gethostname()} (srpo train 001, since "
-        assert f"srpo: error: rounds/001 is being worked on by {who}" in told and "wait or end it" in told
+        assert f"srpo: error: rounds/001 is locked by {who}" in told and "wait or stop that process" in told
         assert contents(project, "select") == before
         with lock_round(RoundFiles(project, "002"), "generate"):  # another round is free
             pass
@@ -40,7 +40,7 @@ def test_the_second_is_told_who_holds_the_round_and_changes_nothing(project: Pat
     assert contents(project, "select") == before
 
 
-def test_one_of_two_commands_started_together_waits_or_says(project: Path) -> None:
+def test_two_commands_started_together(project: Path) -> None:
     before = contents(project, "generate")
     take_away(project, "generate")
     logs = [project / "one.log", project / "two.log"]
@@ -49,14 +49,12 @@ def test_one_of_two_commands_started_together_waits_or_says(project: Path) -> No
         process.join()
     codes, told = [process.exitcode for process in both], [log.read_text() for log in logs]
     assert 0 in codes and set(codes) <= {0, 1}, told
-    assert all("is being worked on" in text for code, text in zip(codes, told, strict=True) if code == 1)
+    assert all("is locked by" in text for code, text in zip(codes, told, strict=True) if code == 1)
     assert contents(project, "generate") == before
 
 
-def test_workers_of_a_command_leave_the_lock_to_who_started_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("srpo.runtime.round_lock.GRACE_SECONDS", 0)
+def test_workers_share_their_parents_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srpo.runtime.round_lock.TIMEOUT_SECONDS", 0)
     with lock_round(RoundFiles(tmp_path, "001"), "train"):
         with (
             pytest.raises(BlockedError, match=f"process {os.getpid()} on host"),
@@ -66,4 +64,4 @@ def test_workers_of_a_command_leave_the_lock_to_who_started_them(
         monkeypatch.setenv(distributed.PARENT_VARIABLE, str(os.getpid()))
         with lock_round(RoundFiles(tmp_path, "001"), "train"):
             pass
-    assert not list((tmp_path / ".srpo").glob("*.json"))
+    assert not list((tmp_path / ".srpo").glob("*.txt"))

@@ -56,7 +56,7 @@ def leaks(root: Path) -> list[str]:
         f"postgresql+psycopg2://someone:{PASSWORD}@127.0.0.1:9/mlflow",
     ],
 )
-def test_a_password_in_the_address_is_told_to_nobody(
+def test_password_in_the_address_is_redacted(
     uri: str, project: Path, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     from srpo.config.loader import load_params
@@ -65,16 +65,14 @@ def test_a_password_in_the_address_is_told_to_nobody(
 
     param("tracking/uri", uri)(project)
     assert cli.run(["track"]) == 1 and cli.run(["table"]) == 0  # MLflow is not to be had
-    found = services.find_mlflow(uri).text, str(addresses(load_params(), "001"))  # what Prefect's artifact shows
+    found = services.check_mlflow(uri).text, str(addresses(load_params(), "001"))  # what Prefect's artifact shows
     told = "".join((*capfd.readouterr(), caplog.text, *found))
     assert "127.0.0.1" in told and not [secret for secret in SECRETS if secret in told]
     assert leaks(project) == []
 
 
 @pytest.mark.slow  # makes an MLflow database
-def test_tokens_of_the_environment_are_written_nowhere(
-    project: Path, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_tokens_are_not_written(project: Path, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture) -> None:
     from srpo.config.loader import load_params
     from srpo.lineage.record import write_lineage
     from srpo.rounds import RoundFiles
@@ -111,7 +109,7 @@ class Page(HTMLParser):
         self.attributes |= {name for name, _ in attrs}
 
 
-def test_a_prompt_that_is_html_is_text_on_both_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_html_in_prompts_is_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.support import campaign as drawn
 
     hostile = [

@@ -82,7 +82,7 @@ def test_a_slow_server_is_waited_for(line: Proxy, project: Path, wanted) -> None
     assert told(params) == wanted[0]
 
 
-def test_a_server_that_answers_too_late_is_one_warning(line: Proxy, project: Path, monkeypatch, caplog, wanted) -> None:
+def test_slow_server_is_one_warning(line: Proxy, project: Path, monkeypatch, caplog, wanted) -> None:
     params = params_for(project, line, "late")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     line.delay = 3.0
@@ -97,9 +97,7 @@ def test_a_server_that_answers_too_late_is_one_warning(line: Proxy, project: Pat
 
 
 @pytest.mark.parametrize("lost", ["one answer", "all from then on"])
-def test_whenever_answers_are_lost_the_next_run_tells_all_and_nothing_twice(
-    line: Proxy, project: Path, wanted, lost: str
-) -> None:
+def test_lost_answers_lead_to_no_duplicates(line: Proxy, project: Path, wanted, lost: str) -> None:
     story, count = wanted
     for moment in moments(count):
         params, before = params_for(project, line, f"{lost} {moment}"), line.answers
@@ -110,7 +108,7 @@ def test_whenever_answers_are_lost_the_next_run_tells_all_and_nothing_twice(
         assert told(params) == story, f"answer {moment} of {count}"
 
 
-def test_whenever_answers_are_lost_a_repeated_promotion_makes_one_version(line: Proxy, project: Path, wanted) -> None:
+def test_lost_answers_lead_to_one_version(line: Proxy, project: Path, wanted) -> None:
     params, before = params_for(project, line, "promotion"), line.answers
     promote(Round.of(params, project, "001"), AUTO)
     for moment in moments(line.answers - before):

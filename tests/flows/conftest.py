@@ -72,13 +72,13 @@ note("spans.txt", "end ")
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[str]:
     """The address of a Prefect server that flows of this process use, too."""
-    with server.provided():
+    with server.ensure_server():
         yield PREFECT_API_URL.value()
 
 
 @pytest.fixture(scope="session")
-def warm_dvc() -> Iterator[str]:
-    """The address of a warm server, as the flow has one: its `dvc` and `srpo track` are most of these tests' time."""
+def fork_server_socket() -> Iterator[str]:
+    """The socket of a fork server: starting `dvc` and `srpo track` takes most of these tests' time."""
     with contextlib.ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(REPO))
@@ -90,13 +90,13 @@ def warm_dvc() -> Iterator[str]:
             ]
             patch.setenv(fork_server.PRELOAD_VARIABLE, " ".join(wanted))
             patch.delenv(fork_server.SOCKET_VARIABLE, raising=False)
-            stack.enter_context(fork_server.started())
+            stack.enter_context(fork_server.running())
             address = os.environ.pop(fork_server.SOCKET_VARIABLE, "")  # for these tests, not for all that come after
         yield address
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_dvc: str) -> Path:
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fork_server_socket: str) -> Path:
     """The project's own dvc.yaml and params.yaml over stand-in stages, as the current directory."""
     for file in ("params.yaml", "dvc.yaml"):
         shutil.copy(REPO / file, tmp_path)
@@ -109,7 +109,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_dvc: str) ->
     stand_in.chmod(0o755)
     monkeypatch.setenv("PATH", f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(REPO))
-    monkeypatch.setenv(fork_server.SOCKET_VARIABLE, warm_dvc)
+    monkeypatch.setenv(fork_server.SOCKET_VARIABLE, fork_server_socket)
     monkeypatch.chdir(tmp_path)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], check=True)
     return tmp_path

@@ -67,14 +67,14 @@ def test_job_variables_fit_the_pool(name: str) -> None:
     check(pool.get("job_variables", {}), TEMPLATES[pool["name"]])
 
 
-def test_the_check_sees_a_wrong_name_and_a_wrong_type() -> None:
+def test_check_finds_wrong_name_and_type() -> None:
     with pytest.raises(AssertionError, match="gpu"):
         check({"gpu": 1}, OWN_KUBERNETES)
     with pytest.raises(jsonschema.ValidationError):
         check({"gpus": "all"}, OWN_KUBERNETES)
 
 
-def test_the_kubernetes_template_adds_to_the_default_and_uses_all_it_names() -> None:
+def test_kubernetes_template() -> None:
     own, default = template(OWN_KUBERNETES), template(DEFAULTS / "kubernetes-0.8.0.json")
     added = set(own["variables"]["properties"]) - set(default["variables"]["properties"])
     assert added == {"gpus", "secret", "cache_claim"}
@@ -86,7 +86,7 @@ def test_the_kubernetes_template_adds_to_the_default_and_uses_all_it_names() -> 
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "{{ gpus }}"
 
 
-def test_the_example_schedule_is_valid_and_sleeps() -> None:
+def test_example_schedule_is_valid_and_inactive() -> None:
     schedules = [s for deployment in DEPLOYMENTS.values() for s in deployment.get("schedules", [])]
     assert schedules
     for schedule in schedules:

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 
 from flows import git_sync
 from srpo.errors import UserError
+from srpo.lineage.dvc_lock import read_dvc_lock
 
 REPO = Path(__file__).parents[2]
 
@@ -60,30 +61,30 @@ def upstream_entries(folder: Path) -> dict[str, str]:
     return {stage: entry["cmd"] for stage, entry in YAML(typ="safe").load(text)["stages"].items()}
 
 
-def test_each_publishes_its_own_entry_and_takes_over_the_others(clones, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_are_pushed_and_fast_forwarded(clones, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = clones
     note(a, generate="of a", score="not yet pushed")
     monkeypatch.chdir(a)
-    assert git_sync.publish("generate") is True
-    assert git_sync.publish("generate") is False
+    assert git_sync.push_lock_entry("generate") is True
+    assert git_sync.push_lock_entry("generate") is False
     note(b, train="of b")
     monkeypatch.chdir(b)
-    git_sync.publish("train")
+    git_sync.push_lock_entry("train")
     assert upstream_entries(b) == {"generate": "of a", "train": "of b"}
     assert git(b, "rev-list", "--count", "HEAD") == "1\n", "the clone's own branch moved under running stages"
 
-    git_sync.take_over()
+    git_sync.fast_forward()
     assert git(b, "status", "--porcelain") == "" and git(b, "diff", "HEAD", "origin/main") == ""
     monkeypatch.chdir(a)
-    git_sync.take_over()
-    assert set(git_sync._read("dvc.lock")) == {"generate", "score", "train"}
+    git_sync.fast_forward()
+    assert set(read_dvc_lock(Path())) == {"generate", "score", "train"}
     assert git(a, "status", "--porcelain") == " M dvc.lock\n", "the entry that is only here"
     assert git(a, "log", "-1", "--name-only", "--format=%s") == "dvc.lock: train\n\ndvc.lock\n"
 
 
-def test_publications_that_race_are_all_there(clones, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_pushes(clones, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = clones
-    code = "import sys; from srpo import exchange\nfor stage in sys.argv[1:]: exchange.publish(stage)"
+    code = "import sys; from flows import git_sync\nfor stage in sys.argv[1:]: git_sync.push_lock_entry(stage)"
     runs = []
     for name, folder in (("a", a), ("b", b)):
         stages = [f"{name}{number}" for number in range(4)]
@@ -94,11 +95,11 @@ def test_publications_that_race_are_all_there(clones, monkeypatch: pytest.Monkey
     assert set(upstream_entries(a)) == {f"{name}{number}" for name in "ab" for number in range(4)}
 
 
-def test_two_threads_of_one_clone_publish(clones, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_threads_of_one_clone_push(clones, monkeypatch: pytest.MonkeyPatch) -> None:
     a, _ = clones
     note(a, one="1", two="2")
     monkeypatch.chdir(a)
-    threads = [threading.Thread(target=git_sync.publish, args=[stage]) for stage in ("one", "two")]
+    threads = [threading.Thread(target=git_sync.push_lock_entry, args=[stage]) for stage in ("one", "two")]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -109,21 +110,21 @@ def test_two_threads_of_one_clone_publish(clones, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("file", "commit", "message"),
     [
-        ("params.yaml", False, r"params\.yaml has changes that are in no commit"),
-        ("params.yaml", True, "this branch has commits that origin/main lacks"),
+        ("params.yaml", False, r"params\.yaml has uncommitted changes"),
+        ("params.yaml", True, "this branch has commits that are not in origin/main"),
     ],
 )
-def test_what_others_could_not_see_is_refused(clones, monkeypatch, file: str, commit: bool, message: str) -> None:
+def test_unpushed_changes_are_an_error(clones, monkeypatch, file: str, commit: bool, message: str) -> None:
     a, _ = clones
     (a / file).write_text((a / file).read_text() + "# mine\n")
     if commit:
         git(a, "commit", "-qam", "mine")
     monkeypatch.chdir(a)
     with pytest.raises(UserError, match=message):
-        git_sync.take_over()
+        git_sync.fast_forward()
 
 
-def test_a_remote_that_refuses_says_so(clones, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejected_push(clones, monkeypatch: pytest.MonkeyPatch) -> None:
     a, _ = clones
     hook = a.parent / "origin" / "hooks" / "pre-receive"
     hook.write_text("#!/bin/sh\necho protected >&2; exit 1\n")
@@ -131,10 +132,10 @@ def test_a_remote_that_refuses_says_so(clones, monkeypatch: pytest.MonkeyPatch) 
     note(a, train="of a")
     monkeypatch.chdir(a)
     with pytest.raises(UserError, match=r"dvc\.lock: train could not be pushed to origin/main"):
-        git_sync.publish("train")
+        git_sync.push_lock_entry("train")
 
 
-def test_train_needs_the_winners_and_the_parents_adapter(clones, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_of_train(clones, monkeypatch: pytest.MonkeyPatch) -> None:
     a, _ = clones
     monkeypatch.chdir(a)
     assert git_sync.inputs("train@002") == ["rounds/002/winners", "rounds/001/adapter"]

@@ -19,7 +19,7 @@ def output_of(code: str) -> list[str]:
     return lines
 
 
-def test_lines_of_both_streams_in_order_of_writing() -> None:
+def test_lines_of_both_streams_in_order() -> None:
     assert output_of("import sys\nprint('one')\nprint('two', file=sys.stderr)\nprint('three', end='')") == [
         "one",
         "two",
@@ -27,11 +27,11 @@ def test_lines_of_both_streams_in_order_of_writing() -> None:
     ]
 
 
-def test_only_the_last_state_of_a_progress_bar_stays() -> None:
+def test_last_state_of_a_progress_bar() -> None:
     assert output_of(r"print('0 %\r 50 %\r100 %\r\ndone')") == ["100 %", "done"]
 
 
-def test_a_long_progress_bar_shows_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_progress_bar_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "PROGRESS_SECONDS", 0.3)
     code = "import time\nfor i in range(10): print(f'step {i}', end='\\r', flush=True); time.sleep(0.1)"
     lines = output_of(code)
@@ -63,7 +63,7 @@ def _group(process: psutil.Process) -> int:
         return 0
 
 
-def test_commands_find_this_pythons_programs_without_an_activated_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_find_this_pythons_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     code, lines = run_group(["sh", "-c", "command -v srpo"], lambda line: None)
     assert (code, lines) == (0, [str(Path(sys.executable).parent / "srpo")])

@@ -80,13 +80,13 @@ def test_a_human_approves_and_the_alias_moves(project: Path, prefect_server) -> 
     assert (tags["srpo.promoted_by"], tags["srpo.promotion_reason"]) == ("human", "looks right")
 
 
-def test_a_human_rejects_and_nothing_is_registered(project: Path, prefect_server) -> None:
+def test_rejection_registers_nothing(project: Path, prefect_server) -> None:
     _, state = answered("001", {"approve": False, "reason": "smeared hands"})
     assert state.name == "Rejected" and state.message == "round 001: not promoted: smeared hands"
     assert aliases(project) == {}
 
 
-def test_a_failed_gate_is_refused_and_an_override_recorded(project: Path, prefect_server, capfd) -> None:
+def test_failed_gate_needs_an_override(project: Path, prefect_server, capfd) -> None:
     fail_the_gate(load_params(), project, "001")
     with pytest.raises(UserError, match=r"^round 001: failed its gate \(fid_ratio\); `override` takes a reason"):
         srpo_promote(round="001", auto=True)
@@ -110,7 +110,7 @@ def test_nobody_decides_in_time(project: Path, prefect_server, monkeypatch, caps
         (("--round", "001"), "no Prefect server is configured, so nobody could approve"),
     ],
 )
-def test_by_hand_bad_input_is_one_line_and_status_2(project: Path, monkeypatch, arguments, message) -> None:
+def test_bad_input_is_one_line_and_status_2(project: Path, monkeypatch, arguments, message) -> None:
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     done = subprocess.run([sys.executable, "-m", "flows.promote", *arguments], capture_output=True, text=True)
     assert done.returncode == 2

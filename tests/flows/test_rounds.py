@@ -1,7 +1,8 @@
-"""The flow over a real DVC workspace with stand-in stages and a real Prefect server."""
+"""The flow over a real DVC workspace with stub stages and a real Prefect server."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,9 +16,11 @@ import pytest
 from prefect.client.orchestration import get_client
 
 from flows.errors import BadInput, StageDied
+from flows.names import artifact_key
 from flows.rounds import needed, srpo_rounds
 from flows.stages import reproduce
 from srpo.config.loader import load_params
+from srpo.runtime import fork_server
 from tests.flows.conftest import REPO, ran, stages
 
 
@@ -40,7 +43,7 @@ def is_gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-def test_stages_run_in_order_once_and_a_death_is_retried(workspace: Path, prefect_server) -> None:
+def test_stages_run_in_order_and_are_retried(workspace: Path, prefect_server) -> None:
     (workspace / "trouble-train-001").write_text("die once")
     srpo_rounds(rounds=["001"])
     first = stages("001")
@@ -48,20 +51,36 @@ def test_stages_run_in_order_once_and_a_death_is_retried(workspace: Path, prefec
     assert ran(workspace) == ["base@base", "evaluate@base", *first]
     srpo_rounds(rounds=["002"])
     assert ran(workspace) == stages("002")
-    srpo_rounds(rounds=["002"])
+    assert srpo_rounds(rounds=["002"]) == "0 stages ran, 14 were cached (nothing changed)"
     assert ran(workspace) == []
     srpo_rounds(rounds=["001"], force=True)
     assert ran(workspace) == stages("001")
 
     with get_client(sync_client=True) as client:
         names = {(run.name, run.state.name) for run in client.read_task_runs(limit=200)}
-        tables = [a for a in client.read_artifacts() if a.key == "srpo-metrics"]
+        tables = [a for a in client.read_artifacts() if a.key == artifact_key("metrics")]
     assert {("train@001", "Completed"), ("train@001", "Cached"), ("evaluate-base", "Cached")} <= names
     rows = json.loads(sorted(tables, key=lambda artifact: artifact.created)[-1].data)
     assert [row["round"] for row in rows] == ["base", "001", "002"] and rows[1]["verdict"] == "pass"
 
 
-def test_push_carries_each_stage_to_the_default_remote(workspace: Path, prefect_server) -> None:
+def test_without_the_fork_server(workspace: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", prefect_server)
+    monkeypatch.delenv(fork_server.SOCKET_VARIABLE)
+    monkeypatch.delenv(fork_server.REQUEST_VARIABLE, raising=False)
+    flow = run_flow("--stage", "base")
+    commands = []
+    while flow.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            commands += [" ".join(child.cmdline()) for child in psutil.Process(flow.pid).children(recursive=True)]
+        time.sleep(0.2)
+    assert flow.returncode == 0, flow.stdout.read()
+    assert ran(workspace) == ["base@base"]
+    assert any("-m dvc --wait-for-lock repro" in command for command in commands)
+    assert not any("fork_server" in command for command in commands)
+
+
+def test_push_after_each_stage(workspace: Path, prefect_server) -> None:
     remote = workspace / "remote"
     subprocess.run([sys.executable, "-m", "dvc", "remote", "add", "-q", "-d", "store", str(remote)], check=True)
     (workspace / "trouble-score-001").write_text("bad input")
@@ -71,7 +90,7 @@ def test_push_carries_each_stage_to_the_default_remote(workspace: Path, prefect_
     assert {"basebase", "evaluatebase", "generate001"} <= pushed
 
 
-def test_bad_input_is_not_retried_and_says_what_is_wrong(workspace: Path, prefect_server, capfd) -> None:
+def test_bad_input_is_not_retried(workspace: Path, prefect_server, capfd) -> None:
     (workspace / "trouble-evaluate-base").write_text("bad input")
     with pytest.raises(BadInput, match=r"^params\.yaml: seed: too odd$"):
         srpo_rounds()
@@ -79,7 +98,7 @@ def test_bad_input_is_not_retried_and_says_what_is_wrong(workspace: Path, prefec
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_what_dvc_refuses_to_start_is_bad_input(workspace: Path, prefect_server) -> None:
+def test_missing_dependency_is_bad_input(workspace: Path, prefect_server) -> None:
     for file in (workspace / "data" / "prompts").iterdir():
         file.unlink()
     with pytest.raises(BadInput, match=r"^evaluate-base: data/prompts/train\.jsonl does not exist; `dvc pull` "):
@@ -90,7 +109,7 @@ def test_what_dvc_refuses_to_start_is_bad_input(workspace: Path, prefect_server)
     assert max(runs, key=lambda run: run.created).run_count == 1, "tried again"
 
 
-def test_a_stage_that_keeps_dying_is_tried_three_times(workspace: Path, prefect_server) -> None:
+def test_dying_stage_is_tried_three_times(workspace: Path, prefect_server) -> None:
     (workspace / "trouble-base-base").write_text("die")
     # -9 under a shell that gives its own process to its last command, 137 under one that does not
     with pytest.raises(StageDied, match=r"srpo base, exited with (-9|137)"):
@@ -101,7 +120,7 @@ def test_a_stage_that_keeps_dying_is_tried_three_times(workspace: Path, prefect_
 @pytest.mark.parametrize(
     ("number", "whole_group"), [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGKILL, False)]
 )
-def test_ending_the_flow_leaves_no_process_behind(
+def test_no_process_outlives_the_flow(
     workspace: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch, number: int, whole_group: bool
 ) -> None:
     if number == signal.SIGTERM:  # the others start a Prefect server of their own, which must end with them
@@ -128,7 +147,7 @@ def test_ending_the_flow_leaves_no_process_behind(
         ((), "params.yaml: seed: "),
     ],
 )
-def test_bad_parameters_are_one_line_and_status_2(workspace: Path, change, message) -> None:
+def test_bad_parameters(workspace: Path, change, message) -> None:
     if not change:
         params = workspace / "params.yaml"
         params.write_text(params.read_text().replace("seed: 0", "seed: odd", 1))
@@ -139,14 +158,24 @@ def test_bad_parameters_are_one_line_and_status_2(workspace: Path, change, messa
     assert ran(workspace) == []
 
 
-def test_a_round_brings_its_ancestors() -> None:
+def test_unreachable_server(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://someone:hunter2@127.0.0.1:9/api")
+    flow = run_flow()
+    output = flow.communicate(timeout=120)[0]
+    assert flow.returncode == 1
+    (line,) = [line for line in output.splitlines() if line.startswith("srpo: error: ")]
+    assert "Prefect's server at http://127.0.0.1:9/api does not answer (ConnectError); start it" in line
+    assert "hunter2" not in output and "Traceback" not in output and ran(workspace) == []
+
+
+def test_ancestors_are_included() -> None:
     params = load_params(REPO / "params.yaml")
     assert needed(params, ["002"]) == ["001", "002"]
     assert needed(params, None) == list(params.rounds)
 
 
 @pytest.mark.slow
-def test_a_retry_that_sleeps_does_not_hold_up_the_exit(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sleeping_retry_does_not_delay_the_exit(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SRPO_RETRY_DELAY", "600")
     (workspace / "trouble-base-base").write_text("die")
     flow = run_flow()

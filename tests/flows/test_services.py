@@ -38,7 +38,8 @@ def prefect_line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
 def project(workspace: Path, prefect_line: Proxy, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{prefect_line.port}/api")
     monkeypatch.setenv("SRPO_SERVER_PATIENCE", "20")
-    monkeypatch.delenv(fork_server.SOCKET_VARIABLE)  # the flow's own warm server must end with it
+    monkeypatch.delenv(fork_server.SOCKET_VARIABLE)  # the flow's own fork server must end with it
+    monkeypatch.setenv(fork_server.REQUEST_VARIABLE, "1")
     monkeypatch.setenv(fork_server.PRELOAD_VARIABLE, "dvc.cli dvc.repo dvc.commands.repro")
     prefect_line.down = False
     return workspace
@@ -51,7 +52,7 @@ def fall_in(flow: subprocess.Popen, stage: str, line: Proxy) -> list[psutil.Proc
     return psutil.Process(flow.pid).children(recursive=True)
 
 
-def test_a_round_outlives_a_short_absence_of_prefect(project: Path, prefect_line: Proxy) -> None:
+def test_short_absence_of_prefect(project: Path, prefect_line: Proxy) -> None:
     (project / "trouble-evaluate-base").write_text("linger")
     flow = run_flow("--round", "001")
     fall_in(flow, "evaluate-base", prefect_line)
@@ -61,14 +62,14 @@ def test_a_round_outlives_a_short_absence_of_prefect(project: Path, prefect_line
     assert ran(project) == BASE + stages("001")
 
 
-def test_without_prefect_the_flow_ends_with_a_line_and_the_next_one_goes_on(project: Path, prefect_line: Proxy) -> None:
+def test_flow_ends_without_prefect_and_is_rerun(project: Path, prefect_line: Proxy) -> None:
     (project / "trouble-evaluate-base").write_text("linger")
     flow = run_flow("--round", "001")
     family = fall_in(flow, "evaluate-base", prefect_line)
     told = flow.stdout.read()
     assert flow.wait(120) == 1, told[-3000:]
     (line,) = [line for line in told.splitlines() if line.startswith("srpo: error: ")]
-    assert "has been away for 20 s; all finished stages are kept" in line
+    assert "has been unreachable for 20 s; finished stages are kept" in line
     end = time.monotonic() + 20
     while not all(map(is_gone, family)) and time.monotonic() < end:
         time.sleep(0.1)
@@ -99,7 +100,7 @@ def in_sync(*targets: str) -> bool:
     return "in sync" in done.stdout
 
 
-def test_a_slow_remote_that_loses_answers_gets_everything(workspace: Path, prefect_server, remote: Proxy) -> None:
+def test_slow_remote_with_lost_answers(workspace: Path, prefect_server, remote: Proxy) -> None:
     remote.delay, remote.loses = 0.05, lambda number: number % 7 == 0
     srpo_rounds(rounds=["001"], push=True)
     remote.delay, remote.loses = 0.0, lambda number: False
@@ -107,7 +108,7 @@ def test_a_slow_remote_that_loses_answers_gets_everything(workspace: Path, prefe
     assert in_sync("base", "evaluate-base", *stages("001"))
 
 
-def test_without_the_remote_the_round_stops_and_loses_nothing(workspace: Path, prefect_server, remote: Proxy) -> None:
+def test_unreachable_remote(workspace: Path, prefect_server, remote: Proxy) -> None:
     remote.down = True
     with pytest.raises(StageDied, match=r"^(push|pull) (of|for) base: "):
         srpo_rounds(rounds=["001"], push=True)

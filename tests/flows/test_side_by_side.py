@@ -1,4 +1,4 @@
-"""Sibling rounds run side by side, within the slots of the limit `gpu`, and fail for themselves."""
+"""Sibling rounds run in parallel, within the slots of the limit `gpu`, and fail independently."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 
 from flows import concurrency, progress
 from flows.errors import BadInput
+from flows.names import artifact_key
 from flows.rounds import plan, srpo_rounds
 from flows.stages import reproduce
 from srpo.config.loader import load_params
@@ -36,7 +37,7 @@ def set_slots(count: int) -> None:
         client.update_global_concurrency_limit(concurrency.LIMIT, GlobalConcurrencyLimitUpdate(limit=count))
 
 
-def test_with_two_slots_siblings_use_the_gpu_at_the_same_time(siblings: Path) -> None:
+def test_two_slots_run_siblings_in_parallel(siblings: Path) -> None:
     set_slots(2)
     for key in ("001", "001b"):
         (siblings / f"trouble-generate-{key}").write_text("meet")
@@ -45,7 +46,7 @@ def test_with_two_slots_siblings_use_the_gpu_at_the_same_time(siblings: Path) ->
 
 
 @pytest.mark.slow
-def test_with_one_slot_their_gpu_stages_never_overlap(siblings: Path) -> None:
+def test_one_slot_runs_siblings_in_sequence(siblings: Path) -> None:
     set_slots(1)
     for key in ("001", "001b"):
         (siblings / f"trouble-generate-{key}").write_text("linger")
@@ -56,7 +57,7 @@ def test_with_one_slot_their_gpu_stages_never_overlap(siblings: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_failing_branch_lets_its_sibling_finish(siblings: Path) -> None:
+def test_failure_ends_its_branch_only(siblings: Path) -> None:
     set_slots(2)
     (siblings / "trouble-generate-001").write_text("bad input")
     with pytest.raises(BadInput, match=r"^params\.yaml: seed: too odd$"):
@@ -64,14 +65,14 @@ def test_a_failing_branch_lets_its_sibling_finish(siblings: Path) -> None:
     assert sorted(ran(siblings)) == ["base@base", "generate@001", "generate@001b", "score@001b"]
 
 
-def test_a_limit_that_is_there_keeps_its_slots(prefect_server: str) -> None:
+def test_existing_limit_keeps_its_slots(prefect_server: str) -> None:
     set_slots(3)
     concurrency.ensure_limit()
     with get_client(sync_client=True) as client:
         assert client.read_global_concurrency_limit_by_name(concurrency.LIMIT).limit == 3
 
 
-def test_parents_come_before_children_and_siblings_wait_for_nothing_else(siblings: Path) -> None:
+def test_plan(siblings: Path) -> None:
     graph = plan(load_params(siblings / "params.yaml"), None)
     assert graph["evaluate-base"] == ["base"]
     assert graph["generate@001"] == graph["generate@001b"] == ["evaluate-base"]
@@ -82,8 +83,8 @@ def test_parents_come_before_children_and_siblings_wait_for_nothing_else(sibling
     }
 
 
-def test_an_unknown_stage_is_named() -> None:
-    with pytest.raises(UserError, match=r"stages: no stage 'trian'; there are base, "):
+def test_unknown_stage() -> None:
+    with pytest.raises(UserError, match=r"stages: no stage 'trian'; use base, "):
         plan(load_params(REPO / "params.yaml"), None, ["trian"])
 
 
@@ -93,22 +94,22 @@ def artifact(key: str) -> tuple[float, str]:
     return float(found.data), found.description
 
 
-def test_progress_follows_the_bars_but_does_not_flood(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_artifact(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     update = progress.update_progress_artifact
     monkeypatch.setattr(progress, "update_progress_artifact", lambda *args: (calls.append(args), update(*args)))
-    shown = progress.Progress(["base", "generate@001"])
+    tracker = progress.Progress(["base", "generate@001"])
     monkeypatch.setattr(progress, "EVERY_SECONDS", 1000.0)
     for percent in range(100):
-        shown.see("base", f" {percent}%|### | {percent}/100")
+        tracker.update("base", f" {percent}%|### | {percent}/100")
     assert calls == []
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
-    shown.leave("base", done=True)
-    shown.see("generate@001", "images:  40%|####      | 4/10 [00:04<00:06]")
-    assert artifact(progress.KEY) == (70.0, "1 of 2 stages; now generate@001 40 %")
+    tracker.end("base", done=True)
+    tracker.update("generate@001", "images:  40%|####      | 4/10 [00:04<00:06]")
+    assert artifact(artifact_key("progress")) == (70.0, "1 of 2 stages; now generate@001 40 %")
 
 
-def test_a_second_dvc_repro_says_who_holds_the_stage(workspace: Path) -> None:
+def test_concurrent_dvc_repro(workspace: Path) -> None:
     (workspace / "trouble-base-base").write_text("hang")
     command = [sys.executable, "-m", "srpo.runtime.fork_server", "dvc", "repro", "--single-item", "base"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

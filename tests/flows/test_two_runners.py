@@ -64,7 +64,7 @@ def objects_of(clone: Path, stage: str, path: str) -> list[Path]:
     return [cache / name[:2] / name[2:] for name in (digest, *(entry["md5"] for entry in listing))]
 
 
-def test_generated_here_trained_there_evaluated_here(clones: tuple[Path, Path]) -> None:
+def test_two_runners_share_a_round(clones: tuple[Path, Path]) -> None:
     a, b = clones
     flow(a, "base", "evaluate-base", "generate", "score", "select")
     flow(b, "train")

@@ -31,7 +31,8 @@ def deployed(workspace: Path, prefect_server: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PREFECT_API_URL", prefect_server)
     monkeypatch.setenv("SRPO_ROOT", str(workspace))
     monkeypatch.setenv("SRPO_RETRY_DELAY", "0")
-    monkeypatch.delenv(fork_server.SOCKET_VARIABLE)  # the flow's own warm server must end with it
+    monkeypatch.delenv(fork_server.SOCKET_VARIABLE)  # the flow's own fork server must end with it
+    monkeypatch.setenv(fork_server.REQUEST_VARIABLE, "1")
     monkeypatch.setenv(fork_server.PRELOAD_VARIABLE, "dvc.cli dvc.repo dvc.commands.repro")
     (workspace / "flows").symlink_to(REPO / "flows")
     (workspace / "prefect.yaml").symlink_to(REPO / "prefect.yaml")
@@ -100,7 +101,7 @@ def end(worker: psutil.Process) -> None:
     worker.wait(60)
 
 
-def test_cancelling_a_run_leaves_no_process_behind(deployed: Path) -> None:
+def test_canceled_run_leaves_no_process(deployed: Path) -> None:
     (deployed / "trouble-evaluate-base").write_text("hang")
     worker = start_worker()
     run = run_deployment(rounds=["001"])
@@ -119,7 +120,7 @@ def test_cancelling_a_run_leaves_no_process_behind(deployed: Path) -> None:
     assert "Traceback" not in told, told[told.index("Traceback") - 1000 :]
 
 
-def test_a_killed_worker_takes_its_stage_with_it_and_the_next_run_resumes(deployed: Path) -> None:
+def test_killed_worker_ends_its_stage(deployed: Path) -> None:
     trouble = deployed / "trouble-evaluate-base"
     trouble.write_text("hang")
     wanted = {"rounds": ["001"], "stages": ["base", "evaluate-base", "generate"]}

@@ -1,4 +1,4 @@
-"""`srpo check`: each thing that can be wrong is told in one line, and nothing heavy is loaded for it."""
+"""`srpo check`: one line per problem, without loading torch or weights."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from srpo import cli
-from srpo.config.loader import load_params
-from srpo.evaluation import inception
-from srpo.preflight import checks, services
-from srpo.preflight.services import Finding
+from srpo.config.loader import Params, load_params
+from srpo.config.schema import MIN_REFERENCE_IMAGES
+from srpo.evaluation import inception, reference
+from srpo.preflight import CheckResult, capacity, checks, models, services
 from tests.support.world import write_prompts
 
 REPO = Path(__file__).parents[2]
@@ -41,9 +41,8 @@ def prepared(shared_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def project(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of one's own, as the current directory."""
+    """A private copy, as the current directory."""
     root = shutil.copytree(prepared, tmp_path / "project")
-    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
     monkeypatch.chdir(root)
     return root
 
@@ -52,8 +51,8 @@ def run(folder: Path, *command: str) -> None:
     subprocess.run(command, check=True, cwd=folder)
 
 
-def findings(root: Path) -> dict[str, Finding]:
-    return {finding.what: finding for finding in checks.check_project(load_params(root / "params.yaml"), root)}
+def results(root: Path) -> dict[str, CheckResult]:
+    return {result.name: result for result in checks.check_project(load_params(root / "params.yaml"), root)}
 
 
 def edit(root: Path, old: str, new: str) -> None:
@@ -62,108 +61,136 @@ def edit(root: Path, old: str, new: str) -> None:
     (root / "params.yaml").write_text(text.replace(old, new))
 
 
-def test_a_sound_project_passes_and_is_left_as_it_was(project: Path, capsys: pytest.CaptureFixture) -> None:
+def test_valid_project_passes_and_is_unchanged(project: Path, capsys: pytest.CaptureFixture) -> None:
     before = sorted(path for path in project.parent.rglob("*") if ".dvc/tmp" not in str(path))
     assert cli.run(["check"]) == 0
     lines = capsys.readouterr().out.splitlines()
     states = {line.split()[1]: line.split()[0] for line in lines}
     few = {"prompts.train", "prompts.eval"}
     assert {name for name, state in states.items() if state != "ok"} == few, lines
-    assert "takes and gives up an object" in next(line for line in lines if "dvc remote" in line)
+    assert "is writable" in next(line for line in lines if "dvc remote" in line)
     store = project.parent / "store"
     after = sorted(path for path in project.parent.rglob("*") if ".dvc/tmp" not in str(path))
-    assert [path for path in after if path not in before] == [store], "left something behind"
+    assert [path for path in after if path not in before] == [store], "files were left behind"
 
 
-def test_no_weights_and_no_torch_are_loaded(project: Path) -> None:
+def test_torch_is_not_imported(project: Path) -> None:
     code = (
         "import sys; from srpo import cli; code = cli.run(['check']); assert 'torch' not in sys.modules; sys.exit(code)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=project, env=None)
 
 
-def test_what_is_wrong_with_prompts_is_told(project: Path) -> None:
+def test_prompt_problems(project: Path) -> None:
     texts = ["a red circle", "A red  circle", "a very " + "very " * 20 + "red circle"]
     write_prompts(project / "data/prompts/train.jsonl", texts, "train")
-    found = findings(project)["prompts.train"]
+    found = results(project)["prompts.train"]
     assert found.state == "warn"
-    assert "3 prompts; 1 texts stand there more than once" in found.text
-    assert "1 longer than the 16 tokens CLIP reads (counted)" in found.text and "train-0002" in found.text
+    assert "3 prompts; 1 duplicate texts" in found.text
+    assert "1 longer than the 16 tokens that CLIP reads" in found.text and "train-0002" in found.text
     write_prompts(project / "data/prompts/eval.jsonl", ["a RED circle"], "eval")
-    assert findings(project)["prompts"].state == "fail"
+    assert results(project)["prompts"].state == "fail"
     (project / "data/prompts/eval.jsonl").write_text("{}\n")
-    assert findings(project)["prompts.eval"] == Finding(
+    assert results(project)["prompts.eval"] == CheckResult(
         "prompts.eval", "fail", f"{project}/data/prompts/eval.jsonl:1: id is missing or not text"
     )
 
 
-def test_tokens_are_estimated_where_no_tokenizer_is(project: Path) -> None:
+def test_tokens_need_the_tokenizer(project: Path) -> None:
     shutil.rmtree(project / "data/base/tokenizer")
     write_prompts(project / "data/prompts/train.jsonl", ["word " * 60, "word " * 80], "train")
-    text = findings(project)["prompts.train"].text
-    assert "1 longer than the 77 tokens CLIP reads (estimated" in text and "train-0001" in text
+    assert "length in tokens not checked" in results(project)["prompts.train"].text
 
 
-def test_what_is_missing_fails(project: Path, capfd: pytest.CaptureFixture) -> None:
+def test_missing_files_fail(project: Path, capfd: pytest.CaptureFixture) -> None:
     shutil.rmtree(project / "data/reference")
     shutil.rmtree(project / "data/judge")
     (project / "data/base/unet/diffusion_pytorch_model.safetensors").unlink()
-    found = findings(project)
+    found = results(project)
     assert found["evaluate.reference"].state == "fail"
-    assert found["rewards.judge.model"].state == "fail" and "no folder here" in found["rewards.judge.model"].text
-    assert found["model.base"].text.startswith("data/base holds no unet/diffusion_pytorch_model.safetensors")
+    assert (
+        found["rewards.judge.model"].state == "fail" and "neither a local folder" in found["rewards.judge.model"].text
+    )
+    assert found["model.base"].text.startswith("data/base has no file unet/diffusion_pytorch_model.safetensors")
     assert cli.run(["check"]) == 2
     assert "3 of 15 checks failed" in capfd.readouterr().err
 
 
-def test_a_hub_model_that_is_not_there_is_one_line(project: Path) -> None:
+def test_uncached_hub_model_fails_offline(project: Path) -> None:
     edit(project, "kind: clip, model: data/judge", "kind: clip")
-    found = findings(project)["rewards.judge.model"]
+    found = results(project)["rewards.judge.model"]
     assert found.state == "fail" and "HF_HUB_OFFLINE" in found.text and "\n" not in found.text
 
 
-def test_a_remote_that_takes_nothing_fails(project: Path) -> None:
+def test_read_only_remote_fails(project: Path) -> None:
     (project.parent / "store").write_text("a file, no folder")
-    found = findings(project)["dvc remote"]
-    assert found.state == "fail" and "can't be written to" in found.text
+    found = results(project)["dvc remote"]
+    assert found.state == "fail" and "not writable" in found.text
     run(project, sys.executable, "-m", "dvc", "remote", "remove", "store")
-    assert findings(project)["dvc remote"].state == "warn"
+    assert results(project)["dvc remote"].state == "warn"
 
 
-def test_work_that_is_not_committed_warns(project: Path) -> None:
+def test_uncommitted_files_warn(project: Path) -> None:
     edit(project, "seed: 0", "seed: 1")
-    assert findings(project)["git"] == Finding(
-        "git", "warn", "1 files not committed; commit them, so that rounds name what made them"
+    assert results(project)["git"] == CheckResult(
+        "git", "warn", "1 uncommitted files; commit them, so that rounds record their code"
     )
     (project / "data.dvc").unlink()
-    assert "`dvc add data`" in findings(project)["dvc"].text
+    assert "`dvc add data`" in results(project)["dvc"].text
     shutil.rmtree(project / ".dvc")
-    assert findings(project)["dvc"].state == "fail"
+    assert results(project)["dvc"].state == "fail"
 
 
-def test_a_bad_params_file_is_one_line(project: Path, capfd: pytest.CaptureFixture) -> None:
+def test_invalid_params_file(project: Path, capfd: pytest.CaptureFixture) -> None:
     edit(project, "seed: 0", "seed: no")
     assert cli.run(["check"]) == 2
     assert "seed: Input should be a valid integer" in capfd.readouterr().err
 
 
-def test_an_sdxl_round_has_its_price(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    params = load_params(REPO / "presets" / "sdxl.yaml")
-    monkeypatch.setattr(checks, "_devices", lambda: [("NVIDIA H100 80GB HBM3", 85.0)])
-    memory, disk, base, *rounds = checks._costs(params, tmp_path, 4000, 1000)
-    assert memory.state == "ok" and "85 GB" in memory.text and disk.what == "disk"
-    assert base.what == "round base" and [item.what for item in rounds] == ["round 001", "round 002", "round 003"]
-    assert "at 40% of the bf16 peak, assumed: NVIDIA H100 80GB HBM3 11.4 (generate 82%" in rounds[0].text
-    monkeypatch.setattr(checks, "_devices", lambda: [("NVIDIA GeForce RTX 4090", 25.0)])
-    assert checks._costs(params, tmp_path, 4000, 1000)[0].state == "warn"
-    monkeypatch.setattr(checks, "_devices", list)
-    assert "H200" in checks._costs(params, tmp_path, 4000, 1000)[3].text
-    assert checks._costs(params, tmp_path, 10**7, 1000)[1].state == "fail"
+H100 = capacity.Device("NVIDIA H100 80GB HBM3", 85.0)
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> Params:
+    return load_params(REPO / "presets" / "sdxl.yaml")
+
+
+def with_runtime(params: Params, **values) -> Params:
+    return params.model_copy(update={"runtime": params.runtime.model_copy(update=values)})
+
+
+def test_sdxl_estimates(sdxl: Params, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(capacity, "list_devices", lambda: [H100])
+    memory, disk, base, *rounds = capacity.check_capacity(sdxl, tmp_path, (4000, 1000))
+    assert memory.state == "ok" and "85 GB" in memory.text and disk.name == "disk"
+    assert base.name == "round base" and [item.name for item in rounds] == ["round 001", "round 002", "round 003"]
+    assert "in 1 process with" in rounds[0].text and "(NVIDIA H100 80GB HBM3: generate 9.3, score " in rounds[0].text
+    assert capacity.check_capacity(sdxl, tmp_path, (10**7, 1000))[1].state == "fail"
+    assert capacity.check_capacity(sdxl, tmp_path, None)[-1].text.startswith("not estimated")
+    monkeypatch.setattr(capacity, "list_devices", lambda: [capacity.Device("NVIDIA GeForce RTX 4090", 25.0)])
+    assert capacity.check_capacity(sdxl, tmp_path, (4000, 1000))[0].state == "warn"
+    monkeypatch.setattr(capacity, "list_devices", list)
+    assert "H200" in capacity.check_capacity(sdxl, tmp_path, (4000, 1000))[3].text
+
+
+def test_runtime_is_compared_with_the_machine(sdxl: Params, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert capacity.check_runtime(sdxl, [H100]) == []
+    (result,) = capacity.check_runtime(with_runtime(sdxl, processes=8), [H100])
+    assert result.name == "runtime.processes" and "has 1 GPUs" in result.text
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx2 avx512f amx_bf16\n")
+    monkeypatch.setattr("srpo.runtime.cpu.CPU_INFO", tmp_path / "cpuinfo")
+    assert capacity.check_runtime(with_runtime(sdxl, device="auto", dtype="bfloat16"), []) == []
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx2 avx512f\n")
+    for device, devices in (("auto", []), ("cpu", [H100])):
+        (result,) = capacity.check_runtime(with_runtime(sdxl, device=device, dtype="bfloat16"), devices)
+        assert result.name == "runtime.dtype" and "set float32" in result.text
+    assert capacity.check_runtime(with_runtime(sdxl, device="cuda", dtype="bfloat16"), []) == []
+    assert capacity.check_runtime(with_runtime(sdxl, device="cpu", dtype="auto"), []) == []
 
 
 @pytest.fixture
 def answering() -> Iterator[tuple[str, dict]]:
-    """A server on loopback, and what it answers with and was asked."""
+    """The address of a server, with the status it answers with and the requests it got."""
     state: dict = {"status": 200, "asked": []}
 
     class Handler(BaseHTTPRequestHandler):
@@ -171,8 +198,6 @@ def answering() -> Iterator[tuple[str, dict]]:
             state["asked"].append((self.path, self.headers.get("Authorization")))
             self.send_response(state["status"])
             self.end_headers()
-
-        do_POST = do_GET
 
         def log_message(self, *_: object) -> None:
             pass
@@ -184,37 +209,25 @@ def answering() -> Iterator[tuple[str, dict]]:
     server.server_close()
 
 
-def test_servers_are_asked(answering: tuple[str, dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_mlflow_server_is_asked(answering: tuple[str, dict]) -> None:
     address, state = answering
-    assert services.find_mlflow(address).state == "ok"
+    assert services.check_mlflow(address).state == "ok"
     assert state["asked"][-1][0].startswith("/api/2.0/mlflow/experiments/search")
     state["status"] = 403
-    assert "--allowed-hosts" in services.find_mlflow(address).text
-    state["status"] = 200
-    monkeypatch.setenv("PREFECT_API_URL", f"{address}/api")
-    assert services.find_prefect().state == "ok" and state["asked"][-1][0] == "/api/flows/count"
-    state["status"] = 401
-    assert "PREFECT_API_AUTH_STRING" in services.find_prefect().text
-    state["status"] = 200
-    monkeypatch.delenv("PREFECT_API_URL")
-    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    assert "none configured" in services.find_prefect().text
-    (tmp_path / "profiles.toml").write_text(
-        f'active = "mine"\n[profiles.mine]\nPREFECT_API_URL = "{address}/other"\n', encoding="utf-8"
-    )
-    assert services.find_prefect().state == "ok" and state["asked"][-1][0] == "/other/flows/count"
+    assert "--allowed-hosts" in services.check_mlflow(address).text
 
 
-def test_a_server_that_is_down_fails_without_its_password() -> None:
-    found = services.find_mlflow("http://someone:hunter2@127.0.0.1:9")
+def test_unreachable_server_fails_without_password() -> None:
+    found = services.check_mlflow("http://someone:hunter2@127.0.0.1:9")
     assert found.state == "fail" and "does not answer" in found.text and "hunter2" not in found.text
 
 
-def test_what_families_load_is_what_is_looked_for() -> None:
-    assert services.INCEPTION_FILE == inception.WEIGHTS_FILE
+def test_constants_match_the_heavy_modules() -> None:
+    assert models.INCEPTION_FILE == inception.WEIGHTS_FILE
+    assert MIN_REFERENCE_IMAGES == reference.FEWEST
 
 
-def test_the_presets_prompts_are_sound() -> None:
+def test_example_prompts_are_valid() -> None:
     for name in ("train", "eval"):
         lines = (REPO / "srpo" / "scaffold" / "project" / "prompts" / f"{name}.jsonl").read_text().splitlines()
         assert all({"id", "prompt"} <= json.loads(line).keys() for line in lines)

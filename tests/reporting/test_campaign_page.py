@@ -15,11 +15,12 @@ import pytest
 
 from srpo import cli
 from srpo.config.loader import load_params
+from srpo.config.tree import branches
 from srpo.data.records import read_sweep
 from srpo.errors import UserError
 from srpo.lineage.record import read_lineage
 from srpo.reporting.campaign_page import write_campaign
-from srpo.rounds import RoundFiles, branches
+from srpo.rounds import RoundFiles
 from tests.support.campaign import PROMPTS, build_campaign
 
 ROUNDS = ("001", "002", "002b")

@@ -31,7 +31,7 @@ def project(world: Path) -> Path:
 
 
 def start(project: Path) -> subprocess.Popen:
-    environ = os.environ | {"PYTHONPATH": str(REPO), "SRPO_WARM": "/nowhere"}
+    environ = os.environ | {"PYTHONPATH": str(REPO), "SRPO_FORK_SERVER": "/nowhere"}
     command = [sys.executable, "-m", "srpo", "generate", "001"]
     return subprocess.Popen(command, cwd=project, env=environ, stderr=subprocess.PIPE, text=True)
 
@@ -53,7 +53,7 @@ def wait_for(condition, seconds: float = 300) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_changes_nothing(project: Path) -> None:
+def test_killed_worker_changes_nothing(project: Path) -> None:
     process = start(project)
     wait_for(lambda: len(psutil.Process(process.pid).children()) == 2)
     time.sleep(1)  # let them become workers
@@ -64,7 +64,7 @@ def test_a_killed_worker_changes_nothing(project: Path) -> None:
     victim.kill()
     _, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
-    assert told.count("SIGKILL") == 1 and "starting all again (attempt 1 of 3)" in told
+    assert told.count("SIGKILL") == 1 and "restarting all (attempt 1 of 3)" in told
     candidates = RoundFiles(project, "001").candidates
     kept = {name: (candidates / name).stat().st_mtime_ns for name in done}
     assert kept == done, "a finished shard was made again"
@@ -75,7 +75,7 @@ def test_a_killed_worker_changes_nothing(project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_bad_input_in_a_worker_is_told_once(project: Path) -> None:
+def test_bad_input_in_a_worker_is_reported_once(project: Path) -> None:
     text = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(text.replace("base: data/base", "base: data/judge"))
     process = start(project)

@@ -1,4 +1,4 @@
-"""The warm server: what it runs is indistinguishable from the same command in a process of its own."""
+"""The fork server: its commands behave as in processes of their own."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "stub"))
     monkeypatch.setenv(fork_server.PRELOAD_VARIABLE, "srpo.cli")
     monkeypatch.chdir(tmp_path)
-    with fork_server.started():
+    with fork_server.running():
         yield
 
 
@@ -72,7 +72,7 @@ def test_streams_folder_environment_and_exit_code(server, tmp_path: Path) -> Non
     assert err.strip() == "err" and process.returncode == 7
 
 
-def test_an_exception_and_a_kill_are_told(server) -> None:
+def test_exceptions_and_kills_are_reported(server) -> None:
     broken = client("raise")
     assert "RuntimeError: broken" in broken.communicate(timeout=20)[1] and broken.returncode == 1
     died = client("die")
@@ -81,7 +81,7 @@ def test_an_exception_and_a_kill_are_told(server) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_to_the_client_ends_the_command_and_its_children(server, number) -> None:
+def test_signals_end_the_command_and_its_children(server, number) -> None:
     process = client("wait")
     grandchild = int(process.stdout.readline())
     process.send_signal(number)
@@ -89,10 +89,10 @@ def test_a_signal_to_the_client_ends_the_command_and_its_children(server, number
     assert gone(grandchild)
 
 
-def test_nothing_outlives_the_driver(server, tmp_path: Path) -> None:
+def test_everything_ends_with_the_driver(server, tmp_path: Path) -> None:
     code = (
-        "import os, time\nfrom srpo.runtime import fork_server\nwith fork_server.started():\n"
-        " print(os.environ['SRPO_WARM'], flush=True)\n time.sleep(60)"
+        "import os, time\nfrom srpo.runtime import fork_server\nwith fork_server.running():\n"
+        " print(os.environ['SRPO_FORK_SERVER'], flush=True)\n time.sleep(60)"
     )
     environ = {name: value for name, value in os.environ.items() if name != fork_server.SOCKET_VARIABLE}
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environ)
@@ -107,17 +107,26 @@ def test_nothing_outlives_the_driver(server, tmp_path: Path) -> None:
     assert command.returncode != 0
 
 
-def test_without_a_server_the_command_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submit_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(fork_server.SOCKET_VARIABLE, raising=False)
-    assert fork_server.hand_over(["srpo", "version"]) is None
+    assert fork_server.submit(["srpo", "version"]) is None
     monkeypatch.setenv(fork_server.SOCKET_VARIABLE, "/nonexistent/socket")
-    assert fork_server.hand_over(["srpo", "version"]) is None
+    assert fork_server.submit(["srpo", "version"]) is None
 
 
-def test_a_command_that_comes_before_the_last_import_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(fork_server.SOCKET_VARIABLE, raising=False)
+    monkeypatch.setenv(fork_server.PRELOAD_VARIABLE, "json")
+    for value in ("", "1"):
+        monkeypatch.setenv(fork_server.REQUEST_VARIABLE, value)
+        with fork_server.if_requested():
+            assert (fork_server.SOCKET_VARIABLE in os.environ) == bool(value)
+
+
+def test_commands_wait_for_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "slow_import.py").write_text("import time; time.sleep(3)")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(fork_server.__file__).parents[2]}")
     monkeypatch.setenv(fork_server.PRELOAD_VARIABLE, "slow_import json")
     monkeypatch.delenv(fork_server.SOCKET_VARIABLE, raising=False)
-    with fork_server.started():
+    with fork_server.running():
         assert "Usage" in client("--help").communicate(timeout=60)[0]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from srpo import cli
 from srpo.config.loader import load_params
@@ -15,6 +16,7 @@ from srpo.data.prompts import check_disjoint, load_prompts
 from srpo.scaffold import init
 
 REPO = Path(__file__).parents[2]
+ORIGINAL = YAML(typ="safe").load(REPO / "prefect.yaml")
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -22,12 +24,11 @@ def files(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
 
 
-def test_a_new_sdxl_project_is_one_dvc_reads(tmp_path: Path) -> None:
+def test_new_project(tmp_path: Path) -> None:
     root = tmp_path / "campaign"
     assert cli.run(["init", str(root)]) == 0
     assert (root / "params.yaml").read_text() == (REPO / "presets" / "sdxl.yaml").read_text()
-    for name in ("dvc.yaml", "prefect.yaml"):
-        assert (root / name).read_bytes() == (REPO / name).read_bytes() and not (root / name).is_symlink()
+    assert (root / "dvc.yaml").read_bytes() == (REPO / "dvc.yaml").read_bytes()
     params = load_params(root / "params.yaml")
     train, held_out = (load_prompts(root / path) for path in (params.prompts.train, params.prompts.eval))
     check_disjoint(train, held_out)
@@ -38,17 +39,31 @@ def test_a_new_sdxl_project_is_one_dvc_reads(tmp_path: Path) -> None:
     assert {"base", "generate@001", "report@003"} <= set(listed.stdout.split()), listed.stderr
 
 
+def test_deployments_are_named_by_project(tmp_path: Path) -> None:
+    names = []
+    for folder in ("birds", "trains"):
+        assert cli.run(["init", str(tmp_path / folder)]) == 0
+        identity = (tmp_path / folder / ".srpo-project").read_text().strip()
+        assert identity.startswith(f"{folder}-")
+        deployments = YAML(typ="safe").load(tmp_path / folder / "prefect.yaml")["deployments"]
+        names += [deployment["name"] for deployment in deployments]
+        assert f"{identity}-local" in names
+        for original, deployment in zip(ORIGINAL["deployments"], deployments, strict=True):
+            assert deployment == original | {"name": f"{identity}-{original['name']}"}
+    assert len(set(names)) == 2 * len(ORIGINAL["deployments"])
+
+
 @pytest.mark.parametrize("name", ["params.yaml", "data/prompts/eval.jsonl", ".gitignore"])
-def test_what_is_there_stays(name: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_existing_files_stay(name: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("mine")
     assert cli.run(["init", str(tmp_path)]) == 2
     error = capfd.readouterr().err.strip()
-    assert "is there already and init overwrites nothing" in error and "\n" not in error
+    assert "exists already, and init overwrites nothing" in error and "\n" not in error
     assert files(tmp_path) == {name: b"mine"}
 
 
-def test_the_tiny_preset_needs_a_clone(tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch) -> None:
+def test_tiny_preset_needs_a_clone(tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch) -> None:
     shutil.copytree(REPO / "presets", tmp_path / "elsewhere" / "presets")
     for name in ("dvc.yaml", "prefect.yaml", ".gitignore"):
         shutil.copy(REPO / name, tmp_path / "elsewhere")
@@ -60,7 +75,7 @@ def test_the_tiny_preset_needs_a_clone(tmp_path: Path, capfd: pytest.CaptureFixt
 
 
 @pytest.mark.slow
-def test_a_tiny_project_pulls_its_data_from_its_own_folder(tmp_path: Path) -> None:
+def test_tiny_project_pulls_its_data(tmp_path: Path) -> None:
     root = tmp_path / "tiny"
     assert cli.run(["init", "--preset", "tiny", str(root)]) == 0
     command = [sys.executable, "-m", "dvc", "pull", "-q", "--remote", "assets", "data.dvc"]
@@ -69,14 +84,14 @@ def test_a_tiny_project_pulls_its_data_from_its_own_folder(tmp_path: Path) -> No
         assert (root / "data" / name).is_file()
 
 
-def test_without_git_dvc_stands_alone(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(init.shutil, "which", lambda name: None)
+def test_without_git(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert cli.run(["init", str(tmp_path / "new")]) == 0
     assert "no_scm = True" in (tmp_path / "new" / ".dvc" / "config").read_text()
     assert not (tmp_path / "new" / ".git").exists()
 
 
-def test_in_a_repository_it_makes_no_second_one(tmp_path: Path) -> None:
+def test_existing_repository_is_used(tmp_path: Path) -> None:
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     assert cli.run(["init", str(tmp_path / "inside")]) == 0
     assert not (tmp_path / "inside" / ".git").exists() and (tmp_path / "inside" / ".dvc").is_dir()

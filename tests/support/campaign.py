@@ -14,6 +14,7 @@ import pyarrow as pa
 from safetensors.numpy import save_file
 
 from srpo.config.loader import STAGES_WITH_OVERRIDES, Params, load_params
+from srpo.config.tree import ancestors
 from srpo.data import parquet
 from srpo.data.images import encode_png
 from srpo.data.metric_keys import IMAGE_STATS
@@ -22,7 +23,7 @@ from srpo.data.schemas import CANDIDATE_FIELDS, IDENTITY_FIELDS, IMAGE
 from srpo.evaluation.bootstrap import Estimate
 from srpo.evaluation.gate import best_guidance, image_stat_shifts, judge_round
 from srpo.lineage.record import WEIGHTS_FILE, read_lineage
-from srpo.rounds import BASE, Round, RoundFiles, ancestors
+from srpo.rounds import BASE, Round, RoundFiles
 from srpo.stages.select import select
 from srpo.storage.hashing import derive_seed, digest, dvc_digest, file_digest
 from srpo.storage.json_files import write_json

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from srpo.config.loader import Params
-from srpo.preflight.services import COMPANIONS
+from srpo.rewards.families import FAMILIES
 from tests.evaluation.test_inception import StandIn
 from tests.rewards.checkpoints import clip_folder, hps_folder
 from tests.support.world import _pipeline, _tokenizer, random_vae
@@ -28,10 +28,10 @@ def build_home(home: Path, params: Params) -> dict[str, str]:
     }
     for name, spec in params.rewards.items():
         add_model(cache, spec.model, spec.revision, builders[spec.kind](scratch / name))
-    words, revision, _ = COMPANIONS["hpsv2.1"]
+    tokenizer = FAMILIES["hpsv2.1"].companion
     _tokenizer(scratch / "words").save_pretrained(scratch / "words")
     (scratch / "words" / "config.json").write_text('{"model_type": "clip"}')  # AutoTokenizer asks for it first
-    add_model(cache, words, revision, scratch / "words")
+    add_model(cache, tokenizer.model, tokenizer.revision, scratch / "words")
     checkpoints = home / "torch" / "hub" / "checkpoints"
     checkpoints.mkdir(parents=True)
     torch.jit.script(StandIn()).save(checkpoints / "inception-2015-12-05.pt")

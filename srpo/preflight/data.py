@@ -1,0 +1,113 @@
+"""Checks of prompts and reference images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from srpo.config.loader import Params
+from srpo.config.schema import INCEPTION, MIN_REFERENCE_IMAGES
+from srpo.data.prompts import Prompt, check_disjoint, load_prompts, normalize
+from srpo.errors import UserError
+from srpo.preflight import CheckResult
+from srpo.preflight.models import find_base_file
+
+CLIP_TOKENS = 77
+FEW_PROMPTS = 100
+FID_IMAGES = 10_000
+
+Tokenizer = tuple[Callable[[str], int], int]  # counts a prompt's tokens; the most that the model reads
+
+
+def check_prompts(params: Params, root: Path) -> tuple[list[CheckResult], tuple[int, int] | None]:
+    """Check both prompt files.
+
+    Returns:
+        One result per file, and one for the two together if both are readable; the numbers of train and eval prompts,
+        or None if a file is not readable.
+    """
+    tokenizer = _load_tokenizer(params, root)
+    results: list[CheckResult] = []
+    files: list[list[Prompt]] = []
+    for name, path in params.prompts.model_dump().items():
+        try:
+            prompts = load_prompts(root / path)
+        except UserError as error:
+            results.append(CheckResult(f"prompts.{name}", "fail", str(error)))
+        else:
+            results.append(_check_texts(f"prompts.{name}", prompts, tokenizer))
+            files.append(prompts)
+    if len(files) < 2:
+        return results, None
+    train, held_out = files
+    return [*results, _check_disjoint(train, held_out)], (len(train), len(held_out))
+
+
+def check_reference(params: Params, root: Path) -> CheckResult:
+    """Check that the reference set is parquet with a column `image`, and large enough."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    key, name = "evaluate.reference", params.evaluate.reference
+    path = root / name
+    shards = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    try:
+        count = sum(pq.read_metadata(shard).num_rows for shard in shards)
+        if any("image" not in pq.read_schema(shard).names for shard in shards):
+            return CheckResult(key, "fail", f"{name}: a file has no column `image`; write the images to that column")
+    except (OSError, pa.ArrowInvalid) as error:
+        return CheckResult(key, "fail", f"{name}: not readable as parquet ({type(error).__name__})")
+    if count < MIN_REFERENCE_IMAGES:
+        return CheckResult(key, "fail", f"{name}: {count} images; at least {MIN_REFERENCE_IMAGES} are required")
+    if count < FID_IMAGES and params.evaluate.features == INCEPTION:
+        text = f"{count} images; FID is comparable with published values only from {FID_IMAGES} images on"
+        return CheckResult(key, "warn", f"{text}; use it to compare rounds; KID and CMMD are unbiased")
+    return CheckResult(key, "ok", f"{count} images")
+
+
+def _check_texts(key: str, prompts: Sequence[Prompt], tokenizer: Tokenizer | None) -> CheckResult:
+    duplicates = len(prompts) - len({normalize(prompt.prompt) for prompt in prompts})
+    warnings, notes = [], []
+    if duplicates:
+        warnings.append(f"{duplicates} duplicate texts: remove them")
+    if tokenizer:
+        count_tokens, limit = tokenizer
+        counts = [(prompt.id, count_tokens(prompt.prompt)) for prompt in prompts]
+        too_long = [(name, tokens) for name, tokens in counts if tokens > limit]
+        if too_long:
+            name, tokens = too_long[0]
+            warnings.append(
+                f"{len(too_long)} longer than the {limit} tokens that CLIP reads, the rest is ignored:"
+                f" {name} has {tokens}"
+            )
+        else:
+            notes.append(f"none longer than {limit} tokens")
+    else:
+        notes.append("length in tokens not checked: the base model's tokenizer is not on this machine yet")
+    if len(prompts) < FEW_PROMPTS:
+        warnings.append("use hundreds of held-out prompts" if key.endswith("eval") else "use thousands of prompts")
+    text = "; ".join([f"{len(prompts)} prompts", *warnings, *notes])
+    return CheckResult(key, "warn" if warnings else "ok", text)
+
+
+def _load_tokenizer(params: Params, root: Path) -> Tokenizer | None:
+    """Load the base model's tokenizer, which counts start and end tokens, too; None if it is not on this machine."""
+    file = find_base_file(params, root, "tokenizer/tokenizer.json") or find_base_file(
+        params, root, "tokenizer/vocab.json", "tokenizer/merges.txt"
+    )
+    if file is None:
+        return None
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(file.parent)
+    limit = min(tokenizer.model_max_length, CLIP_TOKENS)
+    tokenizer.model_max_length = 10**9  # else it warns about every long prompt
+    return lambda text: len(tokenizer(text).input_ids), limit
+
+
+def _check_disjoint(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> CheckResult:
+    try:
+        check_disjoint(train, held_out)
+    except UserError as error:
+        return CheckResult("prompts", "fail", str(error))
+    return CheckResult("prompts", "ok", "train and eval share no text")
