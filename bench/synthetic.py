@@ -9,7 +9,7 @@ import polars as pl
 import pyarrow as pa
 
 from srpo.data import parquet
-from srpo.data.images import encode_png
+from srpo.data.images import encode_image
 from srpo.data.schemas import CANDIDATE_FIELDS, IDENTITY_FIELDS, IMAGE, arrow_schema
 from srpo.rounds import RoundFiles
 
@@ -18,7 +18,7 @@ PROMPTS_PER_SHARD = 1 << 15
 
 def write_candidates(files: RoundFiles, prompts: int, per_prompt: int, pictures: Sequence[np.ndarray]) -> None:
     """Write a round's candidates, a shard at a time: latents of 16 numbers, and these pictures in turn."""
-    cells = [encode_png(picture)["bytes"] for picture in pictures]
+    cells = [encode_image(picture)["bytes"] for picture in pictures]
     parts = _parts(prompts)
     for number, part in enumerate(parts):
         name = f"shard-{number:05d}-of-{len(parts):05d}.parquet"

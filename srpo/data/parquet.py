@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 ROW_GROUP_BYTES = 4 << 20
 ROW_GROUP_ROWS = 1 << 16
 BATCH_BYTES = 32 << 20  # of rows in memory while a file is read from start to end
+_LARGE = {pa.large_string(): pa.string(), pa.large_binary(): pa.binary()}  # as polars writes them
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], fields: Mapping[str, pa.DataType]) -> None:
@@ -332,7 +333,7 @@ def _check_columns(file: pq.ParquetFile, shard: Path, columns: Sequence[str] | N
         raise UserError(f"{shard}: has no column {sorted(missing)[0]!r}; rerun what makes this file")
     for name in schema.names if columns is None else columns:
         kind = schema.field(name).type
-        if kind != TYPES.get(name, kind):
+        if _LARGE.get(kind, kind) != TYPES.get(name, _LARGE.get(kind, kind)):
             raise UserError(f"{shard}: column {name!r} must be {TYPES[name]}, not {kind}; rerun what makes this file")
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from srpo.data import parquet
-from srpo.data.images import encode_png
+from srpo.data.images import encode_images
 from srpo.data.prompts import Prompt, check_disjoint, load_prompts
 from srpo.data.schemas import CANDIDATE_FIELDS
 from srpo.lineage.record import check_base, require_weights
@@ -183,22 +183,26 @@ class Shards:
             candidate.stopped_at = candidate.would_stop_at = settings.num_inference_steps
 
     def _write(self, number: int, candidates: Sequence[Candidate]) -> None:
-        rows = [self._row(self.parts[number][candidate.row], candidate) for candidate in candidates]
+        cells = iter(encode_images(candidate.image for candidate in candidates if candidate.image is not None))
+        rows = [
+            self._row(self.parts[number][candidate.row], candidate, None if candidate.image is None else next(cells))
+            for candidate in candidates
+        ]
         path = self.paths[number]
         parquet.write_table(path, rows, CANDIDATE_FIELDS)
         stopped = sum(candidate.image is None for candidate in candidates)
         also = f", {stopped} of them given up early" if stopped else ""
         log.info("generate %s: wrote %s, %d candidates%s", self.key, path.name, len(rows), also)
 
-    def _row(self, prompt: Prompt, candidate: Candidate) -> dict[str, Any]:
-        latents, image = candidate.latents, candidate.image
+    def _row(self, prompt: Prompt, candidate: Candidate, cell: dict[str, Any] | None) -> dict[str, Any]:
+        latents = candidate.latents
         return {
             "candidate_id": f"{self.key}-{prompt.id}-{candidate.index:04d}",
             "prompt_id": prompt.id,
             "prompt": prompt.prompt,
             "index": candidate.index,
             "seed": candidate.seed,
-            "image": None if image is None else encode_png(image),
+            "image": cell,
             "latents": None if latents is None else parquet.latents_bytes(latents.numpy()),
             "latents_shape": None if latents is None else list(latents.shape),
             "steps": self.settings.num_inference_steps,

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from srpo.data import parquet
-from srpo.data.images import encode_png
+from srpo.data.images import encode_image
 from srpo.data.schemas import IMAGE, LATENTS
 from srpo.errors import UserError
 from tests.faults.helpers import command_of, contents, run
@@ -145,7 +145,7 @@ def test_flipped_bits_change_no_value(tmp_path: Path) -> None:
     rows = [
         {
             "candidate_id": f"001-{number}",
-            "image": encode_png(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)),
+            "image": encode_image(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)),
             "latents": parquet.latents_bytes(rng.normal(size=4)),
             "reward": float(number),
         }
