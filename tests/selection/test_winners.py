@@ -52,7 +52,7 @@ def write_round(root: Path, rewards: dict[str, list[float | None]], params: Para
     return rows
 
 
-def test_losers_latents_come_along(campaign) -> None:
+def test_winners_have_loser_latents(campaign) -> None:
     """Also from another shard (q's loser), and null where the winner is its own loser or the loser has none."""
     params, root = campaign
     rewards = {"p": [1.0, 3.0], "q": [0.0, 2.0, 1.0], "r": [1.0], "s": [0.0, 1.0]}
@@ -88,7 +88,7 @@ def test_shards_and_row_groups_change_nothing(campaign, monkeypatch: pytest.Monk
     assert pl.read_parquet(out / "*.parquet").equals(whole)
 
 
-def test_unfinished_candidates_never_win_and_are_counted(campaign) -> None:
+def test_unfinished_candidates_never_win(campaign) -> None:
     params, root = campaign
     nothing = {"0000p": {"image": None, "latents": None}}
     write_round(root, {"p": [None, 1.0, 2.0], "q": [1.0, 0.0]}, params, **nothing)
