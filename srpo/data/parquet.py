@@ -206,7 +206,7 @@ class RowReader:
                     counts.append(file.metadata.row_group(number).num_rows)
         self._starts = np.cumsum(counts)
         self.num_rows = int(self._starts[-1])
-        self._open = lru_cache(maxsize=32)(_open)
+        self._open = lru_cache(maxsize=32)(_parquet_file)
 
     def take(self, numbers: np.ndarray, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield the rows with these ascending numbers, one table per row group; other row groups are not read.
@@ -283,7 +283,7 @@ class RowReader:
             return file.read_row_group(number, columns=columns)
 
 
-def _open(shard: Path) -> pq.ParquetFile:
+def _parquet_file(shard: Path) -> pq.ParquetFile:
     return pq.ParquetFile(shard, page_checksum_verification=True)
 
 
