@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from srpo.data import parquet
-from srpo.data.images import encode_png
+from srpo.data.images import encode_image
 from srpo.data.schemas import IMAGE
 from srpo.evaluation.features import Extractor
 from srpo.evaluation.frechet import frechet_distance, gaussian
@@ -72,7 +72,7 @@ def from_files(count: int, folder: Path) -> list[tuple[str, tuple, tuple]]:
         rng = np.random.default_rng(seed)
         (folder / name).mkdir()
         small = rng.integers(0, 256, (count, SIZE // 16, SIZE // 16, 3), dtype=np.uint8)
-        cells = [encode_png(pixels.repeat(16, axis=0).repeat(16, axis=1)) for pixels in small]
+        cells = [encode_image(pixels.repeat(16, axis=0).repeat(16, axis=1)) for pixels in small]
         for i, cell in enumerate(cells):
             (folder / name / f"{i:05d}.png").write_bytes(cell["bytes"])
         rows = [{"image": cell} for cell in cells]

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import synthetic
-from bench.measured import measured
+from bench.measured import Usage, measured
 from srpo.config.loader import PARAMS_FILE
 from srpo.rounds import RoundFiles
 from tests.support.campaign import build_campaign
@@ -55,7 +55,7 @@ def make_project(root: Path, candidates: int) -> None:
     synthetic.write_candidates(files, candidates // PER_PROMPT, PER_PROMPT, pictures)
 
 
-def plot(sizes: list[int], found: dict[str, list[tuple[float, float, float]]], path: Path) -> None:
+def plot(sizes: list[int], found: dict[str, list[Usage]], path: Path) -> None:
     """Seconds and peak memory over candidates, both axes logarithmic but memory's."""
     import matplotlib
 
@@ -64,8 +64,8 @@ def plot(sizes: list[int], found: dict[str, list[tuple[float, float, float]]], p
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for stage, rows in found.items():
-        left.plot(sizes, [seconds for seconds, _, _ in rows], marker="o", label=stage)
-        right.plot(sizes, [memory for _, _, memory in rows], marker="o", label=stage)
+        left.plot(sizes, [row.wall for row in rows], marker="o", label=stage)
+        right.plot(sizes, [row.memory for row in rows], marker="o", label=stage)
     left.set(xscale="log", yscale="log", xlabel="candidates", ylabel="seconds")
     right.set(xscale="log", ylim=(0, None), xlabel="candidates", ylabel="GB at peak")
     left.legend()
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("sizes", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
-    found: dict[str, list[tuple[float, float, float]]] = {stage: [] for stage in STAGES}
+    found: dict[str, list[Usage]] = {stage: [] for stage in STAGES}
     load = os.getloadavg()[0]
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +90,7 @@ def main() -> None:
         table.add_column(column, justify="right")
     for number, size in enumerate(arguments.sizes):
         cells = [found[stage][number] for stage in STAGES]
-        table.add_row(f"{size:,}", *(f"{wall:.1f} ({cpu:.1f}), {memory:.2f}" for wall, cpu, memory in cells))
+        table.add_row(f"{size:,}", *(f"{wall:.1f} ({cpu:.1f}), {memory:.2f}" for wall, cpu, memory, *_ in cells))
     Console(width=120).print(table)
     if arguments.plot:
         plot(arguments.sizes, found, arguments.plot)

@@ -1,4 +1,4 @@
-"""Commands as child processes, with their time and memory."""
+"""Commands as child processes, with their time, memory and traffic."""
 
 from __future__ import annotations
 
@@ -7,19 +7,39 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 PROJECT = Path(__file__).parent.parent
-# a small process between: until it is replaced by its program, a child's memory is its parent's, and counts
+# a small process in between: until it executes its program, a child has its parent's memory, which would count
 BETWEEN = """
 import json, os, subprocess, sys, time
 start = time.perf_counter()
-_, status, usage = os.wait4(subprocess.Popen(sys.argv[1:], stdout=sys.stderr).pid, 0)
-print(json.dumps([status, time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6]))
+child = subprocess.Popen(sys.argv[1:], stdout=sys.stderr).pid
+os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+wall = time.perf_counter() - start
+io = dict(line.split(": ") for line in open(f"/proc/{child}/io").read().splitlines())
+_, status, usage = os.wait4(child, 0)
+print(json.dumps([status, wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6,
+                  int(io["rchar"]) / 1e6, int(io["wchar"]) / 1e6]))
 """
 
 
-def measured(module: list[str], root: Path) -> tuple[float, float, float]:
-    """Wall seconds, CPU seconds, and peak resident set in GB, of `python -m <module and its arguments>` in `root`."""
+class Usage(NamedTuple):
+    """A process's wall and CPU seconds, peak resident set in GB, and MB read and written, cached or not."""
+
+    wall: float
+    cpu: float
+    memory: float
+    read: float
+    written: float
+
+
+def measured(module: list[str], root: Path) -> Usage:
+    """Run `python -m <module and its arguments>` in `root`, and return what it used.
+
+    Raises:
+        SystemExit: the command failed.
+    """
     done = subprocess.run(
         [sys.executable, "-c", BETWEEN, sys.executable, "-m", *module],
         cwd=root,
@@ -27,7 +47,7 @@ def measured(module: list[str], root: Path) -> tuple[float, float, float]:
         stdout=subprocess.PIPE,
         check=True,
     )
-    status, wall, cpu, memory = json.loads(done.stdout)
+    status, *usage = json.loads(done.stdout)
     if status:
-        raise SystemExit(f"{' '.join(module)}: died")
-    return wall, cpu, memory
+        raise SystemExit(f"{' '.join(module)}: failed")
+    return Usage(*usage)

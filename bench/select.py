@@ -102,7 +102,7 @@ def main() -> None:
     table = Table(title=f"{arguments.candidates} candidates of {prompts} prompts; load before {load:.1f}")
     for column in ("way", "seconds", "CPU seconds", "GB at peak", "pandas' seconds over these", "CPU"):
         table.add_column(column, justify="left" if column == "way" else "right")
-    for name, (wall, cpu, memory) in found.items():
+    for name, (wall, cpu, memory, *_) in found.items():
         ratios = f"{theirs[0] / wall:.2f}", f"{theirs[1] / cpu:.2f}"
         table.add_row(name, f"{wall:.1f}", f"{cpu:.1f}", f"{memory:.2f}", *ratios)
     Console(width=120).print(table)

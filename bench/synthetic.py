@@ -1,7 +1,8 @@
-"""Candidates and their scores in any number, in the project's own schema, without a model."""
+"""Synthetic candidates and scores in any number, in the project's own schema, without a model."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,20 +10,27 @@ import polars as pl
 import pyarrow as pa
 
 from srpo.data import parquet
-from srpo.data.images import encode_png
+from srpo.data.images import encode_images
 from srpo.data.schemas import CANDIDATE_FIELDS, IDENTITY_FIELDS, IMAGE, arrow_schema
 from srpo.rounds import RoundFiles
 
 PROMPTS_PER_SHARD = 1 << 15
 
 
-def write_candidates(files: RoundFiles, prompts: int, per_prompt: int, pictures: Sequence[np.ndarray]) -> None:
-    """Write a round's candidates, a shard at a time: latents of 16 numbers, and these pictures in turn."""
-    cells = [encode_png(picture)["bytes"] for picture in pictures]
-    parts = _parts(prompts)
+def write_candidates(
+    files: RoundFiles,
+    prompts: int,
+    per_prompt: int,
+    images: Sequence[np.ndarray],
+    shape: tuple[int, int, int] = (4, 2, 2),
+    prompts_per_shard: int = PROMPTS_PER_SHARD,
+) -> None:
+    """Write a round's candidates, a shard at a time: random latents of this shape, and these images in turn."""
+    cells = [cell["bytes"] for cell in encode_images(images)]
+    parts = _parts(prompts, prompts_per_shard)
     for number, part in enumerate(parts):
         name = f"shard-{number:05d}-of-{len(parts):05d}.parquet"
-        parquet.write_arrow(files.candidates / name, [_candidates(files.key, part, per_prompt, cells)])
+        parquet.write_arrow(files.candidates / name, [_candidates(files.key, part, per_prompt, cells, shape)])
 
 
 def write_scores(files: RoundFiles, prompts: int, per_prompt: int, names: Sequence[str]) -> None:
@@ -30,9 +38,9 @@ def write_scores(files: RoundFiles, prompts: int, per_prompt: int, names: Sequen
     parquet.write_arrow(files.scores, (_scores(files.key, part, per_prompt, names) for part in _parts(prompts)))
 
 
-def _parts(prompts: int) -> list[range]:
-    starts = range(0, prompts, PROMPTS_PER_SHARD)
-    return [range(start, min(start + PROMPTS_PER_SHARD, prompts)) for start in starts]
+def _parts(prompts: int, size: int = PROMPTS_PER_SHARD) -> list[range]:
+    starts = range(0, prompts, size)
+    return [range(start, min(start + size, prompts)) for start in starts]
 
 
 def _identity(key: str, prompts: range, per_prompt: int) -> pl.DataFrame:
@@ -44,7 +52,9 @@ def _identity(key: str, prompts: range, per_prompt: int) -> pl.DataFrame:
     return rows.with_columns(pl.format("{}-{}-{}", pl.lit(key), "prompt_id", place).alias("candidate_id"))
 
 
-def _candidates(key: str, prompts: range, per_prompt: int, cells: Sequence[bytes]) -> pa.Table:
+def _candidates(
+    key: str, prompts: range, per_prompt: int, cells: Sequence[bytes], shape: tuple[int, int, int]
+) -> pa.Table:
     rows = _identity(key, prompts, per_prompt)
     count, rng = rows.height, np.random.default_rng(prompts.start)
     texts = pl.format("a photo of subject {} in the style of painter {}", "number", pl.col("number") % 97)
@@ -55,9 +65,9 @@ def _candidates(key: str, prompts: range, per_prompt: int, cells: Sequence[bytes
         [pa.array([cells[i % len(cells)] for i in range(count)]), pa.nulls(count, pa.string())],
         fields=list(IMAGE),
     )
-    columns["latents"] = pa.array([parquet.latents_bytes(row) for row in rng.normal(size=(count, 16))])
-    shape = pa.array(np.tile(np.array([4, 2, 2], np.int32), count))
-    columns["latents_shape"] = pa.ListArray.from_arrays(pa.array(np.arange(0, 3 * count + 1, 3, dtype=np.int32)), shape)
+    columns["latents"] = pa.array([parquet.latents_bytes(row) for row in rng.normal(size=(count, math.prod(shape)))])
+    sides = pa.array(np.tile(np.array(shape, np.int32), count))
+    columns["latents_shape"] = pa.ListArray.from_arrays(pa.array(np.arange(0, 3 * count + 1, 3, dtype=np.int32)), sides)
     columns |= {"steps": pa.repeat(30, count), "guidance": pa.repeat(5.0, count)}
     schema = arrow_schema(CANDIDATE_FIELDS)
     # a column unknown here is null

@@ -14,7 +14,7 @@ import typer
 
 from demo.scenes import Scene, all_scenes, miscaptioned, render
 from srpo.data import parquet
-from srpo.data.images import encode_png
+from srpo.data.images import encode_image
 from srpo.data.schemas import IMAGE
 
 log = logging.getLogger("demo")
@@ -66,7 +66,7 @@ def write_prompts(path: Path, scenes: list[Scene], prefix: str) -> None:
 
 def write_pictures(path: Path, pictures: list[tuple[Scene, np.ndarray]]) -> None:
     """A parquet file with columns image and prompt."""
-    rows = [{"image": encode_png(pixels), "prompt": scene.caption} for scene, pixels in pictures]
+    rows = [{"image": encode_image(pixels), "prompt": scene.caption} for scene, pixels in pictures]
     parquet.write_table(path, rows, {"image": IMAGE, "prompt": pa.string()})
 
 

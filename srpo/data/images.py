@@ -1,20 +1,33 @@
-"""Image cells of datasets: encoding and decoding, one by one or on all cores."""
+"""Image cells of datasets: encoding and decoding, one by one or on all cores.
+
+Cells hold lossless WebP. At 1024 x 1024, on one core, it takes 35 to 50 ms to encode and 21 to 28 ms to decode, against
+66 to 110 and 30 to 39 ms for PNG level 1, and is 18 to 29 % smaller. Cells of other formats are decoded as well.
+"""
 
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 
-def encode_png(pixels: np.ndarray) -> dict[str, Any]:
-    """Return an image cell of uint8 pixels [height, width, 3]. PNG level 1: 2.4 times faster than 6, same pixels."""
+def encode_image(pixels: np.ndarray) -> dict[str, Any]:
+    """Return an image cell of uint8 pixels [height, width, 3]."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
+    # for lossless files `quality` is effort: more of it takes 2 to 7 times as long and saves nothing with method 0
+    Image.fromarray(pixels).save(buffer, format="WEBP", lossless=True, method=0, quality=0)
     return {"bytes": buffer.getvalue(), "path": None}
+
+
+def encode_images(images: Iterable[np.ndarray]) -> list[dict[str, Any]]:
+    """Return the image cells of uint8 pixels [height, width, 3] each, encoded on all cores."""
+    return list(_pool().map(encode_image, images))
 
 
 def decode_image(cell: Mapping[str, Any]) -> Image.Image:
@@ -23,5 +36,33 @@ def decode_image(cell: Mapping[str, Any]) -> Image.Image:
 
 
 def decode_images(cells: Iterable[Mapping[str, Any]]) -> np.ndarray:
-    """Return uint8 [n, height, width, 3] of image cells of one size."""
-    return np.stack([np.asarray(decode_image(cell)) for cell in cells])
+    """Return uint8 [n, height, width, 3] of one or more image cells of one size, decoded on all cores.
+
+    Raises:
+        ValueError: the images differ in size.
+    """
+    cells = list(cells)
+    first = decode_image(cells[0])
+    pixels = np.empty((len(cells), first.height, first.width, 3), np.uint8)
+
+    def decode(number: int) -> None:
+        image = decode_image(cells[number]) if number else first
+        if image.size != first.size:
+            raise ValueError(f"images of several sizes: {first.size} and {image.size}")
+        pixels[number] = np.asarray(image)
+
+    for _ in _pool().map(decode, range(len(cells))):
+        pass
+    return pixels
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """Return the threads shared by all callers: as many as OMP_NUM_THREADS or, without it, this process's cores."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ThreadPoolExecutor(int(threads) if threads.isdecimal() and int(threads) else cores, "images")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of its parent's threads

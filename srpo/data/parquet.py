@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 # the least that is read to get one row: two images of 1024 x 1024 and their latents, or thousands of small rows
 ROW_GROUP_BYTES = 4 << 20
 ROW_GROUP_ROWS = 1 << 16
-BATCH_BYTES = 32 << 20  # of rows in memory while a file is read from start to end
+BATCH_BYTES = 8 << 20  # of rows in memory while a file is read from start to end; more is slower
+_LARGE = {pa.large_string(): pa.string(), pa.large_binary(): pa.binary()}  # as polars writes them
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], fields: Mapping[str, pa.DataType]) -> None:
@@ -45,6 +46,7 @@ def write_arrow(path: Path, tables: Iterable[pa.Table]) -> None:
     tables = iter(tables)
     first = next(tables)
     leaves = [_leaf(field) for field in first.schema if field.type not in (IMAGE, LATENTS)]
+    latents = [field.name for field in first.schema if field.type == LATENTS]
     with (
         atomic_write(path) as partial,
         pq.ParquetWriter(
@@ -52,6 +54,7 @@ def write_arrow(path: Path, tables: Iterable[pa.Table]) -> None:
             first.schema,
             compression=dict.fromkeys(leaves, "zstd"),
             use_dictionary=leaves,
+            write_statistics=leaves + latents,  # those of images would take longer than the rest
             write_page_checksum=True,
         ) as writer,
     ):
@@ -72,7 +75,7 @@ def shards(path: Path) -> list[Path]:
 
 
 def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Yield all rows of a dataset as tables of about 32 MiB, so that memory use stays flat.
+    """Yield all rows of a dataset as tables of about 8 MiB, so that memory use stays flat.
 
     Raises:
         UserError: a file is damaged or lacks a column.
@@ -176,7 +179,10 @@ def latents_array(row: Mapping[str, Any], column: str = "latents") -> np.ndarray
 
 
 class RowReader:
-    """Random access to a dataset's rows by number, counted over all shards in name order. Files are memory-mapped.
+    """Random access to a dataset's rows by number, counted over all shards in name order.
+
+    Rows are read by row group, with one copy from file to array; as fast as from memory-mapped files, whose pages would
+    add to the process's memory.
 
     Attributes:
         schema: of the dataset.
@@ -200,7 +206,7 @@ class RowReader:
                     counts.append(file.metadata.row_group(number).num_rows)
         self._starts = np.cumsum(counts)
         self.num_rows = int(self._starts[-1])
-        self._open = lru_cache(maxsize=32)(_open_mapped)
+        self._open = lru_cache(maxsize=32)(_parquet_file)
 
     def take(self, numbers: np.ndarray, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield the rows with these ascending numbers, one table per row group; other row groups are not read.
@@ -277,8 +283,8 @@ class RowReader:
             return file.read_row_group(number, columns=columns)
 
 
-def _open_mapped(shard: Path) -> pq.ParquetFile:
-    return pq.ParquetFile(shard, memory_map=True, page_checksum_verification=True)
+def _parquet_file(shard: Path) -> pq.ParquetFile:
+    return pq.ParquetFile(shard, page_checksum_verification=True)
 
 
 def _leaf(field: pa.Field) -> str:
@@ -321,7 +327,7 @@ def _batch_rows(file: pq.ParquetFile, columns: Sequence[str]) -> int:
 
 @contextmanager
 def _opened(shard: Path, columns: Sequence[str] | None) -> Iterator[pq.ParquetFile]:
-    with _naming(shard), pq.ParquetFile(shard, page_checksum_verification=True) as file:
+    with _naming(shard), pq.ParquetFile(shard, page_checksum_verification=True, pre_buffer=False) as file:
         _check_columns(file, shard, columns)
         yield file
 
@@ -332,7 +338,7 @@ def _check_columns(file: pq.ParquetFile, shard: Path, columns: Sequence[str] | N
         raise UserError(f"{shard}: has no column {sorted(missing)[0]!r}; rerun what makes this file")
     for name in schema.names if columns is None else columns:
         kind = schema.field(name).type
-        if kind != TYPES.get(name, kind):
+        if _LARGE.get(kind, kind) != TYPES.get(name, _LARGE.get(kind, kind)):
             raise UserError(f"{shard}: column {name!r} must be {TYPES[name]}, not {kind}; rerun what makes this file")
 
 

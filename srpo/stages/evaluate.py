@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from srpo.config.loader import Params
 from srpo.data import parquet
-from srpo.data.images import encode_png
+from srpo.data.images import encode_images
 from srpo.data.prompts import Prompt, check_disjoint, load_prompts, negative_prompts
 from srpo.data.records import read_sweep
 from srpo.data.schemas import PER_PROMPT_FIELDS, SAMPLE_FIELDS, with_rewards
@@ -215,15 +215,11 @@ def _at(scores: pl.DataFrame, guidance: float) -> pl.DataFrame:
 
 
 def _samples(images: torch.Tensor, places: Sequence[Place], kept: set[str]) -> list[dict[str, Any]]:
+    chosen = [(image, place) for image, place in zip(images, places, strict=True) if place[0].id in kept]
+    cells = encode_images(image.permute(1, 2, 0).numpy() for image, _ in chosen)
     return [
-        {
-            "prompt_id": prompt.id,
-            "prompt": prompt.prompt,
-            "index": index,
-            "image": encode_png(image.permute(1, 2, 0).numpy()),
-        }
-        for image, (prompt, index) in zip(images, places, strict=True)
-        if prompt.id in kept
+        {"prompt_id": prompt.id, "prompt": prompt.prompt, "index": index, "image": cell}
+        for cell, (_, (prompt, index)) in zip(cells, chosen, strict=True)
     ]
 
 

@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from srpo.data import parquet
 from srpo.data.candidate import Candidate
-from srpo.data.images import encode_png
+from srpo.data.images import encode_images
 from srpo.data.prompts import Prompt, check_disjoint, load_prompts, negative_prompts
 from srpo.data.schemas import CANDIDATE_FIELDS
 from srpo.lineage.record import check_base, require_weights
@@ -179,23 +179,26 @@ def _seeded(round: Round, prompt: Prompt, row: int, index: int) -> Candidate:
 
 
 def _write(round: Round, shard: Shard, candidates: Sequence[Candidate]) -> None:
-    rows = [_row(round, shard.prompts[candidate.row], candidate) for candidate in candidates]
+    cells = iter(encode_images(candidate.image for candidate in candidates if candidate.image is not None))
+    rows = [
+        _row(round, shard.prompts[candidate.row], candidate, None if candidate.image is None else next(cells))
+        for candidate in candidates
+    ]
     parquet.write_table(shard.path, rows, CANDIDATE_FIELDS)
     rejected = sum(candidate.image is None for candidate in candidates)
     suffix = f", {rejected} of them rejected early" if rejected else ""
     log.info("generate %s: wrote %s, %d candidates%s", round.key, shard.path.name, len(rows), suffix)
 
 
-def _row(round: Round, prompt: Prompt, candidate: Candidate) -> dict[str, Any]:
+def _row(round: Round, prompt: Prompt, candidate: Candidate, cell: dict[str, Any] | None) -> dict[str, Any]:
     latents = candidate.latents
-    image = candidate.image
     return {
         "candidate_id": f"{round.key}-{prompt.id}-{candidate.index:04d}",
         "prompt_id": prompt.id,
         "prompt": prompt.prompt,
         "index": candidate.index,
         "seed": candidate.seed,
-        "image": None if image is None else encode_png(image),
+        "image": cell,
         "latents": None if latents is None else parquet.latents_bytes(latents.numpy()),
         "latents_shape": None if latents is None else list(latents.shape),
         "steps": round.params.generate.num_inference_steps,

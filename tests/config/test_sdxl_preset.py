@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from srpo import cli
 from srpo.config.loader import load_params
 from srpo.data import parquet
-from srpo.data.images import encode_png
+from srpo.data.images import encode_image
 from srpo.data.schemas import IMAGE
 from srpo.storage.json_files import write_json
 from tests.support.hub import build_home
@@ -86,7 +86,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_prompts(root / whole.prompts.train, texts[:4], "train")
     write_prompts(root / whole.prompts.eval, texts[4:], "eval")
     pictures = np.random.default_rng(0).integers(0, 255, (12, SIZE, SIZE, 3), dtype=np.uint8)
-    rows = [{"image": encode_png(pixels)} for pixels in pictures]
+    rows = [{"image": encode_image(pixels)} for pixels in pictures]
     for number in range(2):
         part = root / whole.evaluate.reference / f"part-{number}.parquet"
         parquet.write_table(part, rows[6 * number : 6 * number + 6], {"image": IMAGE})

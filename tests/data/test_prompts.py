@@ -63,6 +63,6 @@ def test_any_text_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
     assert [prompt.prompt for prompt in load_prompts(path)] == texts
 
 
-def test_overlap_is_found_whatever_the_case_and_spacing() -> None:
+def test_overlap_ignores_case_and_spacing() -> None:
     with pytest.raises(UserError, match="'e1' has the text of train prompt 't1'"):
         check_disjoint([Prompt("t1", "A red  circle")], [Prompt("e1", "a Red circle ")])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from srpo.data import parquet
-from srpo.data.images import encode_png
+from srpo.data.images import encode_image
 from srpo.data.schemas import IMAGE
 from srpo.errors import UserError
 from srpo.evaluation.features import Extractor
@@ -32,7 +32,7 @@ class Eyes:
 def write(path: Path, seed: int = 0, sizes: tuple[int, ...] = (8,) * 10) -> Path:
     rng = np.random.default_rng(seed)
     images = [rng.integers(0, 255, (size, size, 3), dtype=np.uint8) for size in sizes]
-    parquet.write_table(path, [{"image": encode_png(p)} for p in images], {"image": IMAGE})
+    parquet.write_table(path, [{"image": encode_image(p)} for p in images], {"image": IMAGE})
     return path
 
 

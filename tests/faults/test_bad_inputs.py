@@ -305,7 +305,7 @@ CAMPAIGN: dict[str, tuple[list[str], Change, str]] = {
         "rounds/001/scores.parquet: has no column 'other'",
     ),
     "candidates cut": (["select", "001"], cut(SHARD), f"{SHARD}: not a readable parquet file"),
-    "a shard gone": (["select", "001"], removed(SHARD), "scores of other candidates"),
+    "a shard gone": (["select", "001"], removed(SHARD), "does not match the candidates"),
     "lineage not JSON": (["report", "001"], content(LINEAGE, "{"), f"{LINEAGE}: damaged"),
     "lineage gone": (["report", "001"], removed(LINEAGE), f"{LINEAGE}: missing"),
     "measures not JSON": (["table"], content(METRICS, b"\xff"), f"{METRICS}: damaged"),

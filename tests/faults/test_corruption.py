@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from srpo.data import parquet
-from srpo.data.images import encode_png
+from srpo.data.images import encode_image
 from srpo.data.schemas import IMAGE, LATENTS
 from srpo.errors import UserError
 from tests.faults.helpers import command_of, contents, run
@@ -30,7 +30,7 @@ class Case:
         return sorted(root.glob(self.pattern))[0]
 
 
-TOLD = [
+REPORTED = [
     Case("rounds/001/candidates/shard-00000*", ("score", "001"), column="image"),
     Case("rounds/001/candidates/shard-00000*", ("select", "001")),
     Case("rounds/001/scores.parquet", ("select", "001"), column="reward"),
@@ -48,7 +48,7 @@ TOLD = [
     Case("data/judge/*.safetensors", ("evaluate", "001"), "data/judge"),
     Case("data/reference/*.parquet", ("evaluate", "001"), column="image"),
 ]
-HEALED = [
+REBUILT = [
     Case(".srpo/cache/reference-*", ("evaluate", "001"), "computed anew"),
     Case(".srpo/cache/embeds/*/*.safetensors", ("generate", "001"), "encoding its prompts anew"),
 ]
@@ -94,7 +94,7 @@ def spoil(case: Case, root: Path, damage: str) -> tuple[Path, bytes]:
     return file, sound
 
 
-def check_told(case: Case, root: Path, damage: str) -> None:
+def check_reported(case: Case, root: Path, damage: str) -> None:
     undisturbed = contents(root, case.command[0])
     file, sound = spoil(case, root, damage)
     code, told = run(root, *case.command)
@@ -107,27 +107,27 @@ def check_told(case: Case, root: Path, damage: str) -> None:
     assert not (root / "rounds" / "002" / "candidates").exists()
 
 
-@pytest.mark.parametrize("case", [case for case in TOLD if case.command[0] in ("select", "score")], ids=name_of)
-def test_a_flipped_bit_is_told(project: Path, case: Case) -> None:
-    check_told(case, project, "flipped")
+@pytest.mark.parametrize("case", [case for case in REPORTED if case.command[0] in ("select", "score")], ids=name_of)
+def test_a_flipped_bit_is_reported(project: Path, case: Case) -> None:
+    check_reported(case, project, "flipped")
 
 
 @pytest.mark.slow  # a second a case, and more where imports are slow
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("case", TOLD, ids=name_of)
-def test_damage_is_told(project: Path, case: Case, damage: str) -> None:
-    check_told(case, project, damage)
+@pytest.mark.parametrize("case", REPORTED, ids=name_of)
+def test_damage_is_reported(project: Path, case: Case, damage: str) -> None:
+    check_reported(case, project, damage)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CUT_ONLY, ids=name_of)
-def test_a_cut_text_file_is_told(project: Path, case: Case) -> None:
-    check_told(case, project, "cut")
+def test_truncated_text_files_are_reported(project: Path, case: Case) -> None:
+    check_reported(case, project, "cut")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("case", HEALED, ids=name_of)
-def test_a_damaged_cache_is_made_anew(project: Path, case: Case, damage: str) -> None:
+@pytest.mark.parametrize("case", REBUILT, ids=name_of)
+def test_damaged_caches_are_rebuilt(project: Path, case: Case, damage: str) -> None:
     undisturbed = contents(project, case.command[0])
     file, sound = spoil(case, project, damage)
     code, told = run(project, *command_of(case.command[0]))
@@ -145,7 +145,7 @@ def test_flipped_bits_change_no_value(tmp_path: Path) -> None:
     rows = [
         {
             "candidate_id": f"001-{number}",
-            "image": encode_png(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)),
+            "image": encode_image(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)),
             "latents": parquet.latents_bytes(rng.normal(size=4)),
             "reward": float(number),
         }

@@ -94,7 +94,7 @@ def test_read_only_rounds(project: Path) -> None:
         (BlockedError("by that"), "by that"),
     ],
 )
-def test_what_stands_in_the_way_is_told(error: Exception, told: str) -> None:
+def test_environment_errors_are_one_line(error: Exception, told: str) -> None:
     assert environment_error_message(error).startswith(told)
     wrapped = RuntimeError("in the writer")
     wrapped.__cause__ = error
@@ -106,7 +106,7 @@ def test_other_errors_keep_their_traceback(error: Exception) -> None:
     assert environment_error_message(error) is None
 
 
-def test_a_file_size_limit_is_told(tmp_path: Path) -> None:
+def test_file_size_limit(tmp_path: Path) -> None:
     from srpo.storage.json_files import write_json
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

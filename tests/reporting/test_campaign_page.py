@@ -46,7 +46,7 @@ class Page(HTMLParser):
         self.path = write_campaign(load_params(root / "params.yaml"), root)
         self.html = self.path.read_text(encoding="utf-8")
         self.tags: list[str] = []
-        self.pictures: list[tuple[str, str]] = []
+        self.images: list[tuple[str, str]] = []
         self.links: list[str] = []
         self.words: list[str] = []
         self.feed(self.html)
@@ -55,7 +55,7 @@ class Page(HTMLParser):
         found = dict(attrs)
         self.tags.append(tag)
         if tag == "img":
-            self.pictures.append((found["alt"], found["src"]))
+            self.images.append((found["alt"], found["src"]))
         if "href" in found:
             self.links.append(found["href"])
 
@@ -63,20 +63,20 @@ class Page(HTMLParser):
         self.words.append(data.strip())
 
     def charts(self) -> list[str]:
-        return [base64.b64decode(uri.split(",")[1]).decode() for _, uri in self.pictures if "svg" in uri[:30]]
+        return [base64.b64decode(uri.split(",")[1]).decode() for _, uri in self.images if "svg" in uri[:30]]
 
 
-def test_the_page_is_self_contained_and_believes_no_prompt(project: Path) -> None:
+def test_page_is_self_contained_and_escaped(project: Path) -> None:
     page = Page(project)
     assert page.path == project / "rounds" / "index.html"
-    assert page.pictures and all(uri.startswith("data:image/") for _, uri in page.pictures)
+    assert page.images and all(uri.startswith("data:image/") for _, uri in page.images)
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org)", page.html)
     assert str(project) not in page.html and "<script>" not in page.html
     assert all(page.words.count(prompt.strip()) == 1 for prompt in PROMPTS)
 
 
-def test_it_links_the_reports_there_are(project: Path) -> None:
+def test_links_existing_reports(project: Path) -> None:
     assert Page(project).links == []
     for key in ("001", "002b"):
         RoundFiles(project, key).report.mkdir()
@@ -86,7 +86,7 @@ def test_it_links_the_reports_there_are(project: Path) -> None:
     assert all((page.path.parent / link).is_file() for link in page.links)
 
 
-def test_every_round_has_its_numbers_intervals_and_hashes(project: Path) -> None:
+def test_rounds_have_numbers_intervals_hashes(project: Path) -> None:
     page = Page(project)
     for key in ROUNDS:
         found, lineage = read_sweep(RoundFiles(project, key))["2.0"], read_lineage(RoundFiles(project, key))
@@ -99,35 +99,35 @@ def test_every_round_has_its_numbers_intervals_and_hashes(project: Path) -> None
     assert table.count("&#8627;") == 1, "only 002b branches off"
 
 
-def test_the_strip_has_a_picture_of_every_prompt_for_every_round(project: Path) -> None:
-    alts = [alt for alt, uri in Page(project).pictures if "svg" not in uri[:30]]
+def test_every_prompt_has_an_image_per_round(project: Path) -> None:
+    alts = [alt for alt, uri in Page(project).images if "svg" not in uri[:30]]
     assert sorted(alts) == sorted(f"{key}: {prompt}" for key in ("base", *ROUNDS) for prompt in PROMPTS)
 
 
-def test_lost_samples_hashes_and_gate_leave_gaps(project: Path) -> None:
+def test_missing_files_leave_gaps(project: Path) -> None:
     (RoundFiles(project, "001").evaluation / "samples.parquet").unlink()
     (RoundFiles(project, "001").evaluation / "guidance.csv").unlink()
     (RoundFiles(project, "001").evaluation / "gate.json").unlink()
     shutil.rmtree(RoundFiles(project, "001").adapter)
     page = Page(project)
     assert page.words.count("no sample") == len(PROMPTS)
-    assert sum(alt.startswith("002: ") for alt, _ in page.pictures) == len(PROMPTS)
+    assert sum(alt.startswith("002: ") for alt, _ in page.images) == len(PROMPTS)
 
 
-def test_damaged_samples_are_an_error_that_says_so(project: Path) -> None:
+def test_damaged_samples_are_an_error(project: Path) -> None:
     (RoundFiles(project, "001").evaluation / "samples.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"001/evaluation/samples.parquet: not a readable parquet file"):
         Page(project)
 
 
-def test_a_round_that_is_not_evaluated_is_named_and_left_out(project: Path) -> None:
+def test_unevaluated_rounds_are_named(project: Path) -> None:
     shutil.rmtree(RoundFiles(project, "001").evaluation)
     page = Page(project)
     assert "Not evaluated yet: 001." in page.html
-    assert not any(alt.startswith("001: ") for alt, _ in page.pictures)
+    assert not any(alt.startswith("001: ") for alt, _ in page.images)
 
 
-def test_a_lone_rise_of_the_selecting_reward_is_called_by_name(project: Path) -> None:
+def test_reward_hacking_has_a_banner(project: Path) -> None:
     assert "banner" not in re.sub(r"<style>.*</style>", "", Page(project).html, flags=re.DOTALL)
     path = RoundFiles(project, "002b").evaluation / "metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"verdict": "fail", "finding": "reward hacking"}))
@@ -137,7 +137,7 @@ def test_a_lone_rise_of_the_selecting_reward_is_called_by_name(project: Path) ->
                for svg in page.charts()), "no chart with both"  # fmt: skip
 
 
-def test_the_same_files_give_the_same_page(project: Path) -> None:
+def test_page_is_deterministic(project: Path) -> None:
     before = Page(project).html
     code = "import sys; from srpo import cli; assert cli.run(['campaign']) == 0; print({'torch'} & {*sys.modules})"
     done = subprocess.run(  # another process, so that no seed or cache of this one helps
@@ -149,7 +149,7 @@ def test_the_same_files_give_the_same_page(project: Path) -> None:
     assert [path.name for path in (project / "rounds").iterdir() if path.is_file()] == ["index.html"]
 
 
-def test_without_an_evaluated_base_there_is_no_page(project: Path, monkeypatch, capsys) -> None:
+def test_no_page_without_evaluated_base(project: Path, monkeypatch, capsys) -> None:
     shutil.rmtree(RoundFiles(project, "base").evaluation)
     monkeypatch.chdir(project)
     assert cli.run(["campaign"]) == 2
@@ -157,7 +157,7 @@ def test_without_an_evaluated_base_there_is_no_page(project: Path, monkeypatch, 
     assert not (project / "rounds/index.html").exists()
 
 
-def test_the_tree_comes_apart_into_branches(built: Path) -> None:
+def test_tree_as_branches(built: Path) -> None:
     tree = load_params(built / "params.yaml").rounds
     spec = tree["001"]
     tree = tree | {"003": spec.model_copy(update={"parent": "002"}), "101": spec, "102": spec}

@@ -41,7 +41,7 @@ def chosen(rows: pl.DataFrame, mode: str, weights: dict[str, float] = WEIGHTS) -
 @pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=80, deadline=None)
 @given(table=tables(odd))
-def test_an_odd_score_never_wins_and_changes_nothing_else(mode: str, table) -> None:
+def test_nonfinite_scores_never_win(mode: str, table) -> None:
     rows = frame(table)
     clean = rows.filter(pl.all_horizontal(pl.col("a", "b").is_finite()))
     assert chosen(rows, mode) == chosen(clean, mode)
@@ -52,7 +52,7 @@ def test_an_odd_score_never_wins_and_changes_nothing_else(mode: str, table) -> N
 @pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=80, deadline=None)
 @given(table=tables(numbers))
-def test_one_reward_is_its_own_argmax_in_every_mode(mode: str, table) -> None:
+def test_one_reward_is_its_own_argmax(mode: str, table) -> None:
     plain = choose_winners(frame(table), {"a": 3.0}, SelectParams())
     assert choose_winners(frame(table), {"a": 3.0}, SelectParams(combine=mode)).equals(plain)
     assert plain["selection_score"].to_list() == plain["a"].to_list()
@@ -105,7 +105,7 @@ def by_hand(pairs: list[tuple[float | None, float | None]], mode: str) -> dict[i
 @pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=80, deadline=None)
 @given(table=tables(st.one_of(odd, st.none())), rng=st.randoms(use_true_random=False))
-def test_every_mode_is_what_plain_python_makes_of_it(mode: str, table, rng) -> None:
+def test_modes_equal_plain_python(mode: str, table, rng) -> None:
     """Whatever the order of rows, and with scores that are null. Sums may round apart, so near ties are ties here."""
     schema = {"candidate_id": pl.String, "prompt_id": pl.String, "index": pl.Int32, "a": pl.Float32, "b": pl.Float32}
     rows = frame(table, schema)
@@ -134,14 +134,14 @@ def test_every_mode_is_what_plain_python_makes_of_it(mode: str, table, rng) -> N
 
 @settings(max_examples=80, deadline=None)
 @given(table=tables(numbers))
-def test_ranks_see_only_the_order(table) -> None:
+def test_ranks_depend_on_order_alone(table) -> None:
     rows = frame(table)
     assert chosen(rows, "rank") == chosen(rows.with_columns(pl.col("a").exp(), pl.col("b") ** 3), "rank")
 
 
 @settings(max_examples=80, deadline=None)
 @given(table=tables(numbers))
-def test_beating_the_mean_on_all_is_what_it_says(table) -> None:
+def test_beats_mean_needs_all_rewards(table) -> None:
     found = chosen(frame(table), "beats_mean")
     for prompt, pairs in table.items():
         means = [sum(column) / len(pairs) for column in zip(*pairs, strict=True)]
@@ -157,7 +157,7 @@ def test_beating_the_mean_on_all_is_what_it_says(table) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=80, deadline=None)
 @given(table=tables(numbers), value=numbers)
-def test_a_constant_reward_has_no_say(mode: str, table, value: float) -> None:
+def test_constant_rewards_are_ignored(mode: str, table, value: float) -> None:
     rows = frame(table).with_columns(pl.lit(value).alias("b"))
     assert chosen(rows, mode) == chosen(rows, mode, {"a": 1.0})
 
@@ -171,7 +171,7 @@ def test_modes_can_disagree() -> None:
     assert chosen(rows, "beats_mean", weights) == {}
 
 
-def test_scores_and_margins_are_in_the_units_the_docs_name() -> None:
+def test_units_of_scores_and_margins() -> None:
     rows = frame({"p": [(0.0, 5.0), (2.0, 7.0)]})
     by_z = choose_winners(rows, WEIGHTS, SelectParams()).row(0, named=True)
     assert (by_z["selection_score"], by_z["margin"], by_z["loser_id"]) == (3.0, 3.0, "p-0")
@@ -179,7 +179,7 @@ def test_scores_and_margins_are_in_the_units_the_docs_name() -> None:
     assert (by_rank["selection_score"], by_rank["margin"]) == (1.0, 0.5)
 
 
-def test_what_is_odd_is_counted() -> None:
+def test_odd_scores_are_counted() -> None:
     """A null is no odd score but none at all: the candidate was not finished."""
     rows = frame(
         {"p": [(1.0, math.nan), (1.0, 2.0), (None, None)], "q": [(1.0, 2.0), (2.0, math.inf)], "r": [(3.0, 3.0)]}

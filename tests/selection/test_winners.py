@@ -12,7 +12,7 @@ import pytest
 
 from srpo.config.loader import Params
 from srpo.data import parquet
-from srpo.data.images import encode_png
+from srpo.data.images import encode_image
 from srpo.data.schemas import CANDIDATE_FIELDS
 from srpo.errors import UserError
 from srpo.rounds import Round, RoundFiles
@@ -36,7 +36,7 @@ def write_round(root: Path, rewards: dict[str, list[float | None]], params: Para
             name = f"{KEY}-{prompt}-{index:04d}"
             identity = {"candidate_id": name, "prompt_id": prompt, "index": index}
             latents = parquet.latents_bytes(np.full(4, len(rows) + 1))
-            image = encode_png(np.full((2, 2, 3), len(rows), np.uint8))
+            image = encode_image(np.full((2, 2, 3), len(rows), np.uint8))
             rows.append(
                 {"prompt": f"a {prompt}", "seed": len(rows), "image": image, "latents": latents}
                 | {"latents_shape": [1, 2, 2], "steps": 3, "guidance": 1.5}
@@ -52,7 +52,7 @@ def write_round(root: Path, rewards: dict[str, list[float | None]], params: Para
     return rows
 
 
-def test_losers_latents_come_along(campaign) -> None:
+def test_winners_have_loser_latents(campaign) -> None:
     """Also from another shard (q's loser), and null where the winner is its own loser or the loser has none."""
     params, root = campaign
     rewards = {"p": [1.0, 3.0], "q": [0.0, 2.0, 1.0], "r": [1.0], "s": [0.0, 1.0]}
@@ -88,7 +88,7 @@ def test_shards_and_row_groups_change_nothing(campaign, monkeypatch: pytest.Monk
     assert pl.read_parquet(out / "*.parquet").equals(whole)
 
 
-def test_unfinished_candidates_never_win_and_are_counted(campaign) -> None:
+def test_unfinished_candidates_never_win(campaign) -> None:
     params, root = campaign
     nothing = {"0000p": {"image": None, "latents": None}}
     write_round(root, {"p": [None, 1.0, 2.0], "q": [1.0, 0.0]}, params, **nothing)
@@ -108,6 +108,6 @@ def test_scores_of_other_candidates_are_an_error(campaign, lost: int) -> None:
     (files.candidates / "shard-00001.parquet").unlink()
     kept = [row for i, row in enumerate(rows) if i != lost]
     parquet.write_table(files.candidates / "shard-00000.parquet", kept, CANDIDATE_FIELDS)
-    with pytest.raises(UserError, match=r"scores\.parquet.*rerun score"):
+    with pytest.raises(UserError, match=r"scores\.parquet: does not match"):
         select(Round.of(params, root, KEY))
     assert not files.winners.exists()

@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing else and believes no prompt."""
+"""The report page: self-contained, with prompts escaped."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def test_the_page_is_self_contained(reported: Path) -> None:
     assert str(reported) not in page.html
 
 
-def test_a_prompt_is_text_and_nothing_else(reported: Path) -> None:
+def test_prompts_are_escaped(reported: Path) -> None:
     page = Page(reported)
     assert "<script>" not in page.html
     # once among the held-out prompts, once among the winners
     assert all(page.words.count(prompt.strip()) == 2 for prompt in PROMPTS)
 
 
-def test_the_page_shows_verdict_gate_and_hashes(reported: Path) -> None:
+def test_page_shows_verdict_gate_hashes(reported: Path) -> None:
     page, gate, lineage = (
         Page(reported),
         read_gate(RoundFiles(reported, "002")),
@@ -86,7 +86,7 @@ def test_the_page_shows_verdict_gate_and_hashes(reported: Path) -> None:
     assert {lineage["adapter"], lineage["winners"], lineage["parent_adapter"], lineage["code"]} <= set(page.words)
 
 
-def test_the_page_shows_intervals_and_looks(reported: Path) -> None:
+def test_page_shows_intervals_and_image_stats(reported: Path) -> None:
     words, sweep = Page(reported).words, read_sweep(RoundFiles(reported, "002"))["2.0"]
     for name in ("judge", "kid", "cmmd", "diversity"):
         assert f"{sweep[f'{name}_low']:.3f} to {sweep[f'{name}_high']:.3f}" in words, name
@@ -97,7 +97,7 @@ def test_the_page_shows_intervals_and_looks(reported: Path) -> None:
         assert name.replace("_", " ") in words and f"{look['z']:+.2f}" in words
 
 
-def test_a_refused_round_says_what_was_found_and_broken(project: Path) -> None:
+def test_failed_rules_are_shown(project: Path) -> None:
     assert "Reward hacking" not in Page(project).words and "failed" not in Page(project).words
     path = RoundFiles(project, "002").evaluation / "gate.json"
     gate = json.loads(path.read_text()) | {"verdict": "fail", "finding": "reward hacking"}
@@ -110,7 +110,7 @@ def test_a_refused_round_says_what_was_found_and_broken(project: Path) -> None:
     assert page.words.count("failed") == 1
 
 
-def test_the_charts_show_base_parent_and_round(reported: Path) -> None:
+def test_charts_show_base_parent_round(reported: Path) -> None:
     svgs = [base64.b64decode(target.split(",")[1]).decode() for target in Page(reported).targets if "svg" in target]
     words = [set(re.findall(r">([^<>]+)</text>", svg)) for svg in svgs]
     for name in ("reward", "judge", "accuracy", "fid"):
@@ -130,13 +130,13 @@ def test_the_charts_show_intervals() -> None:
     assert "FillBetween" not in charts.sweep(bare, "kid")
 
 
-def test_a_lone_bound_or_no_number_is_no_point() -> None:
+def test_missing_numbers_are_not_drawn() -> None:
     rows = {"base": {"kid": float("nan")}, "001": {"kid": None}, "002": {}}
     empty = charts.over_rounds(rows, [["base", "001"], ["base", "002"]], "kid")
     assert "kid" in empty and "nan" not in empty.lower()
 
 
-def test_the_same_files_give_the_same_report(project: Path) -> None:
+def test_report_is_deterministic(project: Path) -> None:
     folder = RoundFiles(project, "002").report
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert set(before) == {"index.html", "winners.png", "tuned.png"}
@@ -154,7 +154,7 @@ def test_the_same_files_give_the_same_report(project: Path) -> None:
     assert done.stdout.strip() == "set()", "slow to import"
 
 
-def test_only_base_parent_and_the_round_are_read(project: Path) -> None:
+def test_reads_only_base_parent_and_round(project: Path) -> None:
     before = (RoundFiles(project, "002").report / "index.html").read_bytes()
     for needless in ("001/candidates", "001/winners", "001/adapter", "001/evaluation/samples.parquet",
                      "base/evaluation/per_prompt.parquet", "002/evaluation/per_prompt.parquet"):  # fmt: skip
@@ -164,14 +164,14 @@ def test_only_base_parent_and_the_round_are_read(project: Path) -> None:
     assert (RoundFiles(project, "002").report / "index.html").read_bytes() == before
 
 
-def test_a_number_that_is_none_does_not_stop_the_report(project: Path) -> None:
+def test_missing_numbers_do_not_stop_the_report(project: Path) -> None:
     path = RoundFiles(project, "002").evaluation / "metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"diversity": float("nan"), "kid": None}))
     report(Round.of(load_params(project / "params.yaml"), project, "002"))
     assert {"nan", "-"} <= set(Page(project).words)
 
 
-def test_scores_of_another_run_are_an_error_that_says_so(project: Path) -> None:
+def test_scores_of_another_run_are_an_error(project: Path) -> None:
     shutil.copy(project / "rounds/001/candidates/shard-00000.parquet", project / "rounds/002/candidates")
     for shard in ("shard-00001.parquet", "shard-00002.parquet"):
         (project / "rounds/002/candidates" / shard).unlink()
@@ -179,14 +179,14 @@ def test_scores_of_another_run_are_an_error_that_says_so(project: Path) -> None:
         report(Round.of(load_params(project / "params.yaml"), project, "002"))
 
 
-def test_pictures_are_scaled_to_be_seen() -> None:
+def test_thumbnails() -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     enlarged = np.asarray(contact_sheets.thumbnail(Image.fromarray(pixels)))
     assert np.array_equal(enlarged, pixels.repeat(2, axis=0).repeat(2, axis=1))
     assert contact_sheets.thumbnail(Image.new("RGB", (1024, 768))).size == (256, 192)
 
 
-def test_the_sheet_holds_every_pair(reported: Path) -> None:
+def test_contact_sheet_has_every_pair(reported: Path) -> None:
     params = load_params(reported / "params.yaml")
     pairs = contact_sheets.winners_and_losers(params, RoundFiles(reported, "002"))
     assert len(pairs) == len(PROMPTS)
@@ -203,7 +203,7 @@ def test_large_numbers_have_fewer_decimals() -> None:
     ]  # fmt: skip
 
 
-def test_the_table_has_a_row_per_evaluated_round(reported: Path) -> None:
+def test_table_has_a_row_per_round(reported: Path) -> None:
     rows = campaign_table(reported)
     assert [row["round"] for row in rows] == ["base", "001", "002"]
     assert [column.header for column in render(rows).columns] == [

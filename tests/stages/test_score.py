@@ -12,7 +12,7 @@ import torch
 
 from srpo.config.loader import Params, load_params
 from srpo.data import parquet
-from srpo.data.images import encode_png
+from srpo.data.images import encode_image
 from srpo.data.schemas import CANDIDATE_FIELDS
 from srpo.errors import UserError
 from srpo.rewards.batches import is_flat
@@ -50,7 +50,7 @@ def test_invalid_candidates_never_win(params: Params, world: Path, caplog) -> No
 
     def change(row: dict, latents: np.ndarray) -> None:
         if row["candidate_id"] == first[0]:
-            row["image"] = encode_png(np.zeros((32, 32, 3), np.uint8))
+            row["image"] = encode_image(np.zeros((32, 32, 3), np.uint8))
         if row["candidate_id"] == first[1]:
             latents[-1] = np.nan
         if row["candidate_id"] == first[2]:
@@ -90,7 +90,7 @@ def test_odd_rewards_are_counted(params: Params, world: Path, caplog) -> None:
 def test_all_candidates_invalid(params: Params, world: Path) -> None:
     files = RoundFiles(world, "001")
     generate(Round.of(params, world, "001"))
-    black = encode_png(np.zeros((32, 32, 3), np.uint8))
+    black = encode_image(np.zeros((32, 32, 3), np.uint8))
     spoil(files.candidates, lambda row, _: row.update(image=black))
     score(Round.of(params, world, "001"))
     with pytest.raises(UserError, match=r"rounds\.001\.select: no winner is left of 12 candidates \(12 invalid\)"):

@@ -27,7 +27,7 @@ def frame(table: dict[str, list[float]], order: list[int] | None = None) -> pl.D
 
 @settings(max_examples=200, deadline=None)
 @given(tables, st.randoms(use_true_random=False))
-def test_the_winner_is_the_first_argmax_whatever_the_row_order(table, rng) -> None:
+def test_winner_is_the_first_argmax(table, rng) -> None:
     count = sum(map(len, table.values()))
     order = rng.sample(range(count), count)
     winners = {
@@ -47,7 +47,7 @@ def test_the_winner_is_the_first_argmax_whatever_the_row_order(table, rng) -> No
 
 @settings(max_examples=50, deadline=None)
 @given(tables, st.integers(0, 9))
-def test_at_a_low_temperature_the_draw_is_the_best(table, seed) -> None:
+def test_low_temperature_draws_the_best(table, seed) -> None:
     best = choose_winners(frame(table), {"reward": 1.0}, SelectParams())
     drawn = choose_winners(frame(table), {"reward": 1.0}, SelectParams(temperature=0.01), seed)
     assert drawn["selection_score"].equals(best["selection_score"])
@@ -56,7 +56,7 @@ def test_at_a_low_temperature_the_draw_is_the_best(table, seed) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(tables, st.integers(0, 9), st.randoms(use_true_random=False))
-def test_a_draw_does_not_depend_on_the_row_order_or_other_prompts(table, seed, rng) -> None:
+def test_draws_depend_on_seed_and_id_alone(table, seed, rng) -> None:
     warm = SelectParams(temperature=3.0)
     order = rng.sample(range(sum(map(len, table.values()))), sum(map(len, table.values())))
     whole = choose_winners(frame(table, order), {"reward": 1.0}, warm, seed)
@@ -88,13 +88,13 @@ def test_top_fraction_keeps_the_largest_margins(table, fraction) -> None:
             assert kept["margin"].min() >= dropped["margin"].max()
 
 
-def test_min_margin_drops_prompts_where_nothing_stands_out() -> None:
+def test_min_margin_drops_prompts() -> None:
     table = {"a": [1.0, 1.0], "b": [0.0, 2.0]}
     kept = choose_winners(frame(table), {"reward": 1.0}, SelectParams(min_margin=0.5))
     assert kept["prompt_id"].to_list() == ["b"]
 
 
-def test_several_rewards_count_by_their_within_prompt_z_scores() -> None:
+def test_rewards_are_combined_as_z_scores() -> None:
     """A reward in thousands must not drown one in tenths, and a constant one has no say."""
     rows = pl.DataFrame(
         {
@@ -112,7 +112,7 @@ def test_several_rewards_count_by_their_within_prompt_z_scores() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(tables, st.floats(0.05, 1.0))
-def test_advantage_weighs_by_the_margin_with_mean_one(table, fraction) -> None:
+def test_advantage_weights_have_mean_one(table, fraction) -> None:
     chosen = {
         weighting: choose_winners(
             frame(table), {"reward": 1.0}, SelectParams(top_fraction=fraction, weighting=weighting)

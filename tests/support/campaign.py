@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from srpo.config.loader import STAGES_WITH_OVERRIDES, Params, load_params
 from srpo.config.tree import ancestors
 from srpo.data import parquet
-from srpo.data.images import encode_png
+from srpo.data.images import encode_image
 from srpo.data.metric_keys import IMAGE_STATS
 from srpo.data.records import read_sweep
 from srpo.data.schemas import CANDIDATE_FIELDS, IDENTITY_FIELDS, IMAGE
@@ -208,7 +208,7 @@ def _picture(prompt: int, quality: float, size: int, *seed: str | int) -> dict:
     clean = np.where(shape[..., None], colour, 240)
     noise = _generator(prompt, *seed).integers(0, 255, (size, size, 3))
     quality = min(1.0, quality)
-    return encode_png((quality * clean + (1 - quality) * noise).astype(np.uint8))
+    return encode_image((quality * clean + (1 - quality) * noise).astype(np.uint8))
 
 
 def _generator(*parts: str | int) -> np.random.Generator:

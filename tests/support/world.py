@@ -26,7 +26,7 @@ from transformers import (
 from demo.base import make_scheduler
 from srpo.config.schema import SamplingParams
 from srpo.data import parquet
-from srpo.data.images import encode_png
+from srpo.data.images import encode_image
 from srpo.data.schemas import IMAGE
 
 REPO = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def build_world(root: Path) -> Path:
     write_prompts(data / "prompts" / "eval.jsonl", texts[4:], "eval")
     pictures = np.random.default_rng(0).integers(0, 255, (12, SIZE, SIZE, 3), dtype=np.uint8)
     fields = {"image": IMAGE, "prompt": pa.string()}
-    rows = [{"image": encode_png(pixels), "prompt": texts[i % 6]} for i, pixels in enumerate(pictures)]
+    rows = [{"image": encode_image(pixels), "prompt": texts[i % 6]} for i, pixels in enumerate(pictures)]
     parquet.write_table(data / "reference" / "reference.parquet", rows, fields)
     parquet.write_table(data / "templates.parquet", rows[:6], fields)
     shutil.copy(REPO / "dvc.yaml", root)
