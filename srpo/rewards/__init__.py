@@ -1,1 +1,1 @@
-"""Reward models: one file per family."""
+"""Reward models: one file per family, their loading, and image preprocessing."""

@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor v2: how well people rate pictures that look like this one, whatever the prompt."""
+"""LAION's aesthetic predictor v2: the rating that people give to such an image, whatever the prompt."""
 
 from __future__ import annotations
 
@@ -8,48 +8,49 @@ import torch
 from torch.nn.functional import normalize
 
 from srpo.models.hub import Source, beside, load_state, loading
-from srpo.rewards.clip_encoder import ClipTower
+from srpo.rewards.clip import ClipEncoder
+from srpo.rewards.families import CLIP_L_ENCODER, FAMILIES
 from srpo.rewards.heads import load_head
 from srpo.rewards.protocol import Pixels
 
-FILE = "sac+logos+ava1-l14-linearMSE.pth"
-TOWER = Source("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
+FAMILY = FAMILIES["aesthetic"]
 
 
 class AestheticReward:
     """A small MLP on the length-1 image embedding of CLIP ViT-L/14 (Schuhmann, 2022, improved aesthetic predictor).
 
-    Units: mean human rating of 1 to 10; most pictures get 4 to 7. The prompt is ignored: as the only selecting
-    reward it forgets what was asked for.
-    Preprocessing: the CLIP's (shortest side to 224 bicubic, centre crop, OpenAI's mean and spread).
+    Units: mean human rating of 1 to 10; most images get 4 to 7. The prompt is ignored, so it should not be the only
+    selecting reward.
+    Preprocessing: CLIP's (shortest side to 224 bicubic, center crop, OpenAI's mean and standard deviation).
     Source: `sac+logos+ava1-l14-linearMSE.pth`, of the repository christophschuhmann/improved-aesthetic-predictor;
-    the default is a copy on the Hub. Licence: Apache-2.0.
+    the default is a copy on the Hub. License: Apache-2.0.
     """
 
     def __init__(
         self, model: str, revision: str | None, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> None:
-        """Load the MLP, and its CLIP from the same local folder, or from the Hub when that holds none.
+        """Load the MLP, and its CLIP from the same local folder, or from the Hub if that has none.
 
         Args:
-            model: the file (.pth or .safetensors), or a folder or Hub repository that holds it by its own name.
+            model: the file (.pth or .safetensors), or a folder or Hub repository that holds it under its published
+                name.
 
         Raises:
-            UserError: one of the two can't be loaded, or they don't fit each other.
+            UserError: one of the two can't be loaded, or their sizes differ.
         """
         source = Source(model, revision)
-        state = load_state(source, FILE)
+        state = load_state(source, FAMILY.file)
         with loading(source):
             self.head = load_head(state).to(device)
-            self.tower = ClipTower.load(beside(source, "config.json", TOWER), device, dtype)
-            if self.head[0].in_features != (width := self.tower.model.config.projection_dim):
-                raise ValueError(f"it reads embeddings of {self.head[0].in_features}, its CLIP makes {width}")
+            self.encoder = ClipEncoder.load(beside(source, "config.json", Source(*CLIP_L_ENCODER[:2])), device, dtype)
+            if self.head[0].in_features != (width := self.encoder.model.config.projection_dim):
+                raise ValueError(f"it takes embeddings of {self.head[0].in_features} numbers, its CLIP makes {width}")
 
     @torch.inference_mode()
     def score(self, images: Pixels, prompts: Sequence[str]) -> torch.Tensor:
-        """float32 [n]: the rating of image i; prompts are not read."""
-        return self.head(normalize(self.tower.images(images), dim=-1)).squeeze(1).cpu()
+        """Return the rating of image i, float32 [n]; prompts are not read."""
+        return self.head(normalize(self.encoder.images(images), dim=-1)).squeeze(1).cpu()
 
     def features(self, images: Pixels) -> torch.Tensor:
-        """float32 [n, dim]: the projected image embeddings, not normalised."""
-        return self.tower.images(images).cpu()
+        """Return the projected image embeddings, float32 [n, dim], not normalized."""
+        return self.encoder.images(images).cpu()

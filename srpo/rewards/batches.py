@@ -1,4 +1,4 @@
-"""Batches of images, as reward models take them."""
+"""Batches of images for reward models."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import torch
 from srpo.data.images import decode_images
 from srpo.rewards.protocol import Reward
 
-# Scores may depend on the batch in the last bit, so its size is fixed here rather than set by hardware.
+# Scores may depend on the batch in the last bit, so its size is a constant and not set by hardware.
 BATCH = 64
 
 
 def is_flat(images: torch.Tensor) -> torch.Tensor:
-    """bool [n]: every pixel of the picture has the same colour; from uint8 [n, 3, height, width]."""
+    """Return whether all pixels of each image have the same color: bool [n], from uint8 [n, 3, height, width]."""
     return (images.amin(dim=(2, 3)) == images.amax(dim=(2, 3))).all(dim=1)
 
 
 def to_tensor(cells: Iterable[Mapping[str, Any]]) -> torch.Tensor:
-    """uint8 [n, 3, height, width] from image cells of one size."""
-    # left in the memory order of decoded pictures: torch resizes that 2.5 times faster
+    """Return uint8 [n, 3, height, width] from image cells of one size."""
+    # channels stay last in memory, as decoded: torch resizes that 2.5 times faster
     return torch.from_numpy(decode_images(cells)).permute(0, 3, 1, 2)
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` items, the last one shorter."""
+    """Yield lists of `size` items; the last one may be shorter."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
 
 
 def score_batch(rewards: Mapping[str, Reward], images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """float32 [n] per reward name, for uint8 [n, 3, height, width] and n prompts."""
+    """Return float32 [n] per reward name, for uint8 [n, 3, height, width] and n prompts."""
     return {name: reward.score(images, prompts) for name, reward in rewards.items()}

@@ -1,4 +1,4 @@
-"""The small head that turns an embedding into one number, in the file layout that two rewards share."""
+"""The MLP that turns an embedding into a reward, in the checkpoint layout that two rewards share."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 WIDTHS = (1024, 128, 64, 16, 1)
-# between the published layers stand dropouts, which do nothing here but count in the names
+# the published model has dropouts between these layers, which are counted in the names
 NAMES = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")
 
 
 def load_head(state: Mapping[str, torch.Tensor], prefix: str = "") -> nn.Sequential:
-    """Five linear layers without activations, float32 [n, width] to [n, 1], from `<prefix>layers.0.weight` and so on.
+    """Load five linear layers without activations, float32 [n, width] to [n, 1], from `<prefix>layers.0.weight` etc.
 
     Raises:
         KeyError, RuntimeError: tensors are missing or of other shapes.

@@ -1,4 +1,4 @@
-"""Loading reward models and scoring with them."""
+"""Loading of reward models."""
 
 from __future__ import annotations
 
@@ -12,21 +12,47 @@ import torch
 
 from srpo.config.loader import Params
 from srpo.config.schema import RewardParams, RuntimeParams
-from srpo.errors import UserError
+from srpo.errors import UserError, one_line
 from srpo.lineage.record import check_pinned
 from srpo.rewards.families import find_family
 from srpo.rewards.protocol import Reward
-from srpo.rewards.validated import CheckedReward, naming
+from srpo.rewards.validated import ValidatedReward, reward_errors
 from srpo.rounds import BASE, RoundFiles
 from srpo.runtime.device import load_quietly, pick_device, pick_reward_dtype
 
 log = logging.getLogger(__name__)
 
 
-def load_reward(spec: RewardParams, root: Path, device: torch.device, dtype: torch.dtype | None = None) -> Reward:
-    """The reward model that a section of `rewards` describes, computing in `dtype` (float32 unless given).
+def load_rewards(specs: Mapping[str, RewardParams], runtime: RuntimeParams, root: Path) -> dict[str, ValidatedReward]:
+    """Load the reward models of these sections, by name.
 
-    Classes of the user's own are found in `root` as well as among the installed packages.
+    Raises:
+        UserError: one can't be loaded; the line names it.
+    """
+    device = pick_device(runtime)
+    dtype = pick_reward_dtype(runtime, device)
+    rewards: dict[str, ValidatedReward] = {}
+    for name, spec in specs.items():
+        with reward_errors(name, "loading"):
+            rewards[name] = ValidatedReward(name, load_reward(spec, root, device, dtype))
+    return rewards
+
+
+def load_pinned_rewards(params: Params, root: Path) -> dict[str, ValidatedReward]:
+    """Load all reward models of a project, as stage `base` recorded them.
+
+    Raises:
+        UserError: one can't be loaded, or differs from what stage `base` recorded.
+    """
+    for name in params.rewards:
+        check_pinned(root, RoundFiles(root, BASE).rewards, name, f"rewards.{name}.model")
+    return load_rewards(params.rewards, params.runtime, root)
+
+
+def load_reward(spec: RewardParams, root: Path, device: torch.device, dtype: torch.dtype | None = None) -> Reward:
+    """Load one reward model; it computes in `dtype`, float32 unless given.
+
+    Users' own classes are looked up in `root` and among the installed packages.
 
     Raises:
         UserError: its class or its model can't be loaded.
@@ -37,7 +63,7 @@ def load_reward(spec: RewardParams, root: Path, device: torch.device, dtype: tor
     try:
         family = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, SyntaxError) as error:
-        raise UserError(f"kind {spec.kind!r} can't be imported: {' '.join(str(error).split()):.200}") from error
+        raise UserError(f"kind {spec.kind!r} can't be imported: {one_line(error):.200}") from error
     model = spec.model
     if model and (root / model).exists():
         model = str(root / model)
@@ -45,34 +71,3 @@ def load_reward(spec: RewardParams, root: Path, device: torch.device, dtype: tor
         log.info("loading %s from the Hub's cache or the Hub: %s@%s", spec.kind, model, spec.revision or "main")
     load_quietly()
     return family(model, spec.revision, device, dtype or torch.float32)
-
-
-def load_all_rewards(params: Params, root: Path) -> dict[str, Reward]:
-    """All reward models of the params, as `load_rewards` loads them."""
-    return load_rewards(params.rewards, params.runtime, root)
-
-
-def load_pinned_rewards(params: Params, root: Path) -> dict[str, Reward]:
-    """The same for a stage, which takes only what stage `base` found.
-
-    Raises:
-        UserError: one can't be loaded, or is another than stage `base` found.
-    """
-    for name in params.rewards:
-        check_pinned(root, RoundFiles(root, BASE).rewards, name, f"rewards.{name}.model")
-    return load_all_rewards(params, root)
-
-
-def load_rewards(specs: Mapping[str, RewardParams], runtime: RuntimeParams, root: Path) -> dict[str, Reward]:
-    """The reward models of these sections, by name; their errors name them.
-
-    Raises:
-        UserError: one can't be loaded.
-    """
-    device = pick_device(runtime)
-    dtype = pick_reward_dtype(runtime, device)
-    rewards: dict[str, Reward] = {}
-    for name, spec in specs.items():
-        with naming(name, "loading"):
-            rewards[name] = CheckedReward(name, load_reward(spec, root, device, dtype))
-    return rewards

@@ -1,4 +1,4 @@
-"""PickScore: a CLIP-H fine-tuned on half a million human choices between two pictures."""
+"""PickScore: a CLIP-H fine-tuned on half a million human choices between two images."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from srpo.rewards.protocol import Pixels
 class PickScore(ClipReward):
     """exp(logit_scale) * cosine(image, text) (Kirstain et al., 2023, Pick-a-Pic).
 
-    Units: logits; the difference of two pictures of one prompt is the log odds of people picking the first. With
-    the published weights a scale of 100, and 18 to 24 for most pictures; 0.5 apart is a clear preference.
-    Preprocessing: the checkpoint's (shortest side to 224 bicubic, centre crop, OpenAI's mean and spread).
+    Units: logits; the difference of two images of one prompt is the log odds of people picking the first. With
+    the published weights a scale of 100, and 18 to 24 for most images; 0.5 apart is a clear preference.
+    Preprocessing: the checkpoint's (shortest side to 224 bicubic, center crop, OpenAI's mean and standard deviation).
     Source: `yuvalkirstain/PickScore_v1`, whose repository carries the processor of
-    `laion/CLIP-ViT-H-14-laion2B-s32B-b79K` too. Licence: MIT (the code repository; the model card names none).
+    `laion/CLIP-ViT-H-14-laion2B-s32B-b79K` too. License: MIT (the code repository; the model card names none).
     """
 
     def score(self, images: Pixels, prompts: Sequence[str]) -> torch.Tensor:
-        """float32 [n]: the logit of image i for prompt i."""
-        return self.tower.logit_scale * self.tower.cosine(images, prompts)
+        """Return the logit of image i for prompt i, float32 [n]."""
+        return self.encoder.logit_scale * self.encoder.cosine(images, prompts)

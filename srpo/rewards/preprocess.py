@@ -1,4 +1,4 @@
-"""Pictures to what a vision tower reads: on tensors, in one batch, on the device that will read them."""
+"""Image preprocessing for vision encoders: on tensors, in batches, on the encoder's device."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from srpo.rewards.protocol import Pixels
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-# PIL's resampling numbers, as preprocessor_config.json gives them
+# PIL's numbers of resampling filters, as in preprocessor_config.json
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
-CHUNK = 8  # pictures resized at once: as floats, a whole batch at 1024 x 1024 would take a gigabyte
+CHUNK = 8  # images resized at once: as floats, a whole batch at 1024 x 1024 would take a gigabyte
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize, crop, scale to mean and spread. Pixels come out within 1/255 of what PIL makes of the same picture
-    (2/255 where it is enlarged), on every device.
+    """Resize, crop, normalize. Pixels are within 1/255 of PIL's (2/255 where images are enlarged), on every device.
 
-    `resize` is `shortest` (that side becomes `size`, the shape stays), `longest` (likewise, then black padding
-    to a square), `exact` (height and width become `size`) or None.
+    Attributes:
+        size: height and width in pixels.
+        resize: `shortest` (that side becomes `size`, the aspect ratio stays), `longest` (likewise, then black padding
+            to a square), `exact` (height and width become `size`) or None.
+        crop: height and width of the center crop, or None.
+        scale: factor of pixel values before `mean` and `std` are applied.
+        floor_crop: half of an odd margin is rounded down, as in transformers, not to even, as in torchvision.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -34,22 +38,25 @@ class Preprocess:
     std: tuple[float, ...] = OPENAI_STD
     scale: float = 1 / 255
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    floor_crop: bool = False  # half of an odd margin: transformers rounds it down, torchvision to even
+    floor_crop: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Preprocess:
-        """The same as transformers' CLIP image processor does with this `preprocessor_config.json`.
+        """Return the preprocessing of transformers' CLIP image processor with this `preprocessor_config.json`.
 
         Raises:
-            ValueError: it asks for something that is not known here.
+            ValueError: a setting is not supported.
         """
+        resize: Literal["shortest", "exact"]
         if config["resample"] not in INTERPOLATIONS:
             raise ValueError(f"resample {config['resample']} is not supported; use 3, bicubic")
         size = {name: value for name, value in dict(config["size"]).items() if value}
         if size.keys() == {"shortest_edge"}:
-            resize, pixels = "shortest", (size["shortest_edge"],) * 2
+            resize = "shortest"
+            pixels = (size["shortest_edge"],) * 2
         elif size.keys() == {"height", "width"}:
-            resize, pixels = "exact", (size["height"], size["width"])
+            resize = "exact"
+            pixels = (size["height"], size["width"])
         else:
             raise ValueError(f"size {size} is not supported; use shortest_edge, or height and width")
         crop = dict(config["crop_size"])
@@ -65,27 +72,27 @@ class Preprocess:
         )
 
     def __call__(self, images: Pixels, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """`dtype` [n, 3, height, width] on `device`, from uint8 [n, 3, any, any]."""
+        """Return `dtype` [n, 3, height, width] on `device`, from uint8 [n, 3, any, any]."""
         pixels = self.pixels(images.to(device)).float()
         mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (self.mean, self.std))
         return ((pixels - mean / self.scale) / (std / self.scale)).to(dtype)
 
     def pixels(self, images: Pixels) -> Pixels:
-        """Resized, padded and cropped, still uint8, as the PIL chain would leave it before normalising."""
+        """Return the images resized, padded and cropped, still uint8, as PIL would make them."""
         if self.resize is not None:
             target = self._target(*images.shape[-2:])
-            images = torch.cat([self._resized(part, target) for part in images.split(CHUNK)])
+            images = torch.cat([self._resize(part, target) for part in images.split(CHUNK)])
         if self.resize == "longest":
-            images = _placed(images, self.size, int)
-        return images if self.crop is None else _placed(images, self.crop, int if self.floor_crop else round)
+            images = _center(images, self.size, int)
+        return images if self.crop is None else _center(images, self.crop, int if self.floor_crop else round)
 
-    def _resized(self, images: Pixels, target: tuple[int, int]) -> Pixels:
-        if images.device.type == "cpu":  # torch has a uint8 kernel, made after PIL's
+    def _resize(self, images: Pixels, target: tuple[int, int]) -> Pixels:
+        if images.device.type == "cpu":  # torch has a uint8 kernel that computes what PIL does
             return interpolate(images, target, mode=self.interpolation, antialias=True)
-        return self._resized_as_floats(images, target)
+        return self._resize_as_floats(images, target)
 
-    def _resized_as_floats(self, images: Pixels, target: tuple[int, int]) -> Pixels:
-        # as PIL does it: across, then down, rounding in between; rounding once is off by 5/255 from 1024 to 224
+    def _resize_as_floats(self, images: Pixels, target: tuple[int, int]) -> Pixels:
+        # as in PIL: horizontally, then vertically, rounding in between; rounding once differs by 5/255 from 1024 to 224
         pixels = images.float()
         for size in ((images.shape[-2], target[1]), target):
             if pixels.shape[-2:] != size:
@@ -104,8 +111,8 @@ class Preprocess:
         return int(short * height / width), short
 
 
-def _placed(images: Pixels, size: tuple[int, int], halve: Callable[[float], int]) -> Pixels:
-    """The middle of the pictures, or the pictures in the middle of black."""
+def _center(images: Pixels, size: tuple[int, int], halve: Callable[[float], int]) -> Pixels:
+    """Crop to the center, or pad with black on all sides."""
     pads: list[int] = []
     for have, want in zip(reversed(images.shape[-2:]), reversed(size), strict=True):
         before = halve((want - have) / 2)

@@ -1,4 +1,4 @@
-"""What a reward model is."""
+"""The interface of reward models."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Pixels: TypeAlias = "torch.Tensor"
 
 
 class Reward(Protocol):
-    """Scores pictures against prompts."""
+    """A model that scores images against prompts."""
 
     def score(self, images: Pixels, prompts: Sequence[str]) -> torch.Tensor:
-        """float32 [n] on the CPU: image i against prompt i, higher is better, in the family's own units."""
+        """Return the score of image i for prompt i, float32 [n] on the CPU, higher is better, in the family's units."""
         ...
 
 
@@ -24,5 +24,5 @@ class FeatureReward(Reward, Protocol):
     """A reward whose image features also serve FID, KID and diversity."""
 
     def features(self, images: Pixels) -> torch.Tensor:
-        """float32 [n, dim] on the CPU."""
+        """Return image features, float32 [n, dim] on the CPU."""
         ...

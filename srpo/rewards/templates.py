@@ -1,4 +1,4 @@
-"""An exact judge for worlds whose every prompt has a known picture."""
+"""An exact judge for data where every prompt has a known image."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from srpo.rewards.protocol import Pixels
 
 
 class TemplateReward:
-    """1.0 when the template nearest to the picture shows the picture's prompt, else 0.0.
+    """1.0 if the template nearest to the image has the image's prompt, else 0.0.
 
-    Nearest is by squared pixel distance over all templates. Its mean over many pictures is prompt accuracy.
+    Nearest is by squared pixel distance over all templates. The mean over many images is prompt accuracy.
     """
 
     def __init__(
@@ -25,31 +25,33 @@ class TemplateReward:
         """Read the templates.
 
         Args:
-            model: parquet file with columns image and prompt, one row per prompt there is.
+            model: parquet file with columns image and prompt, one row per prompt.
 
         Raises:
             UserError: it can't be read.
         """
         if not Path(model).is_file():
-            raise UserError(f"{model!r} is no parquet file of templates")
+            raise UserError(f"{model!r} is not a parquet file of templates")
         rows = list(parquet.read_rows(Path(model), ["image", "prompt"]))
-        pictures = torch.from_numpy(decode_images(row["image"] for row in rows))
-        self.templates = pictures.permute(0, 3, 1, 2).flatten(1).float().div(255).to(device)
+        images = torch.from_numpy(decode_images(row["image"] for row in rows))
+        self.templates = images.permute(0, 3, 1, 2).flatten(1).float().div(255).to(device)
         self.prompts = [row["prompt"] for row in rows]
         self.device = device
 
     @torch.inference_mode()
     def score(self, images: Pixels, prompts: Sequence[str]) -> torch.Tensor:
-        """float32 [n], 0.0 or 1.0.
+        """Return 1.0 where the nearest template has the prompt, else 0.0: float32 [n].
 
         Raises:
-            UserError: a prompt without a template, or pictures of another size.
+            UserError: a prompt without a template, or images of another size.
         """
         if unknown := sorted(set(prompts) - set(self.prompts)):
-            raise UserError(f"no template for prompt {unknown[0]!r}; this judge knows only its own world")
+            raise UserError(
+                f"no template for prompt {unknown[0]!r}; this judge knows only the prompts of its templates"
+            )
         flat = images.to(self.device).flatten(1).float().div(255)
         if flat.shape[1] != self.templates.shape[1]:
-            raise UserError("templates and pictures differ in size")
+            raise UserError("templates and images differ in size")
         nearest = torch.cdist(flat, self.templates).argmin(dim=1).tolist()
         return torch.tensor(
             [float(self.prompts[best] == prompt) for best, prompt in zip(nearest, prompts, strict=True)]

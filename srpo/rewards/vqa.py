@@ -1,4 +1,4 @@
-"""A vision-language model asked whether the picture shows the prompt: heavy, and a judge of another kind."""
+"""VQAScore: a vision-language model asked whether the image shows the prompt."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ANSWER = "Yes"
 class VqaScore:
     """VQAScore (Lin et al., 2024): the probability that the model's first word is Yes when asked QUESTION.
 
-    Units: probability, 0 to 1. The paper's numbers are of CLIP-FlanT5; other models give other scales, so compare
-    within one model only. One picture goes through at a time: padding would change the numbers.
+    Units: probability, 0 to 1. The paper's numbers are of CLIP-FlanT5; scales differ between models, so compare
+    within one model only. Images are scored one at a time: padding would change the numbers.
     Preprocessing: the checkpoint's own, by its processor. Source: any image-text-to-text checkpoint of transformers
     with a chat template, such as `llava-hf/llava-1.5-7b-hf`; a 7-billion-parameter model takes 15 GB in half
-    precision. Licence: the checkpoint's.
+    precision. License: the checkpoint's.
     """
 
     def __init__(
@@ -39,14 +39,15 @@ class VqaScore:
                 model, revision=revision, use_safetensors=True, dtype=dtype, trust_remote_code=False
             )
             if not self.processor.chat_template:
-                raise ValueError("its processor has no chat template, so that nothing can be asked")
+                raise ValueError("its processor has no chat template, so it can't be asked a question")
         self.model.to(device).eval()
         self.answer = self.processor.tokenizer.encode(ANSWER, add_special_tokens=False)[0]
-        self.device, self.dtype = device, dtype
+        self.device = device
+        self.dtype = dtype
 
     @torch.inference_mode()
     def score(self, images: Pixels, prompts: Sequence[str]) -> torch.Tensor:
-        """float32 [n]: the probability of Yes for image i and prompt i."""
+        """Return the probability of Yes for image i and prompt i, float32 [n]."""
         return torch.tensor([self._ask(image, prompt) for image, prompt in zip(images, prompts, strict=True)])
 
     def _ask(self, image: torch.Tensor, prompt: str) -> float:

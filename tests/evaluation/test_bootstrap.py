@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from srpo.evaluation.bootstrap import Estimate, diversity, mean_interval, win_rate
 
 
-def test_the_bootstrap_draws_prompts_not_pictures() -> None:
+def test_bootstrap_draws_prompts() -> None:
     rng = np.random.default_rng(0)
     per_prompt = rng.normal(size=60)
     names = [f"p{i // 5}" for i in range(300)]
@@ -21,7 +21,7 @@ def test_the_bootstrap_draws_prompts_not_pictures() -> None:
     assert copies.high - copies.low > 1.8 * (blind.high - blind.low)
 
 
-def test_it_agrees_with_a_bootstrap_by_hand() -> None:
+def test_agrees_with_a_written_out_bootstrap() -> None:
     rng = np.random.default_rng(1)
     by_prompt = {f"p{i}": rng.normal(size=size) for i, size in enumerate(rng.integers(1, 6, 30))}
     values, names = np.concatenate(list(by_prompt.values())), [n for n, v in by_prompt.items() for _ in v]
@@ -34,7 +34,7 @@ def test_it_agrees_with_a_bootstrap_by_hand() -> None:
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))), abs=0.03)
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+def test_interval_coverage() -> None:
     held = 0
     for seed in range(300):
         rng = np.random.default_rng(seed)
@@ -46,7 +46,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
 
 @given(st.permutations(range(12)))
 @settings(max_examples=25, deadline=None)
-def test_the_order_of_rows_does_not_matter(order: list[int]) -> None:
+def test_row_order_does_not_matter(order: list[int]) -> None:
     values, names = np.arange(12.0) ** 2, np.array([f"p{i % 4}" for i in range(12)])
     assert mean_interval(values[order], names[order]) == pytest.approx(mean_interval(values, names))
 

@@ -23,13 +23,13 @@ def sample(seed: int, count: int, dim: int, stretch: float = 1.0) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("count", "dim"), [(500, 16), (300, 128), (40, 2)])
-def test_it_equals_the_textbook(count: int, dim: int) -> None:
+def test_equals_scipys_sqrtm(count: int, dim: int) -> None:
     one, other = gaussian(sample(0, count, dim)), gaussian(sample(1, count + 7, dim, 1.3))
     assert frechet_distance(one, other) == pytest.approx(textbook(one, other), rel=1e-6)
     assert frechet_distance(other, one) == pytest.approx(frechet_distance(one, other), rel=1e-6)
 
 
-def test_fewer_pictures_than_dimensions() -> None:
+def test_fewer_images_than_dimensions() -> None:
     """Singular covariances: the trace is the nuclear norm of the centred sets' product, which needs no root."""
     x, y = sample(0, 40, 96), sample(1, 30, 96)
     centred = [s.astype(float) - s.mean(axis=0, dtype=float) for s in (x, y)]

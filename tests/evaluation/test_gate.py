@@ -34,7 +34,7 @@ def verdict(sweep=GOOD, judges=None, selects=None, **limits) -> dict:
     return judge_round(GateParams(**limits), sweep, BASE, judges or {"judge": UP}, selects or {"reward": UP})
 
 
-def test_a_better_round_passes() -> None:
+def test_better_round_passes() -> None:
     found = verdict()
     assert found["verdict"] == "pass" and found["finding"] is None
     assert all(rule["passed"] for rule in found["rules"].values())
@@ -59,7 +59,7 @@ def test_every_rule_can_fail_alone(rule: str, changed: dict[str, float]) -> None
     assert found["verdict"] == "fail" and found["finding"] is None
 
 
-def test_a_judge_must_be_better_for_sure() -> None:
+def test_judge_rule_uses_the_lower_end() -> None:
     lucky = Estimate(0.58, 0.49, 0.67)
     found = verdict(judges={"judge": UP, "other": lucky})
     assert [name for name, rule in found["rules"].items() if not rule["passed"]] == ["other_win_rate"]
@@ -67,7 +67,7 @@ def test_a_judge_must_be_better_for_sure() -> None:
     assert verdict(judges={"judge": UP, "other": lucky}, min_judge_win_rate=0.45)["verdict"] == "pass"
 
 
-def test_a_rule_without_a_limit_is_not_asked() -> None:
+def test_null_limit_disables_a_rule() -> None:
     worse = {"1.0": GOOD["1.0"] | {"kid": 9.0, "saturation": 9.0}}
     assert verdict(worse)["verdict"] == "fail"
     found = verdict(worse, max_kid_increase=None, max_image_stat_shift=None)
@@ -75,7 +75,7 @@ def test_a_rule_without_a_limit_is_not_asked() -> None:
     assert not [name for name in found["rules"] if name == "kid_increase" or name.endswith("_shift")]
 
 
-def test_best_is_compared_with_best() -> None:
+def test_best_against_best() -> None:
     baked = {"1.0": measures(fid=9.0, judge=2.0), "3.0": measures(fid=90.0, kid=9.0, saturation=0.9, judge=0.5)}
     assert best_guidance(baked, "fid") == best_guidance(baked, "judge") == "1.0"
     assert verdict(baked)["verdict"] == "pass"
@@ -95,7 +95,7 @@ def test_best_is_compared_with_best() -> None:
         (EVEN, [DOWN], False),
     ],
 )
-def test_reward_hacking_is_a_rise_that_no_judge_backs(reward, judges, hacked: bool) -> None:
+def test_reward_hacking(reward, judges, hacked: bool) -> None:
     named = {f"judge{i}": rate for i, rate in enumerate(judges)}
     found = verdict(judges=named, selects={"reward": reward})
     assert (found["finding"] == HACKING) is hacked is not found["rules"]["unbacked_reward"]["passed"]
@@ -103,7 +103,7 @@ def test_reward_hacking_is_a_rise_that_no_judge_backs(reward, judges, hacked: bo
     assert unbacked_gain(named, {"reward": reward}) == pytest.approx(0.1 if hacked else 0)
 
 
-def test_hacking_is_seen_in_score_tables() -> None:
+def test_reward_hacking_in_score_tables() -> None:
     """60 prompts of 3 pictures: the reward rises with saturation, the judges score what they scored before."""
     rng, prompts = np.random.default_rng(1), [f"p{i // 3}" for i in range(180)]
     before = {name: rng.normal(size=180) for name in ("reward", "judge", "other")}
@@ -134,7 +134,7 @@ class Indifferent:
         return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
 
 
-def test_a_model_that_learned_to_saturate_is_refused(world: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+def test_saturated_model_is_refused(world: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     import sys
 
     params = load_params()

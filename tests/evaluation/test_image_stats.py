@@ -15,18 +15,18 @@ def one(pixels: np.ndarray) -> dict[str, float]:
     return {name: float(values[0]) for name, values in image_stats(pixels.transpose(2, 0, 1)[None]).items()}
 
 
-def test_a_grey_picture_has_none() -> None:
+def test_gray_image() -> None:
     assert one(np.full((8, 8, 3), 128, np.uint8)) == dict.fromkeys(IMAGE_STATS, 0)
     assert one(np.zeros((8, 8, 3), np.uint8)) == dict.fromkeys(IMAGE_STATS, 0)
 
 
-def test_a_checkerboard_is_all_edges_and_contrast() -> None:
+def test_checkerboard() -> None:
     board = np.indices((8, 8)).sum(axis=0) % 2 * 255
     found = one(np.repeat(board[..., None], 3, axis=2).astype(np.uint8))
     assert found == pytest.approx({"saturation": 0, "contrast": 0.5, "edge_density": 1, "color_entropy": 1}, abs=1e-6)
 
 
-def test_saturation_is_hsvs_and_entropy_counts_colours() -> None:
+def test_saturation_and_entropy() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     found = one(pixels)
     assert found["saturation"] == pytest.approx(
@@ -37,7 +37,7 @@ def test_saturation_is_hsvs_and_entropy_counts_colours() -> None:
     assert found["color_entropy"] == pytest.approx(-(share * np.log2(share)).sum())
 
 
-def test_a_half_with_one_edge() -> None:
+def test_single_edge() -> None:
     pixels = np.zeros((10, 10, 3), np.uint8)
     pixels[:, 5:] = (255, 0, 0)
     found = one(pixels)
@@ -46,7 +46,7 @@ def test_a_half_with_one_edge() -> None:
     assert found["contrast"] == pytest.approx(0.299 / 2, abs=1e-6)
 
 
-def test_pictures_are_measured_one_by_one() -> None:
+def test_batch_equals_single_images() -> None:
     batch = np.random.default_rng(0).integers(0, 256, (5, 3, 12, 9), dtype=np.uint8)
     whole, parts = image_stats(batch), [image_stats(batch[i : i + 1]) for i in range(5)]
     for name in IMAGE_STATS:

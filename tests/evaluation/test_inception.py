@@ -36,7 +36,7 @@ def weights(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_features_are_those_of_clean_fids_folder_path(weights: Path, tmp_path: Path) -> None:
+def test_features_equal_clean_fids(weights: Path, tmp_path: Path) -> None:
     pictures = np.random.default_rng(0).integers(0, 255, (5, 40, 56, 3), dtype=np.uint8)
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -52,7 +52,7 @@ def test_features_are_those_of_clean_fids_folder_path(weights: Path, tmp_path: P
     assert not np.allclose(ours[0], ours[1])
 
 
-def test_weights_are_downloaded_whole_or_not_at_all(weights: Path, tmp_path: Path, monkeypatch) -> None:
+def test_download_is_atomic(weights: Path, tmp_path: Path, monkeypatch) -> None:
     def download(folder: str) -> str:
         target = Path(folder) / WEIGHTS_FILE
         target.write_bytes((weights / WEIGHTS_FILE).read_bytes())
@@ -63,7 +63,7 @@ def test_weights_are_downloaded_whole_or_not_at_all(weights: Path, tmp_path: Pat
     assert [item.name for item in (tmp_path / "new").iterdir()] == [WEIGHTS_FILE]
 
 
-def test_no_weights_are_one_clear_line(tmp_path: Path, monkeypatch) -> None:
+def test_missing_weights(tmp_path: Path, monkeypatch) -> None:
     def unreachable(folder: str) -> str:
         raise URLError("no route to host")
 

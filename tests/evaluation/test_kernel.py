@@ -42,7 +42,7 @@ def sets() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(("distance", "k"), [(kernel_distance, cubic), (clip_distance, rbf)])
-def test_value_and_jackknife_equal_the_sums_over_pairs(sets, distance, k, monkeypatch) -> None:
+def test_equals_written_out_sums(sets, distance, k, monkeypatch) -> None:
     monkeypatch.setattr(kernel, "BLOCK", 5)  # blocks that cut through sets and prompts
     (x, y), names = sets, np.array(groups(24, 3))
     found = distance(x, y, list(names))
@@ -54,19 +54,19 @@ def test_value_and_jackknife_equal_the_sums_over_pairs(sets, distance, k, monkey
     assert found.value - found.low == pytest.approx(found.high - found.value)
 
 
-def test_kid_is_clean_fids(sets) -> None:
+def test_kid_equals_clean_fids(sets) -> None:
     # of equal sets no larger than a subset, each of clean-fid's random subsets is the whole set
     x, y = sets[0][:17], sets[1]
     assert kernel_distance(x, y, groups(17, 1)).value == pytest.approx(fid.kernel_distance(x, y, num_subsets=3))
 
 
-def test_the_order_of_pictures_does_not_matter(sets) -> None:
+def test_image_order_does_not_matter(sets) -> None:
     (x, y), names = sets, np.array(groups(24, 3))
     order = np.random.default_rng(1).permutation(24)
     assert np.allclose(kernel_distance(x, y, names), kernel_distance(x[order], y[::-1], names[order]), atol=1e-12)
 
 
-def test_paired_distance_leaves_the_pairs_out(sets) -> None:
+def test_paired_kid_leaves_pairs_out(sets) -> None:
     x = sets[0]
     assert paired_kernel_distance(x, x) == 0
     y = x + np.random.default_rng(2).normal(size=x.shape)
@@ -76,7 +76,7 @@ def test_paired_distance_leaves_the_pairs_out(sets) -> None:
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5])
-def test_intervals_hold_the_truth_about_as_often_as_they_say(shift: float) -> None:
+def test_interval_coverage(shift: float) -> None:
     """Also when pictures of a prompt are alike: 95 % is asked for, and 40 prompts are few."""
     found = []
     for seed in range(200):

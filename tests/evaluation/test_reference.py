@@ -36,7 +36,7 @@ def write(path: Path, seed: int = 0, sizes: tuple[int, ...] = (8,) * 10) -> Path
     return path
 
 
-def test_the_second_time_nothing_is_looked_at_and_all_is_the_same(tmp_path: Path) -> None:
+def test_second_call_reads_the_cache(tmp_path: Path) -> None:
     path, first, second = write(tmp_path / "r.parquet"), Eyes(), Eyes()
     one, two = (load_reference(path, eyes.extractor, tmp_path / "cache") for eyes in (first, second))
     assert (first.seen, second.seen) == (10, 0)
@@ -47,7 +47,7 @@ def test_the_second_time_nothing_is_looked_at_and_all_is_the_same(tmp_path: Path
     assert frechet_distance(other, one.gaussian) == frechet_distance(other, two.gaussian)
 
 
-def test_other_data_or_other_eyes_are_noticed(tmp_path: Path) -> None:
+def test_other_data_or_extractor_misses_the_cache(tmp_path: Path) -> None:
     path, cache, eyes = write(tmp_path / "r.parquet"), tmp_path / "cache", Eyes()
     first = load_reference(path, eyes.extractor, cache)
     write(path, seed=1)
@@ -61,7 +61,7 @@ def test_other_data_or_other_eyes_are_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped bit", "another set's"])
-def test_a_damaged_file_is_never_used(tmp_path: Path, damage: str, caplog) -> None:
+def test_damaged_cache_is_not_used(tmp_path: Path, damage: str, caplog) -> None:
     path, cache, eyes = write(tmp_path / "r.parquet"), tmp_path / "cache", Eyes()
     good = load_reference(path, eyes.extractor, cache).features
     (file,) = cache.iterdir()
@@ -75,14 +75,14 @@ def test_a_damaged_file_is_never_used(tmp_path: Path, damage: str, caplog) -> No
     assert eyes.seen == 20, "not mended"
 
 
-def test_what_can_not_be_named_is_not_kept(tmp_path: Path) -> None:
+def test_no_identity_no_cache(tmp_path: Path) -> None:
     path, eyes = write(tmp_path / "r.parquet"), Eyes(None)
     for _ in range(2):
         load_reference(path, eyes.extractor, tmp_path / "cache")
     assert eyes.seen == 20 and not (tmp_path / "cache").exists()
 
 
-def test_pictures_may_differ_in_size_but_not_be_few(tmp_path: Path) -> None:
+def test_image_sizes_may_differ(tmp_path: Path) -> None:
     mixed = load_reference(write(tmp_path / "m.parquet", sizes=(8, 6, 12, 8)), Eyes().extractor, tmp_path / "cache")
     assert mixed.features.shape == (4, 12)
     with pytest.raises(UserError, match="2 reference pictures are too few"):

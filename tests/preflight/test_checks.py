@@ -18,7 +18,6 @@ from srpo.config.loader import load_params
 from srpo.evaluation import inception
 from srpo.preflight import checks, services
 from srpo.preflight.services import Finding
-from srpo.rewards import aesthetic, hps, imagereward
 from tests.support.world import write_prompts
 
 REPO = Path(__file__).parents[2]
@@ -212,13 +211,6 @@ def test_a_server_that_is_down_fails_without_its_password() -> None:
 
 
 def test_what_families_load_is_what_is_looked_for() -> None:
-    for kind, family in {"hpsv2": hps.HpsV2, "hpsv2.1": hps.HpsV21}.items():
-        assert services.FILES[kind] == family.FILE
-        assert services.COMPANIONS[kind][:2] == tuple(hps.TOKENIZER)
-    assert services.COMPANIONS["imagereward"][:2] == tuple(imagereward.TOKENIZER)
-    assert services.FILES["imagereward"] == imagereward.FILE
-    assert services.COMPANIONS["aesthetic"][:2] == tuple(aesthetic.TOWER)
-    assert services.FILES["aesthetic"] == aesthetic.FILE
     assert services.INCEPTION_FILE == inception.WEIGHTS_FILE
 
 

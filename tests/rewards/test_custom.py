@@ -12,8 +12,8 @@ from srpo.config.loader import load_params
 from srpo.data.images import decode_images
 from srpo.errors import UserError
 from srpo.rewards import families
-from srpo.rewards.loading import load_all_rewards
-from srpo.rewards.validated import CheckedReward
+from srpo.rewards.loading import load_rewards
+from srpo.rewards.validated import ValidatedReward
 from srpo.rounds import Round
 from srpo.stages.base import pin_base
 from srpo.stages.generate import generate
@@ -38,7 +38,7 @@ def with_judge(world: Path, judge: str) -> None:
     (world / "params.yaml").write_text(text.replace(line, f"  accuracy: {{{judge}, role: judge}}"))
 
 
-def test_a_class_beside_params_yaml_scores_a_round(world: Path) -> None:
+def test_custom_class_scores_a_round(world: Path) -> None:
     import polars as pl
 
     from srpo.data import parquet
@@ -56,12 +56,12 @@ def test_a_class_beside_params_yaml_scores_a_round(world: Path) -> None:
     assert '"revision": "v1"' in (world / "rounds" / "base" / "rewards.json").read_text()
 
 
-def test_an_entry_point_is_a_kind(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entry_point_kind(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (world / "my_rewards.py").write_text(BRIGHTNESS)
     point = EntryPoint("brightness", "my_rewards:Brightness", families.ENTRY_POINTS)
     monkeypatch.setattr(families, "entry_points", lambda group: [point] if group == "srpo.rewards" else [])
     with_judge(world, "kind: brightness")
-    found = load_all_rewards(load_params(), world)["accuracy"].score(IMAGES, ["", ""])
+    found = load_all(world)["accuracy"].score(IMAGES, ["", ""])
     assert torch.allclose(found, IMAGES.float().div(255).mean(dim=(1, 2, 3)))
 
 
@@ -72,17 +72,22 @@ def test_an_entry_point_is_a_kind(world: Path, monkeypatch: pytest.MonkeyPatch) 
         ("srpo.rewards.clip:Klip", "has no attribute 'Klip'"),
     ],
 )
-def test_a_class_that_is_not_there_is_named(world: Path, kind: str, expected: str) -> None:
+def test_missing_class(world: Path, kind: str, expected: str) -> None:
     with_judge(world, f"kind: '{kind}'")
     with pytest.raises(UserError, match=r"rewards\.accuracy") as caught:
-        load_all_rewards(load_params(), world)
+        load_all(world)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_an_unknown_kind_lists_what_there_is(world: Path) -> None:
+def test_unknown_kind(world: Path) -> None:
     with_judge(world, "kind: brightness")
     with pytest.raises(UserError, match=r"rewards\.accuracy\.kind: unknown reward 'brightness'; choose one of clip,"):
         load_params()
+
+
+def load_all(world: Path) -> dict[str, ValidatedReward]:
+    params = load_params()
+    return load_rewards(params.rewards, params.runtime, world)
 
 
 class Answers:
@@ -108,19 +113,19 @@ class Answers:
         (UserError("no template"), r"^rewards\.bad: no template$"),
     ],
 )
-def test_a_wrong_answer_names_the_reward_in_one_line(answer, expected: str) -> None:
+def test_wrong_return_values(answer, expected: str) -> None:
     with pytest.raises(UserError, match=expected) as caught:
-        CheckedReward("bad", Answers(answer)).score(IMAGES, ["", ""])
+        ValidatedReward("bad", Answers(answer)).score(IMAGES, ["", ""])
     assert "\n" not in str(caught.value)
 
 
-def test_out_of_memory_is_not_the_users_mistake() -> None:
+def test_out_of_memory_is_not_a_user_error() -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        CheckedReward("bad", Answers(torch.OutOfMemoryError())).score(IMAGES, ["", ""])
+        ValidatedReward("bad", Answers(torch.OutOfMemoryError())).score(IMAGES, ["", ""])
 
 
-def test_odd_numbers_pass_and_come_out_as_float32() -> None:
-    found = CheckedReward("odd", Answers(torch.tensor([float("nan"), float("inf")], dtype=torch.float64)))
+def test_nan_passes_as_float32() -> None:
+    found = ValidatedReward("odd", Answers(torch.tensor([float("nan"), float("inf")], dtype=torch.float64)))
     assert found.score(IMAGES, ["", ""]).dtype == torch.float32
     with pytest.raises(UserError, match=r"evaluate\.features: rewards\.odd has no image features"):
         found.features(IMAGES)

@@ -44,7 +44,7 @@ def transformers_cosine(folder: Path, prepared: torch.Tensor) -> tuple[torch.Ten
     return (found.image_embeds * found.text_embeds).sum(dim=-1), model
 
 
-def test_clip_is_100_cosines(tmp_path: Path) -> None:
+def test_clip_score(tmp_path: Path) -> None:
     folder = clip_folder(tmp_path / "clip")
     cosine, _ = transformers_cosine(folder, formulas.normalised(pictures()))
     found = ClipReward(str(folder), None, CPU).score(tensor(pictures()), PROMPTS)
@@ -65,26 +65,26 @@ def test_clip_is_100_cosines(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_clip_prepares_as_the_checkpoint_says(tmp_path: Path, settings: dict) -> None:
+def test_clip_preprocessing(tmp_path: Path, settings: dict) -> None:
     folder = clip_folder(tmp_path / "clip", **settings)
     images = tensor(pictures(SIDE, SIDE) if settings.get("do_resize") is False else pictures(50, 75))
     theirs = CLIPProcessor.from_pretrained(folder).image_processor(images, return_tensors="pt")["pixel_values"]
     reward = ClipReward(str(folder), None, CPU)
-    off = (reward.tower.preprocess(images, CPU) - theirs).abs()
+    off = (reward.encoder.preprocess(images, CPU) - theirs).abs()
     levels = 1 if settings.get("do_normalize") is False else 1 / 0.25
     assert off.max() <= 1.01 * levels / 255 and (off > 1e-5).float().mean() < 0.01
 
 
-def test_a_prompt_is_embedded_once(tmp_path: Path) -> None:
+def test_prompts_are_embedded_once(tmp_path: Path) -> None:
     reward, seen = ClipReward(str(clip_folder(tmp_path / "clip")), None, CPU), []
-    real = reward.tower.tokenizer
-    reward.tower.tokenizer = lambda texts, **options: seen.extend(texts) or real(texts, **options)
+    real = reward.encoder.tokenizer
+    reward.encoder.tokenizer = lambda texts, **options: seen.extend(texts) or real(texts, **options)
     for _ in range(2):
         reward.score(tensor(pictures()), PROMPTS)
     assert sorted(seen) == sorted(set(PROMPTS))
 
 
-def test_pickscore_is_the_scaled_cosine(tmp_path: Path) -> None:
+def test_pickscore(tmp_path: Path) -> None:
     folder = clip_folder(tmp_path / "pickscore")
     wide = pictures(40, 61)
     cosine, model = transformers_cosine(
@@ -100,13 +100,13 @@ def test_pickscore_is_the_scaled_cosine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", [HpsV2, HpsV21])
-def test_hps_is_open_clips_cosine_of_the_padded_picture(tmp_path: Path, family: type[HpsV2]) -> None:
-    folder = hps_folder(tmp_path / "hps", family.FILE)
-    state = torch.load(folder / family.FILE, weights_only=True)["state_dict"]
+def test_hps(tmp_path: Path, family: type[HpsV2]) -> None:
+    folder = hps_folder(tmp_path / "hps", family.FAMILY.file)
+    state = torch.load(folder / family.FAMILY.file, weights_only=True)["state_dict"]
     ids = AutoTokenizer.from_pretrained(folder)(
         PROMPTS, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
     ).input_ids
-    for model in (folder, folder / family.FILE):
+    for model in (folder, folder / family.FAMILY.file):
         reward = family(str(model), None, CPU)
         for pixels, tolerance in ((pictures(), 1e-5), (pictures(40, 61), 2e-3)):
             prepared = formulas.normalised([formulas.longest_and_pad(one, SIDE) for one in pixels])
@@ -117,29 +117,29 @@ def test_hps_is_open_clips_cosine_of_the_padded_picture(tmp_path: Path, family: 
     assert reward.features(tensor(pictures())).shape == (4, 24)
 
 
-def test_a_checkpoint_of_other_tensors_is_refused_in_one_line(tmp_path: Path) -> None:
-    folder = hps_folder(tmp_path / "hps", HpsV2.FILE)
-    state = torch.load(folder / HpsV2.FILE, weights_only=True)
+def test_wrong_tensors_are_refused(tmp_path: Path) -> None:
+    folder = hps_folder(tmp_path / "hps", HpsV2.FAMILY.file)
+    state = torch.load(folder / HpsV2.FAMILY.file, weights_only=True)
     del state["state_dict"]["visual.proj"]
-    torch.save(state, folder / HpsV2.FILE)
+    torch.save(state, folder / HpsV2.FAMILY.file)
     with pytest.raises(UserError, match=r"visual_projection\.weight") as caught:
         HpsV2(str(folder), None, CPU)
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+def test_pickled_code_is_refused(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self):
             return (Path(tmp_path / "ran").touch, ())
 
     (tmp_path / "hps").mkdir()
-    torch.save({"state_dict": Trap()}, tmp_path / "hps" / HpsV2.FILE)
+    torch.save({"state_dict": Trap()}, tmp_path / "hps" / HpsV2.FAMILY.file)
     with pytest.raises(UserError, match="can't load"):
         HpsV2(str(tmp_path / "hps"), None, CPU)
     assert not (tmp_path / "ran").exists()
 
 
-def test_aesthetic_is_the_mlp_of_the_length_1_embedding(tmp_path: Path) -> None:
+def test_aesthetic(tmp_path: Path) -> None:
     folder = aesthetic_folder(tmp_path / "aesthetic")
     state = torch.load(folder / "sac+logos+ava1-l14-linearMSE.pth", weights_only=True)
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_aesthetic_is_the_mlp_of_the_length_1_embedding(tmp_path: Path) -> None:
         AestheticReward(str(tmp_path / "short.pth"), None, CPU)
 
 
-def test_imagereward_is_blips_reading_standardised(tmp_path: Path) -> None:
+def test_imagereward(tmp_path: Path) -> None:
     folder = imagereward_folder(tmp_path / "imagereward")
     state = torch.load(folder / "ImageReward.pt", weights_only=True)
     tokens = AutoTokenizer.from_pretrained(folder)(
@@ -171,7 +171,7 @@ def test_imagereward_is_blips_reading_standardised(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FAMILIES if FAMILIES[kind].model])
-def test_offline_and_not_cached_is_one_line(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_and_not_cached(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants as hub
 
     from srpo.config.schema import RewardParams
@@ -186,7 +186,7 @@ def test_offline_and_not_cached_is_one_line(kind: str, tmp_path: Path, monkeypat
     assert spec.model in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_half_precision_gives_float32_scores_near_the_full_ones(tmp_path: Path) -> None:
+def test_half_precision(tmp_path: Path) -> None:
     folder = clip_folder(tmp_path / "pickscore")
     full = PickScore(str(folder), None, CPU).score(tensor(pictures()), PROMPTS)
     half = PickScore(str(folder), None, CPU, torch.float16).score(tensor(pictures()), PROMPTS)

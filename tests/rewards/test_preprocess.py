@@ -36,7 +36,7 @@ def off_by(found: torch.Tensor, expected: np.ndarray) -> int:
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_shortest_side_and_crop_match_pil(height: int, width: int) -> None:
+def test_shortest_side_matches_pil(height: int, width: int) -> None:
     pixels, limit = noisy(height, width), allowed(min(height, width))
     assert off_by(Preprocess().pixels(tensor(pixels)), formulas.shortest_and_crop(pixels, 224, round)) <= limit
     floor = Preprocess(floor_crop=True)
@@ -44,35 +44,35 @@ def test_shortest_side_and_crop_match_pil(height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_longest_side_and_black_padding_match_pil(height: int, width: int) -> None:
+def test_longest_side_matches_pil(height: int, width: int) -> None:
     pixels = noisy(height, width)
     found = Preprocess(resize="longest", crop=None).pixels(tensor(pixels))
     assert off_by(found, formulas.longest_and_pad(pixels, 224)) <= allowed(max(height, width))
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_what_an_accelerator_does_matches_pil_too(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerator_path_matches_pil(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no uint8 kernel on a GPU; its way in floats runs on a CPU as well."""
-    monkeypatch.setattr(Preprocess, "_resized", Preprocess._resized_as_floats)
+    monkeypatch.setattr(Preprocess, "_resize", Preprocess._resize_as_floats)
     pixels = noisy(height, width)
     limit = allowed(min(height, width))
     assert off_by(Preprocess().pixels(tensor(pixels)), formulas.shortest_and_crop(pixels, 224, round)) <= limit
 
 
-def test_values_are_normalised_and_in_the_asked_dtype() -> None:
+def test_normalization_and_dtype() -> None:
     pixels = noisy(224, 224)
     found = Preprocess()(tensor(pixels), torch.device("cpu"))
     assert torch.allclose(found, formulas.normalised([pixels]), atol=1e-5)
     assert Preprocess()(tensor(pixels), torch.device("cpu"), torch.float16).dtype == torch.float16
 
 
-def test_a_batch_is_its_pictures_one_by_one() -> None:
+def test_batch_equals_single_images() -> None:
     batch = torch.cat([tensor(noisy(300, 420)).roll(shift, dims=-1) for shift in range(3)])
     together = Preprocess().pixels(batch)
     assert torch.equal(together, torch.cat([Preprocess().pixels(one[None]) for one in batch]))
 
 
-def test_settings_that_are_not_known_are_refused() -> None:
+def test_unknown_settings_are_refused() -> None:
     config = {"resample": 1, "size": {"shortest_edge": 224}}
     with pytest.raises(ValueError, match="resample 1"):
         Preprocess.from_config(config)

@@ -23,7 +23,7 @@ def load(folder: Path):
     return load_reward(RewardParams(kind="vqascore", model=str(folder), role="judge"), folder, CPU)
 
 
-def test_it_is_the_probability_of_yes(tmp_path: Path) -> None:
+def test_vqascore_is_the_probability_of_yes(tmp_path: Path) -> None:
     folder = llava_folder(tmp_path / "llava")
     model, tokenizer = (
         LlavaForConditionalGeneration.from_pretrained(folder).eval(),
@@ -43,13 +43,13 @@ def test_it_is_the_probability_of_yes(tmp_path: Path) -> None:
     assert found.std() > 1e-4, "the scores say nothing"
 
 
-def test_a_picture_scores_the_same_alone_and_among_others(tmp_path: Path) -> None:
+def test_score_does_not_depend_on_the_batch(tmp_path: Path) -> None:
     reward, images = load(llava_folder(tmp_path / "llava")), tensor(pictures())
     alone = torch.cat([reward.score(images[[i]], [PROMPTS[i]]) for i in range(4)])
     assert torch.equal(reward.score(images, PROMPTS), alone)
 
 
-def test_what_can_not_be_asked_is_refused(tmp_path: Path) -> None:
+def test_no_chat_template_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="can't load"):
         load(clip_folder(tmp_path / "clip"))
     folder = llava_folder(tmp_path / "llava")

@@ -36,7 +36,7 @@ def run(*arguments: object) -> int:
     return cli.run(["score-images", *map(str, arguments)])
 
 
-def test_a_folder_is_scored_without_a_project(
+def test_folder_without_a_project(
     folder: Path, shared_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     from srpo.rewards.clip import ClipReward
@@ -65,13 +65,13 @@ def test_a_folder_is_scored_without_a_project(
     assert "5 pictures, 1 of one flat color; all scores: found/scores.parquet" in shown
 
 
-def test_a_reward_of_params_yaml_is_known_by_its_name(folder: Path, world: Path) -> None:
+def test_reward_of_params_yaml(folder: Path, world: Path) -> None:
     assert run(folder, "--prompt", "a red circle", "--reward", "judge") == 0
     table = pl.read_parquet("image-scores.parquet")
     assert table["judge"].is_finite().all() and table["prompt_id"].is_null().all()
 
 
-def test_a_class_of_ones_own_needs_no_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom_class(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("own_rewards.py").write_text(
         "class Redness:\n"
@@ -83,7 +83,7 @@ def test_a_class_of_ones_own_needs_no_model(folder: Path, tmp_path: Path, monkey
     assert table["own_rewards:Redness"][0] == pytest.approx(PIXELS[0][..., 0].mean(), abs=1e-3)
 
 
-def test_a_revision_follows_the_last_at_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_revision_follows_the_last_at_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from srpo.tools.score_images import reward_specs
 
     monkeypatch.chdir(tmp_path)
@@ -94,7 +94,7 @@ def test_a_revision_follows_the_last_at_sign(tmp_path: Path, monkeypatch: pytest
     assert found[2][0] == "xswu/HPSv2" and len(found[2][1]) == 40
 
 
-def test_pictures_are_read_upright_and_on_white(tmp_path: Path) -> None:
+def test_rotated_and_transparent_images(tmp_path: Path) -> None:
     image = Image.fromarray(PIXELS[0][:, :16])
     exif = image.getexif()
     exif[0x0112] = 6  # the camera lay on its side
@@ -134,7 +134,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_status_2(
+def test_bad_input(
     name: str, folder: Path, shared_world: Path, tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
