@@ -27,9 +27,10 @@ from srpo.data import parquet
 from srpo.data.images import encode_png
 from srpo.data.schemas import IMAGE
 from srpo.evaluation.features import Extractor
-from srpo.evaluation.frechet import Moments, frechet_distance, gaussian
+from srpo.evaluation.frechet import frechet_distance, gaussian
 from srpo.evaluation.inception import WEIGHTS_FILE, InceptionFeatures
-from srpo.evaluation.kernel import kernel_distance
+from srpo.evaluation.kernel import kid
+from srpo.evaluation.metrics import FrechetDistance
 from srpo.evaluation.reference import load_reference
 from srpo.rewards.batches import BATCH, batched, to_tensor
 
@@ -56,7 +57,7 @@ def from_features(count: int, dim: int) -> list[tuple[str, tuple, tuple]]:
         (f"Frechet, {dim}-d", timed(lambda: frechet_distance(one, other)), theirs),
         (
             f"KID, {dim}-d, {count} images",
-            timed(lambda: kernel_distance(x, y, prompts).value),
+            timed(lambda: kid(x, y, prompts).value),
             timed(lambda: fid.kernel_distance(x.astype("f8"), y.astype("f8"))),
         ),
     ]
@@ -85,11 +86,11 @@ def from_files(count: int, folder: Path) -> list[tuple[str, tuple, tuple]]:
 
     def ours() -> float:
         reference = load_reference(folder / "reference.parquet", Extractor(network.features, "bench"), folder / "cache")
-        moments = Moments()
+        metric = FrechetDistance(reference.gaussian)
         cells = (row["image"] for row in parquet.read_rows(folder / "new.parquet", ["image"]))
         for batch in batched(cells, BATCH):
-            moments.add(network.features(to_tensor(batch)).numpy())
-        return frechet_distance(moments.gaussian(), reference.gaussian)
+            metric.update(network.features(to_tensor(batch)))
+        return metric.compute()
 
     name = f"FID, {count} files"
     return [(name, timed(ours), theirs), (f"{name}, cached", timed(ours), theirs)]

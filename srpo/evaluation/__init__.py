@@ -1,1 +1,1 @@
-"""Metrics over images and scores; the gate."""
+"""Metrics over images and scores, with their intervals, and the gate."""

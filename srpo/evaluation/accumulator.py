@@ -1,84 +1,113 @@
-"""All that is measured of one model at one guidance scale, taken in batch by batch."""
+"""All metrics of one model at one guidance scale, accumulated batch by batch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from srpo.data.prompts import Prompt
+from srpo.data.metric_keys import IMAGE_STATS
 from srpo.errors import UserError
-from srpo.evaluation.bootstrap import diversity, mean_interval
 from srpo.evaluation.features import Extractor
-from srpo.evaluation.frechet import Moments, frechet_distance
 from srpo.evaluation.image_stats import image_stats
-from srpo.evaluation.kernel import clip_distance, kernel_distance
+from srpo.evaluation.metrics import (
+    ClipDistance,
+    Diversity,
+    FrechetDistance,
+    ImageStatistics,
+    KernelDistance,
+    MeanScore,
+)
 from srpo.evaluation.reference import Reference
-from srpo.rewards.protocol import Reward
+from srpo.rewards.batches import score_batch
+from srpo.rewards.protocol import Pixels, Reward
 
 
-class Observation:
-    """Scores, features and looks of pictures; the pictures themselves are not kept.
+class Measurements(NamedTuple):
+    """The measured values of n images.
 
-    Memory is the features': 4 bytes x dim x pictures, 40 MB for 5,000 pictures and 2048 dimensions.
+    Attributes:
+        scores: float32 [n] by reward.
+        features: float32 [n, dim] by extractor.
+        stats: float64 [n] by image statistic.
     """
 
-    def __init__(self, rewards: Mapping[str, Reward], extractors: Mapping[str, Extractor], features: str) -> None:
-        """Nothing seen yet. `features` names the extractor whose moments make the Frechet distance."""
-        self.rewards, self.extractors, self.name = rewards, extractors, features
-        self.moments = Moments()
-        self.rows: list[dict[str, Any]] = []
-        self._features: dict[str, list[np.ndarray]] = {name: [] for name in extractors}
-        self._stats: list[dict[str, np.ndarray]] = []
+    scores: dict[str, torch.Tensor]
+    features: dict[str, torch.Tensor]
+    stats: dict[str, torch.Tensor]
 
-    def add(self, images: torch.Tensor, places: Sequence[tuple[Prompt, int]]) -> None:
-        """Take in uint8 [n, 3, height, width] and each picture's prompt and number within the prompt.
 
-        Raises:
-            UserError: a score or feature is not finite, so that no mean would be.
-        """
-        texts = [prompt.prompt for prompt, _ in places]
-        scores = {name: _finite(name, reward.score(images, texts)).tolist() for name, reward in self.rewards.items()}
-        for i, (prompt, index) in enumerate(places):
-            row = {"prompt_id": prompt.id, "prompt": prompt.prompt, "index": index}
-            self.rows.append(row | {name: values[i] for name, values in scores.items()})
-        for name, extractor in self.extractors.items():
-            self._features[name].append(_finite(name, extractor.features(images)).numpy())
-        self.moments.add(self._features[self.name][-1])
-        self._stats.append(image_stats(images.numpy()))
+def measure(
+    images: Pixels, prompts: Sequence[str], rewards: Mapping[str, Reward], extractors: Mapping[str, Extractor]
+) -> Measurements:
+    """Measure uint8 [n, 3, height, width].
 
-    def features(self, name: str) -> np.ndarray:
-        """float32 [n, dim]: an extractor's features of all pictures, in the order they came."""
-        return np.concatenate(self._features[name])
+    Raises:
+        UserError: a score or feature is NaN or infinite, so no mean can be computed.
+    """
+    scores = score_batch(rewards, images, prompts)
+    features = {name: extractor.features(images) for name, extractor in extractors.items()}
+    for name, values in (*scores.items(), *features.items()):
+        if not bool(torch.isfinite(values).all()):
+            raise UserError(
+                f"rewards.{name}: NaN or infinity for an evaluation image; every image needs a finite value"
+            )
+    stats = {name: torch.from_numpy(values) for name, values in image_stats(images.numpy()).items()}
+    return Measurements(scores, features, stats)
 
-    def measures(self, references: Mapping[str, Reference], clip: str) -> dict[str, float]:
-        """A flat record: every reward's mean, FID, KID, CMMD, diversity and the looks.
 
-        What has an interval has `<name>_low` and `<name>_high` beside it; the looks have `<name>_std`, over
-        pictures.
+class MetricAccumulator:
+    """Metrics over measured images; the images themselves are not kept.
+
+    Memory is that of the features: 4 bytes x dim x images, 40 MB for 5,000 images and 2048 dimensions.
+    """
+
+    def __init__(self, rewards: Sequence[str], references: Mapping[str, Reference], features: str, clip: str) -> None:
+        """Create an empty accumulator.
 
         Args:
+            rewards: names of the rewards.
             references: by extractor.
+            features: the extractor whose features FID and KID use.
             clip: the extractor whose features CMMD and diversity use.
         """
-        prompts = [row["prompt_id"] for row in self.rows]
-        features, embeds = self.features(self.name), self.features(clip)
-        found: dict[str, float] = {"images": len(self.rows)}
-        for name in self.rewards:
-            found |= mean_interval(np.array([row[name] for row in self.rows]), prompts).flat(name)
-        found["fid"] = frechet_distance(self.moments.gaussian(), references[self.name].gaussian)
-        found |= kernel_distance(features, references[self.name].features, prompts).flat("kid")
-        found |= clip_distance(embeds, references[clip].features, prompts).flat("cmmd")
-        found |= diversity(embeds, prompts).flat("diversity")
-        for name in self._stats[0]:
-            values = np.concatenate([batch[name] for batch in self._stats])
-            found |= {name: float(values.mean()), f"{name}_std": float(values.std(ddof=1))}
-        return found
+        self.scores = {name: MeanScore() for name in rewards}
+        self.fid = FrechetDistance(references[features].gaussian)
+        self.kid = KernelDistance(references[features].features)
+        self.cmmd = ClipDistance(references[clip].features)
+        self.diversity = Diversity()
+        self.stats = ImageStatistics(IMAGE_STATS)
+        self._features = features
+        self._clip = clip
 
+    def update(self, measured: Measurements, groups: torch.Tensor) -> None:
+        """Add n images; `groups` int64 [n] are the numbers of their prompts, in the order of prompt ids."""
+        for name, metric in self.scores.items():
+            metric.update(measured.scores[name], groups)
+        self.fid.update(measured.features[self._features])
+        self.kid.update(measured.features[self._features], groups)
+        self.cmmd.update(measured.features[self._clip], groups)
+        self.diversity.update(measured.features[self._clip], groups)
+        self.stats.update(measured.stats)
 
-def _finite(name: str, values: torch.Tensor) -> torch.Tensor:
-    if not bool(torch.isfinite(values).all()):
-        raise UserError(f"rewards.{name}: NaN or infinity for an eval picture; what measures must answer for every one")
-    return values
+    def merge_state(self, other: MetricAccumulator) -> None:
+        """Add the images of another accumulator of the same rewards and references, before this one's."""
+        for name, metric in self.scores.items():
+            metric.merge_state(other.scores[name])
+        for name in ("fid", "kid", "cmmd", "diversity", "stats"):
+            getattr(self, name).merge_state(getattr(other, name))
+
+    def compute(self) -> dict[str, float]:
+        """Return a flat record: the mean of every reward, FID, KID, CMMD, diversity and image statistics.
+
+        Keys with an interval have `<name>_low` and `<name>_high` after them; image statistics have `<name>_std`, over
+        images.
+        """
+        record: dict[str, float] = {"images": len(self.kid.arrays()[1])}
+        for name, metric in self.scores.items():
+            record |= metric.compute().flat(name)
+        record["fid"] = self.fid.compute()
+        for name in ("kid", "cmmd", "diversity"):
+            record |= getattr(self, name).compute().flat(name)
+        return record | self.stats.compute()

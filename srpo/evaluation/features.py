@@ -1,4 +1,4 @@
-"""Where image features come from: a judge's image encoder, or the InceptionV3 of published FID numbers."""
+"""Extractors of image features: a judge's image encoder, or the InceptionV3 of published FID numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from srpo.config.loader import Params
 from srpo.config.schema import INCEPTION
 from srpo.lineage.identity import COMMIT
 from srpo.rewards.families import FAMILIES
-from srpo.rewards.protocol import FeatureReward, Pixels
+from srpo.rewards.protocol import Pixels
+from srpo.rewards.validated import ValidatedReward
 from srpo.runtime.device import pick_device, pick_reward_dtype
 from srpo.storage.hashing import code_digest, digest, file_digest
 
@@ -23,29 +24,31 @@ LIBRARIES = ("torch", "transformers", "numpy", "pillow")
 
 @dataclass(frozen=True)
 class Extractor:
-    """Turns pictures into features.
+    """A function from images to features.
 
-    `identity` is all that the numbers depend on beside the pictures, JSON-able; None when that can't be told,
-    as for a Hub model that is not pinned to a commit.
+    Attributes:
+        features: uint8 [n, 3, height, width] to float32 [n, dim] on the CPU.
+        identity: everything that the features depend on besides the images, JSON-able; None if it is unknown, as for
+            a Hub model that is not pinned to a commit.
     """
 
     features: Callable[[Pixels], torch.Tensor]
     identity: Any
 
 
-def load_extractors(params: Params, root: Path, rewards: Mapping[str, FeatureReward]) -> dict[str, Extractor]:
-    """The extractors that `evaluate` names, by their names there: `inception`, or the judge's own.
+def load_extractors(params: Params, root: Path, rewards: Mapping[str, ValidatedReward]) -> dict[str, Extractor]:
+    """Return the extractors that the section `evaluate` names: `inception`, or a judge's.
 
     Raises:
-        UserError: InceptionV3's weights can't be had.
+        UserError: InceptionV3's weights are missing and can't be downloaded.
     """
-    found = {}
+    extractors: dict[str, Extractor] = {}
     for name in dict.fromkeys((params.evaluate.features, params.evaluate.clip_name)):
         if name == INCEPTION:
-            found[name] = _inception(params)
+            extractors[name] = _inception(params)
         else:
-            found[name] = Extractor(rewards[name].features, _identity(params, root, name))
-    return found
+            extractors[name] = Extractor(rewards[name].features, _identity(params, root, name))
+    return extractors
 
 
 def _inception(params: Params) -> Extractor:
@@ -57,7 +60,7 @@ def _inception(params: Params) -> Extractor:
 
 def _identity(params: Params, root: Path, name: str) -> Any:
     spec = params.rewards[name]
-    if spec.kind not in FAMILIES or spec.model is None:  # the code of a class of the user's own may change any time
+    if spec.kind not in FAMILIES or spec.model is None:  # the code of a user's own class may change at any time
         return None
     if (root / spec.model).exists():
         return [spec.kind, digest(root / spec.model), _surroundings(params)]

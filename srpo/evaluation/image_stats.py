@@ -1,27 +1,29 @@
-"""How pictures look, by statistics that know neither prompt nor reward: where a hacked reward shows first."""
+"""Statistics of single images that depend on neither prompt nor reward: reward hacking shows in them first."""
 
 from __future__ import annotations
 
 import numpy as np
 
-IMAGE_STATS = ("saturation", "contrast", "edge_density", "color_entropy")
+from srpo.data.metric_keys import IMAGE_STATS
+
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 EDGE = 0.1 * 255
 
 
 def image_stats(images: np.ndarray) -> dict[str, np.ndarray]:
-    """Each statistic of each picture, float64 [n].
+    """Return each statistic of each image, float64 [n].
 
-    saturation: mean over pixels of HSV's, (max - min) / max of the channels; 0 to 1.
+    saturation: mean over pixels of HSV's saturation, (max - min) / max of the channels; 0 to 1.
     contrast: standard deviation of luma as a share of its range; 0 to 0.5.
-    edge_density: share of pixels where luma steps by more than a tenth of its range to the right or below; 0 to 1.
-    color_entropy: Shannon entropy of the colours in 8 x 8 x 8 bins; 0 to 9 bits.
+    edge_density: share of pixels whose luma differs from that to the right or below by more than a tenth of its
+        range; 0 to 1.
+    color_entropy: Shannon entropy of the colors in 8 x 8 x 8 bins; 0 to 9 bits.
 
     Args:
         images: uint8 [n, 3, height, width], RGB.
     """
     measures = (_saturation, _contrast, _edge_density, _color_entropy)
-    # decoded pictures come with their channels last in memory, which makes every step here twice as slow
+    # decoded images have their channels last in memory, which makes every step here twice as slow
     rows = [[measure(image) for measure in measures] for image in map(np.ascontiguousarray, images)]
     return dict(zip(IMAGE_STATS, np.array(rows, dtype=np.float64).reshape(-1, len(IMAGE_STATS)).T, strict=True))
 

@@ -1,4 +1,4 @@
-"""The network of published FID numbers: clean-fid's InceptionV3 with clean-fid's resizing."""
+"""InceptionV3 features for FID, with clean-fid's weights and resizing."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ WEIGHTS_FILE = "inception-2015-12-05.pt"
 
 
 class InceptionFeatures:
-    """2048 pool features of InceptionV3 on pictures resized to 299 x 299 (Parmar et al., 2022, mode `clean`)."""
+    """2048 pool features of InceptionV3 on images resized to 299 x 299 (Parmar et al., 2022, mode `clean`)."""
 
     def __init__(self, device: torch.device, folder: Path | None = None) -> None:
         """Load the weights, downloading them the first time.
 
         Args:
             device: where it computes.
-            folder: where the weights are kept; by default with torch.hub's.
+            folder: where the weights are stored; torch.hub's folder by default.
 
         Raises:
-            UserError: there are none and they can't be downloaded, or they can't be read.
+            UserError: the weights are missing and can't be downloaded, or can't be read.
         """
         folder = folder or Path(torch.hub.get_dir()) / "checkpoints"
         self.weights = folder / WEIGHTS_FILE
@@ -38,16 +38,16 @@ class InceptionFeatures:
                 _download(folder)
             self.model = InceptionV3W(str(folder), download=False).to(device).eval()
         except (OSError, RuntimeError) as error:
-            reason = one_line(error)
             raise UserError(
-                f"evaluate.features: InceptionV3's weights can't be had ({reason:.120}); "
-                f"bring {WEIGHTS_FILE} into {folder}, or name a judge with image features"
+                f"evaluate.features: can't load InceptionV3's weights ({one_line(error):.120}); "
+                f"copy {WEIGHTS_FILE} to {folder}, or name a judge with image features"
             ) from None
-        self.resize, self.device = build_resizer("clean"), device
+        self.resize = build_resizer("clean")
+        self.device = device
 
     @torch.inference_mode()
     def features(self, images: Pixels) -> torch.Tensor:
-        """float32 [n, 2048] on the CPU."""
+        """Return float32 [n, 2048] on the CPU."""
         resized = np.stack([self.resize(image.permute(1, 2, 0).numpy()) for image in images])
         batch = torch.from_numpy(resized).permute(0, 3, 1, 2).to(self.device)
         return self.model(batch).float().cpu()

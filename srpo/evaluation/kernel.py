@@ -1,56 +1,58 @@
 """Kernel distances between two sets of image features: KID and CMMD, unbiased, each with its interval.
 
 Both are squared maximum mean discrepancies (Gretton et al., 2012, eq. 3), taken over all pairs rather than
-over random subsets: that estimate has the least variance, needs no random numbers, and from a few thousand
-pictures on costs less. Kernel values are summed block by block and never kept.
+over random subsets: that estimate has the least variance, needs no random numbers, and costs less from a few thousand
+images on. Kernel values are summed block by block and not stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
-from srpo.evaluation.bootstrap import Estimate
+from srpo.evaluation.bootstrap import Estimate, Groups
 
 BLOCK = 1024
-CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
+CMMD_SIGMA = 10.0
+CMMD_SCALE = 1000.0
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """[n, dim] and [m, dim] to [n, m]."""
 
 
-def kernel_distance(features: np.ndarray, reference: np.ndarray, groups: Sequence[str]) -> Estimate:
-    """KID: MMD^2 with the kernel (x.y / dim + 1)^3 (Binkowski et al., 2018); lower is closer, 0 is the same law.
+def kid(features: np.ndarray, reference: np.ndarray, groups: Groups) -> Estimate:
+    """Return KID: MMD^2 with the kernel (x.y / dim + 1)^3 (Binkowski et al., 2018); lower is closer.
 
-    It does not depend on the number of pictures, and may fall below 0 by chance.
+    Its expectation does not depend on the number of images and is 0 for two sets of one distribution, so it may be
+    negative by chance.
 
     Args:
         features: [n, dim].
         reference: [m, dim], m at least 3.
-        groups: the prompt id of each of `features`; with one group left out, 2 or more must remain.
+        groups: the prompt of each of `features`; without any one group, 2 or more must remain.
     """
     return _distance(features, reference, groups, _cubic)
 
 
-def clip_distance(features: np.ndarray, reference: np.ndarray, groups: Sequence[str]) -> Estimate:
-    """CMMD: 1000 MMD^2 with a Gaussian kernel of sigma 10 on unit CLIP embeddings (Jayasumana et al., 2024).
+def cmmd(features: np.ndarray, reference: np.ndarray, groups: Groups) -> Estimate:
+    """Return CMMD: 1000 MMD^2 with a Gaussian kernel of sigma 10 on unit CLIP embeddings (Jayasumana et al., 2024).
 
-    This is the paper's unbiased estimator. The code released with it keeps the pairs of a picture with itself,
-    and so shows more by 1000 (1/n + 1/m) (1 - the mean kernel value), which is little for large sets.
+    This is the paper's unbiased estimator. The code released with it includes the pairs of an image with itself,
+    which adds 1000 (1/n + 1/m) (1 - the mean kernel value), little for large sets.
 
     Args:
-        features: [n, dim], of any length; they are normalised here.
+        features: [n, dim], of any length; they are normalized.
         reference: [m, dim].
-        groups: as in `kernel_distance`.
+        groups: as in `kid`.
     """
-    found = _distance(_unit(features), _unit(reference), groups, _gaussian)
-    return Estimate(*(CMMD_SCALE * value for value in found))
+    estimate = _distance(_unit(features), _unit(reference), groups, _gaussian)
+    return Estimate(*(CMMD_SCALE * value for value in estimate))
 
 
-def paired_kernel_distance(features: np.ndarray, other: np.ndarray) -> float:
-    """KID between two sets [n, dim] whose row i shares its prompt and noise; 0 for identical sets.
+def paired_kid(features: np.ndarray, other: np.ndarray) -> float:
+    """Return KID between two sets [n, dim] whose row i shares its prompt and noise; 0 for identical sets.
 
-    Pairs (i, i) are left out between the sets too: they are not independent, and would pull it below 0.
+    Pairs (i, i) between the sets are left out, too: they are not independent, and would make it negative.
     """
     count = len(features)
     within = _sums(features, features, _cubic)[0].sum() + _sums(other, other, _cubic)[0].sum()
@@ -58,23 +60,28 @@ def paired_kernel_distance(features: np.ndarray, other: np.ndarray) -> float:
     return float((within - 2 * across) / (count * (count - 1)))
 
 
-def _distance(features: np.ndarray, reference: np.ndarray, groups: Sequence[str], kernel: Kernel) -> Estimate:
-    """Unbiased MMD^2 and its interval, by the jackknife over prompts and over reference pictures."""
+def _distance(features: np.ndarray, reference: np.ndarray, groups: Groups, kernel: Kernel) -> Estimate:
+    """Return unbiased MMD^2 and its interval, by the jackknife over prompts and over reference images."""
     _, place = np.unique(np.asarray(groups), return_inverse=True)
-    n, m = len(features), len(reference)
+    n = len(features)
+    m = len(reference)
     row, own = _sums(features, features, kernel, place)
     other_row, _ = _sums(reference, reference, kernel)
     across, reverse = _cross_sums(features, reference, kernel)
-    inner, outer, cross = row.sum() / (n * (n - 1)), other_row.sum() / (m * (m - 1)), across.sum() / (n * m)
+    inner = row.sum() / (n * (n - 1))
+    outer = other_row.sum() / (m * (m - 1))
+    cross = across.sum() / (n * m)
     # without one prompt
-    size, left = np.bincount(place), n - np.bincount(place)
+    size = np.bincount(place)
+    left = n - size
     inner_left = (row.sum() - 2 * np.bincount(place, row) + np.bincount(place, own)) / (left * (left - 1))
     cross_left = (across.sum() - np.bincount(place, across)) / (left * m)
     prompts = _jackknife(inner_left - 2 * cross_left, len(size))
-    # without one reference picture
+    # without one reference image
     outer_left = (other_row.sum() - 2 * other_row) / ((m - 1) * (m - 2))
     references = _jackknife(outer_left - 2 * (reverse.sum() - reverse) / (n * (m - 1)), m)
-    value, error = inner + outer - 2 * cross, np.sqrt(prompts + references)
+    value = inner + outer - 2 * cross
+    error = np.sqrt(prompts + references)
     return Estimate(float(value), float(value - 1.96 * error), float(value + 1.96 * error))
 
 
@@ -85,7 +92,7 @@ def _jackknife(values: np.ndarray, count: int) -> float:
 def _sums(
     x: np.ndarray, y: np.ndarray, kernel: Kernel, groups: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each row i, the kernel's sum over all j other than i, and over those j of the same group."""
+    """Return for each row i the kernel's sum over all j other than i, and over those j of the same group."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     row, own = np.empty(len(x)), np.zeros(len(x))
     for start in range(0, len(x), BLOCK):

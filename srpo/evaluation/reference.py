@@ -1,4 +1,4 @@
-"""The reference set's features and their moments, computed once and kept by content hash."""
+"""Features of the reference set and their moments, cached by content hash."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ import torch
 from srpo.data import parquet
 from srpo.errors import UserError
 from srpo.evaluation.features import Extractor
-from srpo.evaluation.frechet import Gaussian, Moments
+from srpo.evaluation.frechet import Gaussian
+from srpo.evaluation.metrics import FittedGaussian
 from srpo.rewards.batches import BATCH, batched, to_tensor
 from srpo.storage.checksummed import load_with_checksum, save_with_checksum
 from srpo.storage.hashing import digest, value_digest
 
-log = logging.getLogger("srpo")
+log = logging.getLogger(__name__)
 
-FEWEST = 3
-KEPT = 8
+MIN_IMAGES = 3
+MAX_CACHED = 8
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Features float32 [m, dim] of all reference pictures, and the Gaussian fitted to them."""
+    """Features float32 [m, dim] of all reference images, and the Gaussian fitted to them."""
 
     features: np.ndarray
     gaussian: Gaussian
 
 
 def load_reference(path: Path, extractor: Extractor, cache: Path) -> Reference:
-    """The reference of a parquet file or folder with a column `image`.
+    """Return the reference of a parquet file or folder with a column `image`.
 
-    A file in `cache` is named by the hash of the pictures' data and of the extractor's identity, and is sealed with
-    the hash of its own content: neither another set nor a damaged file is ever taken for it.
+    A cached file is named by the hash of the images' data and of the extractor's identity, and has a checksum:
+    neither another set nor a damaged file is used by mistake.
 
     Raises:
-        UserError: the data is missing or damaged, or holds fewer than 3 pictures.
+        UserError: the data is missing or damaged, or has fewer than 3 images.
     """
     if extractor.identity is None:
         return _compute(path, extractor)
@@ -47,32 +48,36 @@ def load_reference(path: Path, extractor: Extractor, cache: Path) -> Reference:
         try:
             return _unpack(load_with_checksum(file))
         except (OSError, ValueError):
-            log.warning("%s: damaged; computed anew", file)
+            log.warning("%s: damaged; computing it again", file)
     reference = _compute(path, extractor)
     save_with_checksum(_pack(reference), file)
-    for old in sorted(cache.glob("reference-*"), key=lambda item: item.stat().st_mtime)[:-KEPT]:
+    for old in sorted(cache.glob("reference-*"), key=lambda item: item.stat().st_mtime)[:-MAX_CACHED]:
         old.unlink(missing_ok=True)
     return reference
 
 
 def _compute(path: Path, extractor: Extractor) -> Reference:
-    moments, parts = Moments(), []
+    fit: FittedGaussian | None = None
+    parts: list[torch.Tensor] = []
     for cells in batched((row["image"] for row in parquet.read_rows(path, ["image"])), BATCH):
-        # pictures of a reference set may differ in size, and a batch can't
-        pictures = [to_tensor([cell]) for cell in cells]
-        same = len({picture.shape for picture in pictures}) == 1
-        batches = [torch.cat(pictures)] if same else pictures
-        features = torch.cat([extractor.features(batch) for batch in batches]).numpy()
-        moments.add(features)
+        # reference images may differ in size, those of a batch can't
+        images = [to_tensor([cell]) for cell in cells]
+        same = len({image.shape for image in images}) == 1
+        batches = [torch.cat(images)] if same else images
+        features = torch.cat([extractor.features(batch) for batch in batches])
+        if fit is None:
+            fit = FittedGaussian(features.shape[1])
+        fit.update(features)
         parts.append(features)
-    if moments.count < FEWEST:
-        raise UserError(f"{path}: {moments.count} reference pictures are too few; evaluate.reference needs {FEWEST}")
-    return Reference(np.concatenate(parts), moments.gaussian())
+    count = sum(map(len, parts))
+    if fit is None or count < MIN_IMAGES:
+        raise UserError(f"{path}: {count} reference images are too few; evaluate.reference needs {MIN_IMAGES}")
+    return Reference(torch.cat(parts).numpy(), fit.gaussian())
 
 
 def _pack(reference: Reference) -> dict[str, torch.Tensor]:
-    fitted = reference.gaussian
-    arrays = {"features": reference.features, "mean": fitted.mean, "covariance": fitted.covariance}
+    gaussian = reference.gaussian
+    arrays = {"features": reference.features, "mean": gaussian.mean, "covariance": gaussian.covariance}
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from srpo.config.loader import Params
+from srpo.data.metric_keys import IMAGE_STATS
 from srpo.data.prompts import load_prompts
 from srpo.data.records import read_gate, read_metrics, read_sweep
-from srpo.evaluation.image_stats import IMAGE_STATS
 from srpo.lineage.identity import HUB_ID
 from srpo.lineage.record import read_lineage
 from srpo.reporting.table import SET_MEASURES, show, verdict

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: the same prompts, seeds and guidance sweep for base and for every round."""
+"""Stage `evaluate`: measure base and every round with the same prompts, seeds and guidance sweep."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from srpo.data.prompts import Prompt, check_disjoint, load_prompts
 from srpo.data.records import read_sweep
 from srpo.data.schemas import PER_PROMPT_FIELDS, SAMPLE_FIELDS, with_rewards
 from srpo.errors import UserError
-from srpo.evaluation.accumulator import Observation
+from srpo.evaluation.accumulator import MetricAccumulator, measure
 from srpo.evaluation.bootstrap import Estimate, win_rate
 from srpo.evaluation.features import load_extractors
 from srpo.evaluation.frechet import frechet_distance, gaussian
 from srpo.evaluation.gate import best_guidance, image_stat_shifts, judge_round
-from srpo.evaluation.kernel import paired_kernel_distance
+from srpo.evaluation.kernel import paired_kid
 from srpo.evaluation.reference import load_reference
 from srpo.lineage.record import check_base, require_weights
 from srpo.rewards.batches import BATCH, batched
 from srpo.rewards.loading import load_pinned_rewards
-from srpo.rounds import BASE, Round, RoundFiles
+from srpo.rounds import BASE, Round
 from srpo.sampling.conditioning import PromptEmbeds
 from srpo.sampling.prompt_cache import prompt_embeds
 from srpo.sampling.sampler import Sampler, sample_images
@@ -40,29 +40,29 @@ from srpo.storage.hashing import derive_seed
 from srpo.storage.json_files import write_json
 from srpo.storage.scratch import scratch_folder
 
-log = logging.getLogger("srpo")
+log = logging.getLogger(__name__)
 Place = tuple[Prompt, int]
-"""A prompt and the number of a picture among the prompt's."""
+"""A prompt and the number of an image among the prompt's."""
 
 
 def evaluate(round: Round) -> None:
     """Write `rounds/<key>/evaluation/`.
 
-    metrics.json: flat headline numbers at the reported guidance, but win rates (over base, each model at its own
-    best guidance, with the interval's lower end) and the verdict as in gate.json.
-    guidance.csv: every measure with its interval at every guidance scale (`Observation.measures`).
-    gate.json, not for base: the rules, win rates against base and parent, the pictures' drift in looks.
-    per_prompt.parquet: every reward of every picture. samples.parquet: some pictures.
-    features.safetensors, base only: features at the reported guidance, from which rounds measure their drift.
+    metrics.json: flat headline numbers at the reported guidance; win rates (over base, each model at its own best
+    guidance, with the interval's lower end) and the verdict as in gate.json.
+    guidance.csv: every metric with its interval at every guidance scale (`MetricAccumulator.compute`).
+    gate.json, not for base: the rules, win rates over base and parent, shifts of image statistics.
+    per_prompt.parquet: every score of every image. samples.parquet: some images.
+    features.safetensors, base only: features at the reported guidance, from which the drift of rounds is computed.
 
     Raises:
-        UserError: bad prompt files, no adapter, or a model, reward or reference that can't be read.
+        UserError: bad prompt files, no adapter, or an unreadable model, reward or reference.
     """
     files, settings = round.files, round.params.evaluate
     prompts = load_prompts(round.root / round.params.prompts.eval)
     check_disjoint(load_prompts(round.root / round.params.prompts.train), prompts)
     if (len(prompts) - 1) * settings.images_per_prompt < 2:
-        raise UserError(f"{round.params.prompts.eval}: too few prompts for any interval; it needs at least 3")
+        raise UserError(f"{round.params.prompts.eval}: too few prompts for an interval; at least 3 are needed")
     require_weights(round.files)
     rewards = load_pinned_rewards(round.params, round.root)
     extractors = load_extractors(round.params, round.root, rewards)
@@ -74,19 +74,25 @@ def evaluate(round: Round) -> None:
     sampler = Sampler(round.params, files.adapter, fast=True)
     embeds = prompt_embeds(sampler, [prompt.prompt for prompt in prompts], round.root)
     scratch = scratch_folder(round.root, "evaluate", round.key)
-    rows, samples, sweep, drift = [], [], {}, {}
+    rows: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
+    sweep: dict[str, dict[str, float]] = {}
+    drift: dict[str, float] = {}
+    order = {name: number for number, name in enumerate(sorted(prompt.id for prompt in prompts))}
     total = len(prompts) * settings.images_per_prompt * len(settings.guidance_scales)
     with tqdm(total=total, unit="img", desc=f"evaluate {round.key}", mininterval=2) as progress:
         for guidance in settings.guidance_scales:
-            seen, reported = Observation(rewards, extractors, settings.features), guidance == settings.guidance_scale
+            accumulator = MetricAccumulator(list(rewards), references, settings.features, settings.clip_name)
+            reported = guidance == settings.guidance_scale
             for images, places in _sample(sampler, embeds, prompts, guidance, round.params, progress):
-                seen.add(images, places)
+                measured = measure(images, [prompt.prompt for prompt, _ in places], rewards, extractors)
+                accumulator.update(measured, torch.tensor([order[prompt.id] for prompt, _ in places]))
+                rows += _rows(places, measured.scores, guidance)
                 if reported:
                     samples += _samples(images, places, {prompt.id for prompt in prompts[: settings.samples]})
-            sweep[str(guidance)] = seen.measures(references, settings.clip_name)
-            rows += [row | {"guidance": guidance} for row in seen.rows]
+            sweep[str(guidance)] = accumulator.compute()
             if reported:
-                drift = _drift(round.root, round.key, seen.features(settings.features), scratch)
+                drift = _drift(round, accumulator.kid.arrays()[0], scratch)
     _write_samples(scratch / "samples.parquet", samples)
     _write_scores(scratch / "per_prompt.parquet", rows, list(rewards))
     _write_sweep(scratch / "guidance.csv", sweep)
@@ -98,7 +104,7 @@ def evaluate(round: Round) -> None:
     publish(scratch, files.evaluation)
     log.info("evaluate %s: %s", round.key, ", ".join(f"{name} {metrics[name]:.3f}" for name in [*rewards, "fid"]))
     if metrics["finding"] != "-":
-        log.warning("evaluate %s: %s: the selecting reward rose and no judge followed", round.key, metrics["finding"])
+        log.warning("evaluate %s: %s: the selecting reward rose, no judge did", round.key, metrics["finding"])
 
 
 def _sample(
@@ -109,7 +115,7 @@ def _sample(
     params: Params,
     progress: tqdm,
 ) -> Iterator[tuple[torch.Tensor, list[Place]]]:
-    """Pictures uint8 [n, 3, height, width] and their places, a batch of the rewards at a time."""
+    """Yield images uint8 [n, 3, height, width] and their places, in batches of the rewards' size."""
     settings = params.evaluate
     places = [(row, index) for row in range(len(prompts)) for index in range(settings.images_per_prompt)]
     for batch in batched(places, BATCH):
@@ -117,7 +123,7 @@ def _sample(
             sampler,
             embeds,
             [row for row, _ in batch],
-            # no round in the seed: all rounds meet the same noise, so that they compare picture by picture
+            # no round in the seed: all rounds get the same noise, so that they are compared image by image
             [derive_seed(params.seed, "evaluate", prompts[row].id, index) for row, index in batch],
             height=settings.height,
             width=settings.width,
@@ -125,46 +131,58 @@ def _sample(
             guidance_scale=guidance,
             on_images=progress.update,
         )
-        # in the memory order of decoded pictures, as the reference comes: the same pixels take the same way
+        # in the memory order of decoded images, as in the reference: the same pixels give the same features
         yield images.permute(0, 3, 1, 2), [(prompts[row], index) for row, index in batch]
 
 
-def _drift(root: Path, key: str, features: np.ndarray, scratch: Path) -> dict[str, float]:
-    """FID and KID against base's own pictures of the same prompts and noise; base leaves its features for that."""
-    if key == BASE:
+def _rows(places: Sequence[Place], scores: Mapping[str, torch.Tensor], guidance: float) -> list[dict[str, Any]]:
+    values = {name: column.tolist() for name, column in scores.items()}
+    return [
+        {"prompt_id": prompt.id, "prompt": prompt.prompt, "index": index}
+        | {name: column[i] for name, column in values.items()}
+        | {"guidance": guidance}
+        for i, (prompt, index) in enumerate(places)
+    ]
+
+
+def _drift(round: Round, features: np.ndarray, scratch: Path) -> dict[str, float]:
+    """Return FID and KID against base's images of the same prompts and noise; base's features are saved for that."""
+    if round.key == BASE:
         save_with_checksum({"features": torch.from_numpy(features)}, scratch / "features.safetensors")
         return {"drift": 0.0, "drift_kid": 0.0}
-    path = RoundFiles(root, BASE).evaluation / "features.safetensors"
+    path = round.base_files.evaluation / "features.safetensors"
     try:
         base = load_with_checksum(path)["features"].numpy()
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable ({error}); run `srpo evaluate base`, or `dvc checkout`") from None
     if base.shape != features.shape:
-        raise UserError(f"{path}: {base.shape} features where this round has {features.shape}; evaluate base anew")
-    drift = frechet_distance(gaussian(features), gaussian(base))
-    return {"drift": drift, "drift_kid": paired_kernel_distance(features, base)}
+        raise UserError(f"{path}: {base.shape} features, but this round has {features.shape}; run `srpo evaluate base`")
+    return {"drift": frechet_distance(gaussian(features), gaussian(base)), "drift_kid": paired_kid(features, base)}
 
 
 def _judge(round: Round, sweep: Mapping[str, Mapping[str, float]], scores: pl.DataFrame) -> dict[str, Any]:
-    """gate.json. Win rates are `best`: over base, each at its own best guidance; `base`, `parent`: at the reported."""
-    base_sweep, reported = read_sweep(round.base_files), round.params.evaluate.guidance_scale
+    """Return gate.json. Win rates: `best` over base, each at its best guidance; `base`, `parent` at the reported."""
+    base_sweep = read_sweep(round.base_files)
+    reported = round.params.evaluate.guidance_scale
     columns = ["prompt_id", "index", "guidance", *round.params.rewards]
     base, parent = (
-        parquet.table(RoundFiles(round.root, rival).evaluation / "per_prompt.parquet", columns)
-        for rival in (BASE, round.parent)
+        parquet.table(files.evaluation / "per_prompt.parquet", columns)
+        for files in (round.base_files, round.parent_files)
     )
-    best, rates = {}, {}
+    best: dict[str, Estimate] = {}
+    rates: dict[str, Any] = {}
     for name in round.params.rewards:
-        ours, theirs = float(best_guidance(sweep, name)), float(best_guidance(base_sweep, name))
-        best[name] = _pair(scores, base, name, ours, theirs)
+        guidance = float(best_guidance(sweep, name))
+        base_guidance = float(best_guidance(base_sweep, name))
+        best[name] = _win_rate(scores, base, name, guidance, base_guidance)
         rates[name] = {
-            "best": best[name]._asdict() | {"guidance": ours, "base_guidance": theirs},
-            "base": _pair(scores, base, name, reported, reported)._asdict(),
-            "parent": _pair(scores, parent, name, reported, reported)._asdict(),
+            "best": best[name]._asdict() | {"guidance": guidance, "base_guidance": base_guidance},
+            "base": _win_rate(scores, base, name, reported, reported)._asdict(),
+            "parent": _win_rate(scores, parent, name, reported, reported)._asdict(),
         }
-    roles = ({name: best[name] for name in round.params.reward_names(role)} for role in ("judge", "select"))
-    return judge_round(round.params.gate, sweep, base_sweep, *roles) | {
-        "pictures_at": {
+    judges, selects = ({name: best[name] for name in round.params.reward_names(role)} for role in ("judge", "select"))
+    return judge_round(round.params.gate, sweep, base_sweep, judges, selects) | {
+        "best_fid": {
             "guidance": float(best_guidance(sweep, "fid")),
             "base_guidance": float(best_guidance(base_sweep, "fid")),
         },
@@ -176,7 +194,7 @@ def _judge(round: Round, sweep: Mapping[str, Mapping[str, float]], scores: pl.Da
 def _headline(
     params: Params, reported: Mapping[str, float], drift: Mapping[str, float], gate: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """metrics.json: few and flat, so that `dvc metrics show` is a table one can read."""
+    """Return metrics.json: few and flat numbers, so that the table of `dvc metrics show` is readable."""
     names = ["images", *params.rewards, "fid", "kid", "cmmd", "diversity"]
     metrics = {"guidance": params.evaluate.guidance_scale} | {name: reported[name] for name in names} | drift
     if gate is None:
@@ -187,13 +205,15 @@ def _headline(
     return metrics | {"verdict": gate["verdict"], "finding": gate["finding"] or "-"}
 
 
-def _pair(scores: pl.DataFrame, other: pl.DataFrame, name: str, guidance: float, other_guidance: float) -> Estimate:
-    def at(table: pl.DataFrame, value: float) -> pl.DataFrame:
-        return table.filter((pl.col("guidance") - value).abs() < 1e-4).sort("prompt_id", "index")
+def _win_rate(scores: pl.DataFrame, other: pl.DataFrame, name: str, guidance: float, other_guidance: float) -> Estimate:
+    one = _at(scores, guidance)
+    two = _at(other, other_guidance)
+    columns = (table[name].cast(pl.Float32).to_numpy() for table in (one, two))
+    return win_rate(*columns, one["prompt_id"].to_list())
 
-    ours, theirs = at(scores, guidance), at(other, other_guidance)
-    columns = (table[name].cast(pl.Float32).to_numpy() for table in (ours, theirs))
-    return win_rate(*columns, ours["prompt_id"].to_list())
+
+def _at(scores: pl.DataFrame, guidance: float) -> pl.DataFrame:
+    return scores.filter((pl.col("guidance") - guidance).abs() < 1e-4).sort("prompt_id", "index")
 
 
 def _samples(images: torch.Tensor, places: Sequence[Place], kept: set[str]) -> list[dict[str, Any]]:

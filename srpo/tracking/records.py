@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from srpo.config.loader import STAGES_WITH_OVERRIDES, Params
+from srpo.data.metric_keys import IMAGE_STATS
 from srpo.data.records import read_gate, read_metrics, read_sweep
-from srpo.evaluation.image_stats import IMAGE_STATS
 from srpo.lineage.dvc_lock import read_dvc_lock
 from srpo.lineage.record import read_lineage
 from srpo.reporting.table import SET_MEASURES, verdict

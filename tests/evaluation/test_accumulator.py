@@ -1,4 +1,4 @@
-"""One model at one guidance: the same record however the pictures came."""
+"""All metrics of one model at one guidance scale: the same record however batches are split."""
 
 from __future__ import annotations
 
@@ -6,22 +6,27 @@ import numpy as np
 import pytest
 import torch
 
-from srpo.data.prompts import Prompt
 from srpo.errors import UserError
-from srpo.evaluation.accumulator import Observation
+from srpo.evaluation.accumulator import MetricAccumulator, measure
 from srpo.evaluation.features import Extractor
 from srpo.evaluation.frechet import frechet_distance, gaussian
 from srpo.evaluation.image_stats import image_stats
-from srpo.evaluation.kernel import clip_distance, kernel_distance
+from srpo.evaluation.kernel import cmmd, kid
 from srpo.evaluation.reference import Reference
 
-PLACES = [(Prompt(id=f"p{i}", prompt=f"picture {i}"), index) for i in range(6) for index in range(4)]
+GROUPS = torch.arange(6).repeat_interleave(4)
+PROMPTS = [f"image {i}" for i in GROUPS.tolist()]
 IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (24, 3, 16, 16), dtype=np.uint8))
 
 
 class Brightness:
     def score(self, images: torch.Tensor, prompts) -> torch.Tensor:
         return images.float().mean(dim=(1, 2, 3))
+
+
+class Undefined(Brightness):
+    def score(self, images: torch.Tensor, prompts) -> torch.Tensor:
+        return super().score(images, prompts) / 0 * 0
 
 
 def coarse(images: torch.Tensor) -> torch.Tensor:
@@ -32,44 +37,49 @@ def fine(images: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)
 
 
-def observe(*cuts: int) -> dict[str, float]:
-    extractors = {"coarse": Extractor(coarse, None), "fine": Extractor(fine, None)}
-    seen = Observation({"brightness": Brightness()}, extractors, "coarse")
-    for start, stop in zip((0, *cuts), (*cuts, 24), strict=True):
-        seen.add(IMAGES[start:stop], PLACES[start:stop])
-    assert [(row["prompt_id"], row["index"]) for row in seen.rows] == [(p.id, i) for p, i in PLACES]
-    return seen.measures(references(), "fine")
+EXTRACTORS = {"coarse": Extractor(coarse, None), "fine": Extractor(fine, None)}
 
 
 def references() -> dict[str, Reference]:
-    pictures = torch.from_numpy(np.random.default_rng(1).integers(0, 200, (15, 3, 16, 16), dtype=np.uint8))
-    features = {"coarse": coarse(pictures).numpy(), "fine": fine(pictures).numpy()}
+    images = torch.from_numpy(np.random.default_rng(1).integers(0, 200, (15, 3, 16, 16), dtype=np.uint8))
+    features = {"coarse": coarse(images).numpy(), "fine": fine(images).numpy()}
     return {name: Reference(values, gaussian(values)) for name, values in features.items()}
 
 
-def test_streaming_equals_one_batch() -> None:
-    assert observe(1, 7, 20) == pytest.approx(observe(), rel=1e-9)
+def accumulate(*cuts: int, start: int = 0, stop: int = 24) -> MetricAccumulator:
+    accumulator = MetricAccumulator(["brightness"], references(), "coarse", "fine")
+    for one, two in zip((start, *cuts), (*cuts, stop), strict=True):
+        measured = measure(IMAGES[one:two], PROMPTS[one:two], {"brightness": Brightness()}, EXTRACTORS)
+        accumulator.update(measured, GROUPS[one:two])
+    return accumulator
 
 
-def test_what_is_no_number_stops_it() -> None:
-    class Broken(Brightness):
-        def score(self, images: torch.Tensor, prompts) -> torch.Tensor:
-            return super().score(images, prompts) / 0 * 0
-
-    seen = Observation({"broken": Broken()}, {"coarse": Extractor(coarse, None)}, "coarse")
-    with pytest.raises(UserError, match=r"^rewards\.broken: NaN"):
-        seen.add(IMAGES, PLACES)
+def test_batches_do_not_matter() -> None:
+    assert accumulate(1, 7, 20).compute() == pytest.approx(accumulate().compute(), rel=1e-9)
 
 
-def test_the_record_is_made_of_the_measures() -> None:
-    found, reference = observe(11), references()
-    prompts = [prompt.id for prompt, _ in PLACES]
+def test_merged_state_equals_one_accumulator() -> None:
+    merged = accumulate(start=14)
+    middle = accumulate(11, start=5, stop=14)
+    middle.merge_state(accumulate(stop=5))
+    merged.merge_state(middle)
+    assert merged.compute() == pytest.approx(accumulate().compute(), rel=1e-9)
+    assert np.array_equal(merged.kid.arrays()[0], coarse(IMAGES).numpy()), "images of the argument come first"
+
+
+def test_nan_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"^rewards\.undefined: NaN"):
+        measure(IMAGES, PROMPTS, {"undefined": Undefined()}, EXTRACTORS)
+
+
+def test_record_holds_the_metrics() -> None:
+    record, reference = accumulate(11).compute(), references()
     x, embeds = coarse(IMAGES).numpy(), fine(IMAGES).numpy()
-    assert found["images"] == 24
-    assert found["fid"] == pytest.approx(frechet_distance(gaussian(x), reference["coarse"].gaussian))
-    expected = kernel_distance(x, reference["coarse"].features, prompts).flat("kid")
-    expected |= clip_distance(embeds, reference["fine"].features, prompts).flat("cmmd")
-    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert record["images"] == 24
+    assert record["fid"] == pytest.approx(frechet_distance(gaussian(x), reference["coarse"].gaussian))
+    expected = kid(x, reference["coarse"].features, PROMPTS).flat("kid")
+    expected |= cmmd(embeds, reference["fine"].features, PROMPTS).flat("cmmd")
+    assert {name: record[name] for name in expected} == pytest.approx(expected)
     values = image_stats(IMAGES.numpy())["saturation"]
-    assert (found["saturation"], found["saturation_std"]) == pytest.approx((values.mean(), values.std(ddof=1)))
-    assert found["brightness_low"] < found["brightness"] < found["brightness_high"]
+    assert (record["saturation"], record["saturation_std"]) == pytest.approx((values.mean(), values.std(ddof=1)))
+    assert record["brightness_low"] < record["brightness"] < record["brightness_high"]

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srpo.evaluation.bootstrap import Estimate, diversity, mean_interval, win_rate
+from srpo.evaluation.bootstrap import Estimate, mean_interval, win_rate
+from srpo.evaluation.diversity import diversity
 
 
 def test_bootstrap_draws_prompts() -> None:

@@ -1,14 +1,16 @@
-"""The Frechet distance against SciPy's matrix square root, and moments that do not care how they were fed."""
+"""The Frechet distance against SciPy's matrix square root, and moments that do not depend on batches."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import linalg
 
-from srpo.evaluation.frechet import Gaussian, Moments, frechet_distance, gaussian
+from srpo.evaluation.frechet import Gaussian, frechet_distance, gaussian
+from srpo.evaluation.metrics import FittedGaussian
 
 
 def textbook(one: Gaussian, other: Gaussian) -> float:
@@ -51,11 +53,11 @@ def test_known_values() -> None:
 @settings(max_examples=40, deadline=None)
 def test_streaming_equals_one_batch(cuts: list[int], offset: float) -> None:
     features = np.random.default_rng(0).normal(size=(50, 5)) + offset
-    moments = Moments()
+    fit = FittedGaussian(5)
     for part in np.split(features, sorted(cuts)):
-        moments.add(part)
-    found = moments.gaussian()
-    assert moments.count == 50
+        fit.update(torch.from_numpy(part))
+    found = fit.gaussian()
+    assert fit.moments[0] == 50
     assert np.allclose(found.mean, features.mean(axis=0), rtol=1e-14)
     # plain sums of squares in float64 would be off by 1e-6 at this offset
     assert np.allclose(found.covariance, np.cov(features, rowvar=False), rtol=1e-9, atol=1e-9)

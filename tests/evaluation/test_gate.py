@@ -10,10 +10,11 @@ import torch
 
 from srpo.config.loader import load_params
 from srpo.config.schema import GateParams
+from srpo.data.metric_keys import IMAGE_STATS
 from srpo.data.records import read_gate, read_metrics
 from srpo.evaluation.bootstrap import Estimate, win_rate
 from srpo.evaluation.gate import HACKING, best_guidance, image_stat_shifts, judge_round, unbacked_gain
-from srpo.evaluation.image_stats import IMAGE_STATS, image_stats
+from srpo.evaluation.image_stats import image_stats
 from srpo.rounds import Round, RoundFiles
 from srpo.stages.base import pin_base
 from srpo.stages.evaluate import evaluate

@@ -1,4 +1,4 @@
-"""The looks of pictures whose looks are known."""
+"""Statistics of images whose statistics are known."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import colorsys
 import numpy as np
 import pytest
 
-from srpo.evaluation.image_stats import IMAGE_STATS, image_stats
+from srpo.data.metric_keys import IMAGE_STATS
+from srpo.evaluation.image_stats import image_stats
 
 
 def one(pixels: np.ndarray) -> dict[str, float]:
-    """Looks of uint8 [height, width, 3]."""
+    """Statistics of uint8 [height, width, 3]."""
     return {name: float(values[0]) for name, values in image_stats(pixels.transpose(2, 0, 1)[None]).items()}
 
 

@@ -9,7 +9,7 @@ import pytest
 from cleanfid import fid
 
 from srpo.evaluation import kernel
-from srpo.evaluation.kernel import clip_distance, kernel_distance, paired_kernel_distance
+from srpo.evaluation.kernel import cmmd, kid, paired_kid
 
 
 def cubic(x: np.ndarray, y: np.ndarray) -> float:
@@ -41,7 +41,7 @@ def sets() -> tuple[np.ndarray, np.ndarray]:
     return rng.normal(size=(24, 6)) + 0.5, rng.normal(size=(17, 6))
 
 
-@pytest.mark.parametrize(("distance", "k"), [(kernel_distance, cubic), (clip_distance, rbf)])
+@pytest.mark.parametrize(("distance", "k"), [(kid, cubic), (cmmd, rbf)])
 def test_equals_written_out_sums(sets, distance, k, monkeypatch) -> None:
     monkeypatch.setattr(kernel, "BLOCK", 5)  # blocks that cut through sets and prompts
     (x, y), names = sets, np.array(groups(24, 3))
@@ -57,34 +57,34 @@ def test_equals_written_out_sums(sets, distance, k, monkeypatch) -> None:
 def test_kid_equals_clean_fids(sets) -> None:
     # of equal sets no larger than a subset, each of clean-fid's random subsets is the whole set
     x, y = sets[0][:17], sets[1]
-    assert kernel_distance(x, y, groups(17, 1)).value == pytest.approx(fid.kernel_distance(x, y, num_subsets=3))
+    assert kid(x, y, groups(17, 1)).value == pytest.approx(fid.kernel_distance(x, y, num_subsets=3))
 
 
 def test_image_order_does_not_matter(sets) -> None:
     (x, y), names = sets, np.array(groups(24, 3))
     order = np.random.default_rng(1).permutation(24)
-    assert np.allclose(kernel_distance(x, y, names), kernel_distance(x[order], y[::-1], names[order]), atol=1e-12)
+    assert np.allclose(kid(x, y, names), kid(x[order], y[::-1], names[order]), atol=1e-12)
 
 
 def test_paired_kid_leaves_pairs_out(sets) -> None:
     x = sets[0]
-    assert paired_kernel_distance(x, x) == 0
+    assert paired_kid(x, x) == 0
     y = x + np.random.default_rng(2).normal(size=x.shape)
     pairs = [(i, j) for i in range(24) for j in range(24) if i != j]
     by_hand = np.mean([cubic(x[i], x[j]) + cubic(y[i], y[j]) - 2 * cubic(x[i], y[j]) for i, j in pairs])
-    assert paired_kernel_distance(x, y) == pytest.approx(by_hand)
+    assert paired_kid(x, y) == pytest.approx(by_hand)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5])
 def test_interval_coverage(shift: float) -> None:
-    """Also when pictures of a prompt are alike: 95 % is asked for, and 40 prompts are few."""
+    """95 % is the aim, with few prompts (40) whose images are alike."""
     found = []
     for seed in range(200):
         rng = np.random.default_rng(seed)
         x = np.repeat(rng.normal(size=(40, 4)), 3, axis=0) * 0.7 + rng.normal(size=(120, 4)) * 0.7 + shift
-        found.append(kernel_distance(x, rng.normal(size=(100, 4)), groups(120, 3)))
+        found.append(kid(x, rng.normal(size=(100, 4)), groups(120, 3)))
     truth = np.mean([estimate.value for estimate in found])
     held = np.mean([estimate.low <= truth <= estimate.high for estimate in found])
     assert 0.88 <= held <= 1.0
-    if shift:  # a degenerate statistic's jackknife is wider than it need be, this one's is not
+    if shift:  # the jackknife of a degenerate statistic is too wide, this one's is not
         assert held < 0.99

@@ -85,7 +85,7 @@ def test_no_identity_no_cache(tmp_path: Path) -> None:
 def test_image_sizes_may_differ(tmp_path: Path) -> None:
     mixed = load_reference(write(tmp_path / "m.parquet", sizes=(8, 6, 12, 8)), Eyes().extractor, tmp_path / "cache")
     assert mixed.features.shape == (4, 12)
-    with pytest.raises(UserError, match="2 reference pictures are too few"):
+    with pytest.raises(UserError, match="2 reference images are too few"):
         load_reference(write(tmp_path / "f.parquet", sizes=(8, 8)), Eyes().extractor, tmp_path / "cache")
     parquet.write_table(tmp_path / "n.parquet", [{"text": "x"}], {"text": pa.string()})
     with pytest.raises(UserError, match=r"n\.parquet: has no column 'image'"):

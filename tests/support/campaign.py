@@ -16,11 +16,11 @@ from safetensors.numpy import save_file
 from srpo.config.loader import STAGES_WITH_OVERRIDES, Params, load_params
 from srpo.data import parquet
 from srpo.data.images import encode_png
+from srpo.data.metric_keys import IMAGE_STATS
 from srpo.data.records import read_sweep
 from srpo.data.schemas import CANDIDATE_FIELDS, IDENTITY_FIELDS, IMAGE
 from srpo.evaluation.bootstrap import Estimate
 from srpo.evaluation.gate import best_guidance, image_stat_shifts, judge_round
-from srpo.evaluation.image_stats import IMAGE_STATS
 from srpo.lineage.record import WEIGHTS_FILE, read_lineage
 from srpo.rounds import BASE, Round, RoundFiles, ancestors
 from srpo.stages.select import select
@@ -119,7 +119,7 @@ def write_evaluation(params: Params, root: Path, key: str, size: int = 16, shift
         roles = (dict.fromkeys(params.reward_names(role), win) for role in ("judge", "select"))
         gate = judge_round(params.gate, sweep, base, *roles)
         best = win._asdict() | {"guidance": 1.5, "base_guidance": 3.0}
-        gate["pictures_at"] = {"guidance": float(best_guidance(sweep, "fid")), "base_guidance": 3.0}
+        gate["best_fid"] = {"guidance": float(best_guidance(sweep, "fid")), "base_guidance": 3.0}
         gate["win_rate"] = {
             name: {"best": best, "base": win._asdict(), "parent": win._asdict()} for name in params.rewards
         }
