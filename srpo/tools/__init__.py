@@ -1,1 +1,1 @@
-"""Commands that need no project."""
+"""Tools that work without a project."""

@@ -1,4 +1,4 @@
-"""`srpo score-images`: any folder of pictures, any rewards, no project needed."""
+"""`srpo score-images`: score a folder of images with any rewards; no project is needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from srpo.config.loader import PARAMS_FILE, load_params
 from srpo.config.schema import RewardParams, RuntimeParams
 from srpo.data.prompts import load_prompts
-from srpo.errors import UserError
+from srpo.errors import UserError, one_line
 from srpo.rewards.families import FAMILIES, find_family
 
 if TYPE_CHECKING:
@@ -29,25 +29,25 @@ BATCH = 16
 def score_folder(
     folder: Path, rewards: Sequence[str], prompts: Path | None, prompt: str | None, out: Path
 ) -> pl.DataFrame:
-    """Score every picture of `folder` itself, write the scores to `out`, print a table of them.
+    """Score every image in `folder`, write the scores to `out`, print a table of them.
 
     Args:
-        folder: its png, jpg and webp files are read; folders in it are not.
+        folder: its png, jpg and webp files are read, subfolders are not.
         rewards: names in params.yaml, families with a published model, or `kind=model[@revision]`.
-        prompts: prompt file; the picture `<id>.png` or `<id>-<number>.png` belongs to its line `<id>`.
-        prompt: one prompt for all, instead of `prompts`.
-        out: parquet file, replaced when it exists.
+        prompts: prompt file; the image `<id>.png` or `<id>-<number>.png` belongs to its line `<id>`.
+        prompt: one prompt for all images, instead of `prompts`.
+        out: parquet file; replaced if it exists.
 
     Returns:
         file, prompt_id (null with `prompt`), prompt, a float32 column per reward, invalid (one flat color).
 
     Raises:
-        UserError: no pictures, a picture without prompt or unreadable, an unknown or failing reward.
+        UserError: no images, an image without prompt or unreadable, an unknown or failing reward.
     """
     if out.is_dir():
-        raise UserError(f"--out: {out} is a folder; name a parquet file")
+        raise UserError(f"--out: {out} is a folder; give the path of a parquet file")
     if blocking := next((part for part in out.absolute().parents if part.exists() and not part.is_dir()), None):
-        raise UserError(f"--out: {out} would lie in {blocking.name}, which is a file; name another")
+        raise UserError(f"--out: {blocking} is a file, not a folder; give another path")
     files = find_images(folder)
     rows = match_prompts(files, prompts, prompt)
     specs, runtime = reward_specs(rewards)
@@ -60,32 +60,32 @@ def score_folder(
     console.print(summary_table(table, list(specs)))
     invalid = table["invalid"].sum()
     note = f", {invalid} of one flat color" if invalid else ""
-    console.print(f"{table.height} pictures{note}; all scores: {out}", highlight=False, soft_wrap=True)
+    console.print(f"{table.height} images{note}; all scores: {out}", highlight=False, soft_wrap=True)
     return table
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The pictures of a folder, in name order.
+    """Return the image files of a folder, in name order.
 
     Raises:
-        UserError: no such folder, or none in it.
+        UserError: there is no such folder, or no image in it.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of pictures")
-    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
-    if not found:
-        raise UserError(f"{folder}: holds no picture; {', '.join(sorted(SUFFIXES))} are read")
-    return found
+        raise UserError(f"{folder}: no such folder")
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"{folder}: no images; {', '.join(sorted(SUFFIXES))} files are read")
+    return files
 
 
 def match_prompts(files: Sequence[Path], prompts: Path | None, prompt: str | None) -> list[dict[str, str | None]]:
-    """`prompt_id` and `prompt` of every file.
+    """Return `prompt_id` and `prompt` of every file.
 
     Raises:
-        UserError: not just one of the two sources is given, or a file fits no prompt of the prompt file.
+        UserError: not exactly one of the two sources is given, or the prompt file has no prompt for an image.
     """
     if (prompts is None) == (prompt is None):
-        raise UserError("--prompts: give a prompt file, or one --prompt for all pictures (and not both)")
+        raise UserError("--prompts: give either a prompt file, or one --prompt for all images")
     if prompts is None:
         return [{"prompt_id": None, "prompt": prompt}] * len(files)
     texts = {line.id: line.prompt for line in load_prompts(prompts)}
@@ -93,18 +93,18 @@ def match_prompts(files: Sequence[Path], prompts: Path | None, prompt: str | Non
     for file in files:
         key = file.stem if file.stem in texts else re.sub(r"-\d+$", "", file.stem)
         if key not in texts:
-            raise UserError(f"{file}: no prompt with id {key!r} in {prompts}; name pictures <id> or <id>-<number>")
+            raise UserError(f"{file}: no prompt with id {key!r} in {prompts}; name images <id> or <id>-<number>")
         rows.append({"prompt_id": key, "prompt": texts[key]})
     return rows
 
 
 def reward_specs(rewards: Sequence[str]) -> tuple[dict[str, RewardParams], RuntimeParams]:
-    """The sections that `--reward` arguments stand for, by column name, and the hardware settings to use.
+    """Return the sections that `--reward` arguments stand for, by column name, and the hardware settings.
 
-    params.yaml is read only when an argument is a bare name and the file exists.
+    params.yaml is read only if an argument is a bare name and the file exists.
 
     Raises:
-        UserError: an argument names no reward.
+        UserError: an argument is not a reward.
     """
     bare = [name for name in rewards if "=" not in name]
     params = load_params() if bare and Path(PARAMS_FILE).exists() else None
@@ -130,28 +130,28 @@ def _spec(text: str, kind: str, model: str, known: list[str]) -> RewardParams:
         find_family(kind)
         return RewardParams(kind=kind, model=model or None, revision=revision, role="judge")
     except UserError as error:
-        here = f"; {PARAMS_FILE} has {', '.join(known)}" if known else ""
-        raise UserError(f"--reward: {error}{here}") from None
+        of_params = f"; {PARAMS_FILE} has {', '.join(known)}" if known else ""
+        raise UserError(f"--reward: {error}{of_params}") from None
     except ValidationError:
-        raise UserError(f"--reward: {text!r} can't be read; write kind=model[@revision]") from None
+        raise UserError(f"--reward: {text!r} is not valid; write kind=model[@revision]") from None
 
 
 def summary_table(table: pl.DataFrame, rewards: Sequence[str]) -> Table:
-    """For the terminal, a line a reward: mean, spread, extremes and the files that have them."""
+    """Return a table for the terminal: per reward mean, standard deviation, extremes and their files."""
     from rich.table import Table
 
-    shown = Table(title=f"{table.height} pictures")
+    summary = Table(title=f"{table.height} images")
     for name in ("reward", "mean", "std", "min", "max", "best", "worst"):
-        shown.add_column(name, justify="left" if name in ("reward", "best", "worst") else "right", overflow="fold")
+        summary.add_column(name, justify="left" if name in ("reward", "best", "worst") else "right", overflow="fold")
     for name in rewards:
         finite = table.filter(pl.col(name).is_finite()).sort([name, "file"], descending=[True, False])
         if finite.is_empty():
-            shown.add_row(name, *["-"] * 6)
+            summary.add_row(name, *["-"] * 6)
             continue
         column = finite[name].cast(pl.Float64)
         numbers = (column.mean(), column.std(ddof=0), column.min(), column.max())
-        shown.add_row(name, *(f"{value:.3f}" for value in numbers), finite["file"][0], finite["file"][-1])
-    return shown
+        summary.add_row(name, *(f"{value:.3f}" for value in numbers), finite["file"][0], finite["file"][-1])
+    return summary
 
 
 def _score(
@@ -181,20 +181,20 @@ def _score(
 
 
 def _batches(files: list[Path]) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Runs of neighbours of one size, 16 at most: their places in `files`, and uint8 [n, height, width, 3]."""
+    """Yield runs of consecutive images of one size, at most 16: their indices, and uint8 [n, height, width, 3]."""
     for start in range(0, len(files), BATCH):
         part = range(start, min(start + BATCH, len(files)))
-        pictures = {i: read_image(files[i]) for i in part}
-        for _, group in groupby(part, key=lambda i: pictures[i].shape):
+        images = {i: read_image(files[i]) for i in part}
+        for _, group in groupby(part, key=lambda i: images[i].shape):
             places = list(group)
-            yield places, np.stack([pictures[i] for i in places])
+            yield places, np.stack([images[i] for i in places])
 
 
 def read_image(path: Path) -> np.ndarray:
-    """uint8 [height, width, 3], upright, transparent parts on white.
+    """Return uint8 [height, width, 3], rotated as its EXIF data says, transparent parts on white.
 
     Raises:
-        UserError: it is no readable picture.
+        UserError: it is not a readable image.
     """
     try:
         with Image.open(path) as file:
@@ -203,4 +203,4 @@ def read_image(path: Path) -> np.ndarray:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return np.asarray(image.convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable picture ({' '.join(str(error).split()):.120})") from None
+        raise UserError(f"{path}: not a readable image ({one_line(error):.120})") from None

@@ -15,7 +15,7 @@ def test_bootstrap_draws_prompts() -> None:
     rng = np.random.default_rng(0)
     per_prompt = rng.normal(size=60)
     names = [f"p{i // 5}" for i in range(300)]
-    copies = mean_interval(np.repeat(per_prompt, 5), names)  # five equal pictures know no more than one
+    copies = mean_interval(np.repeat(per_prompt, 5), names)  # five equal images know no more than one
     single = mean_interval(per_prompt, [f"p{i}" for i in range(60)])
     assert copies.high - copies.low == pytest.approx(single.high - single.low, rel=1e-9)
     blind = mean_interval(np.repeat(per_prompt, 5), [str(i) for i in range(300)])

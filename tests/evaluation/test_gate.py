@@ -105,7 +105,7 @@ def test_reward_hacking(reward, judges, hacked: bool) -> None:
 
 
 def test_reward_hacking_in_score_tables() -> None:
-    """60 prompts of 3 pictures: the reward rises with saturation, the judges score what they scored before."""
+    """60 prompts of 3 images: the reward rises with saturation, the judges score what they scored before."""
     rng, prompts = np.random.default_rng(1), [f"p{i // 3}" for i in range(180)]
     before = {name: rng.normal(size=180) for name in ("reward", "judge", "other")}
     after = {name: values + 0.3 * rng.normal(size=180) for name, values in before.items()}
@@ -143,7 +143,7 @@ def test_saturated_model_is_refused(world: Path, monkeypatch: pytest.MonkeyPatch
     module = sys.modules["srpo.stages.evaluate"]
     stand_ins = {"reward": Saturation(), "judge": Indifferent(), "accuracy": Indifferent()}
     monkeypatch.setattr(module, "load_pinned_rewards", lambda params, root: stand_ins)
-    monkeypatch.setattr(module, "require_weights", lambda files: None)  # base's own pictures, saturated below
+    monkeypatch.setattr(module, "require_weights", lambda files: None)  # base's own images, saturated below
     evaluate(Round.of(params, world, "base"))
     real = module.sample_images
 

@@ -17,7 +17,7 @@ from srpo.evaluation.inception import WEIGHTS_FILE, InceptionFeatures
 
 
 class StandIn(torch.nn.Module):
-    """In the layout of the real file: `layers` makes 2048 numbers of a normalised 299 x 299 picture."""
+    """In the layout of the real file: `layers` makes 2048 numbers of a normalized 299 x 299 image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,13 +37,13 @@ def weights(tmp_path: Path) -> Path:
 
 
 def test_features_equal_clean_fids(weights: Path, tmp_path: Path) -> None:
-    pictures = np.random.default_rng(0).integers(0, 255, (5, 40, 56, 3), dtype=np.uint8)
-    folder = tmp_path / "pictures"
+    images = np.random.default_rng(0).integers(0, 255, (5, 40, 56, 3), dtype=np.uint8)
+    folder = tmp_path / "images"
     folder.mkdir()
-    for i, pixels in enumerate(pictures):
+    for i, pixels in enumerate(images):
         Image.fromarray(pixels).save(folder / f"{i}.png")
     network = InceptionFeatures(torch.device("cpu"), weights)
-    ours = network.features(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    ours = network.features(torch.from_numpy(images).permute(0, 3, 1, 2))
     theirs = fid.get_folder_features(
         str(folder), network.model, num_workers=0, device=torch.device("cpu"), mode="clean", verbose=False
     )

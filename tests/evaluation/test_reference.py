@@ -31,8 +31,8 @@ class Eyes:
 
 def write(path: Path, seed: int = 0, sizes: tuple[int, ...] = (8,) * 10) -> Path:
     rng = np.random.default_rng(seed)
-    pictures = [rng.integers(0, 255, (size, size, 3), dtype=np.uint8) for size in sizes]
-    parquet.write_table(path, [{"image": encode_png(p)} for p in pictures], {"image": IMAGE})
+    images = [rng.integers(0, 255, (size, size, 3), dtype=np.uint8) for size in sizes]
+    parquet.write_table(path, [{"image": encode_png(p)} for p in images], {"image": IMAGE})
     return path
 
 

@@ -13,9 +13,9 @@ State = dict[str, torch.Tensor]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def normalised(pictures: list[np.ndarray]) -> torch.Tensor:
-    """float32 [n, 3, height, width] from uint8 [height, width, 3] pictures."""
-    scaled = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+def normalized(images: list[np.ndarray]) -> torch.Tensor:
+    """float32 [n, 3, height, width] from uint8 [height, width, 3] images."""
+    scaled = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
     return (scaled - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
@@ -32,7 +32,7 @@ def shortest_and_crop(pixels: np.ndarray, side: int, halve=int) -> np.ndarray:
 
 
 def longest_and_pad(pixels: np.ndarray, side: int) -> np.ndarray:
-    """PIL bicubic to `side` on the longest side, the rest black, picture in the middle."""
+    """PIL bicubic to `side` on the longest side, the rest black, image in the middle."""
     image = Image.fromarray(pixels)
     scale = side / max(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)

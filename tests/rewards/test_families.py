@@ -24,8 +24,8 @@ CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "a blue square", "a red circle", "very very " * 30]
 
 
-def pictures(height: int = SIDE, width: int = SIDE) -> list[np.ndarray]:
-    """Four soft random pictures: noise would make every resize look the same."""
+def make_images(height: int = SIDE, width: int = SIDE) -> list[np.ndarray]:
+    """Four soft random images: noise would make every resize look the same."""
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.uniform(0, 255, (4, 3, 5, 6))).float()
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 255)
@@ -46,8 +46,8 @@ def transformers_cosine(folder: Path, prepared: torch.Tensor) -> tuple[torch.Ten
 
 def test_clip_score(tmp_path: Path) -> None:
     folder = clip_folder(tmp_path / "clip")
-    cosine, _ = transformers_cosine(folder, formulas.normalised(pictures()))
-    found = ClipReward(str(folder), None, CPU).score(tensor(pictures()), PROMPTS)
+    cosine, _ = transformers_cosine(folder, formulas.normalized(make_images()))
+    found = ClipReward(str(folder), None, CPU).score(tensor(make_images()), PROMPTS)
     assert found.dtype == torch.float32
     assert torch.allclose(found, 100 * cosine, atol=1e-4)
     assert found.std() > 0.5, "the scores say nothing"
@@ -67,7 +67,7 @@ def test_clip_score(tmp_path: Path) -> None:
 )
 def test_clip_preprocessing(tmp_path: Path, settings: dict) -> None:
     folder = clip_folder(tmp_path / "clip", **settings)
-    images = tensor(pictures(SIDE, SIDE) if settings.get("do_resize") is False else pictures(50, 75))
+    images = tensor(make_images(SIDE, SIDE) if settings.get("do_resize") is False else make_images(50, 75))
     theirs = CLIPProcessor.from_pretrained(folder).image_processor(images, return_tensors="pt")["pixel_values"]
     reward = ClipReward(str(folder), None, CPU)
     off = (reward.encoder.preprocess(images, CPU) - theirs).abs()
@@ -80,21 +80,21 @@ def test_prompts_are_embedded_once(tmp_path: Path) -> None:
     real = reward.encoder.tokenizer
     reward.encoder.tokenizer = lambda texts, **options: seen.extend(texts) or real(texts, **options)
     for _ in range(2):
-        reward.score(tensor(pictures()), PROMPTS)
+        reward.score(tensor(make_images()), PROMPTS)
     assert sorted(seen) == sorted(set(PROMPTS))
 
 
 def test_pickscore(tmp_path: Path) -> None:
     folder = clip_folder(tmp_path / "pickscore")
-    wide = pictures(40, 61)
+    wide = make_images(40, 61)
     cosine, model = transformers_cosine(
-        folder, formulas.normalised([formulas.shortest_and_crop(one, SIDE) for one in wide])
+        folder, formulas.normalized([formulas.shortest_and_crop(one, SIDE) for one in wide])
     )
     reward = PickScore(str(folder), None, CPU)
     assert torch.allclose(reward.score(tensor(wide), PROMPTS), model.logit_scale.exp() * cosine, atol=0.05)
     assert torch.allclose(
-        reward.score(tensor(pictures()), PROMPTS),
-        model.logit_scale.exp() * transformers_cosine(folder, formulas.normalised(pictures()))[0],
+        reward.score(tensor(make_images()), PROMPTS),
+        model.logit_scale.exp() * transformers_cosine(folder, formulas.normalized(make_images()))[0],
         atol=1e-5,
     )
 
@@ -108,13 +108,13 @@ def test_hps(tmp_path: Path, family: type[HpsV2]) -> None:
     ).input_ids
     for model in (folder, folder / family.FAMILY.file):
         reward = family(str(model), None, CPU)
-        for pixels, tolerance in ((pictures(), 1e-5), (pictures(40, 61), 2e-3)):
-            prepared = formulas.normalised([formulas.longest_and_pad(one, SIDE) for one in pixels])
+        for pixels, tolerance in ((make_images(), 1e-5), (make_images(40, 61), 2e-3)):
+            prepared = formulas.normalized([formulas.longest_and_pad(one, SIDE) for one in pixels])
             expected = formulas.open_clip_cosine(state, prepared, ids)
             found = reward.score(tensor(pixels), PROMPTS)
             assert torch.allclose(found, expected, atol=tolerance), (found, expected)
             assert found.std() > 10 * tolerance
-    assert reward.features(tensor(pictures())).shape == (4, 24)
+    assert reward.features(tensor(make_images())).shape == (4, 24)
 
 
 def test_wrong_tensors_are_refused(tmp_path: Path) -> None:
@@ -143,12 +143,12 @@ def test_aesthetic(tmp_path: Path) -> None:
     folder = aesthetic_folder(tmp_path / "aesthetic")
     state = torch.load(folder / "sac+logos+ava1-l14-linearMSE.pth", weights_only=True)
     with torch.no_grad():
-        found = CLIPModel.from_pretrained(folder).eval().get_image_features(formulas.normalised(pictures()))
+        found = CLIPModel.from_pretrained(folder).eval().get_image_features(formulas.normalized(make_images()))
     embeds = getattr(found, "pooler_output", found)
     expected = formulas.mlp(embeds / embeds.norm(dim=-1, keepdim=True), state)
     reward = AestheticReward(str(folder), None, CPU)
-    assert torch.allclose(reward.score(tensor(pictures()), PROMPTS), expected, atol=1e-5)
-    assert torch.equal(reward.score(tensor(pictures()), PROMPTS), reward.score(tensor(pictures()), [""] * 4))
+    assert torch.allclose(reward.score(tensor(make_images()), PROMPTS), expected, atol=1e-5)
+    assert torch.equal(reward.score(tensor(make_images()), PROMPTS), reward.score(tensor(make_images()), [""] * 4))
     torch.save({name: value for name, value in state.items() if "7" not in name}, tmp_path / "short.pth")
     with pytest.raises(UserError, match=r"layers\.7\.weight"):
         AestheticReward(str(tmp_path / "short.pth"), None, CPU)
@@ -162,8 +162,8 @@ def test_imagereward(tmp_path: Path) -> None:
     )
     assert tokens.attention_mask.sum(dim=1).tolist() == [5, 5, 5, 35]
     reward = ImageReward(str(folder), None, CPU)
-    for pixels, tolerance in ((pictures(), 1e-5), (pictures(40, 61), 5e-2)):
-        prepared = formulas.normalised([formulas.shortest_and_crop(one, SIDE, round) for one in pixels])
+    for pixels, tolerance in ((make_images(), 1e-5), (make_images(40, 61), 5e-2)):
+        prepared = formulas.normalized([formulas.shortest_and_crop(one, SIDE, round) for one in pixels])
         expected = formulas.image_reward(state, prepared, tokens.input_ids, tokens.attention_mask)
         found = reward.score(tensor(pixels), PROMPTS)
         assert torch.allclose(found, expected, atol=tolerance), (found, expected)
@@ -188,7 +188,7 @@ def test_offline_and_not_cached(kind: str, tmp_path: Path, monkeypatch: pytest.M
 
 def test_half_precision(tmp_path: Path) -> None:
     folder = clip_folder(tmp_path / "pickscore")
-    full = PickScore(str(folder), None, CPU).score(tensor(pictures()), PROMPTS)
-    half = PickScore(str(folder), None, CPU, torch.float16).score(tensor(pictures()), PROMPTS)
+    full = PickScore(str(folder), None, CPU).score(tensor(make_images()), PROMPTS)
+    half = PickScore(str(folder), None, CPU, torch.float16).score(tensor(make_images()), PROMPTS)
     assert half.dtype == torch.float32
     assert torch.allclose(full, half, atol=0.05) and not torch.equal(full, half)

@@ -26,7 +26,7 @@ def tensor(pixels: np.ndarray) -> torch.Tensor:
 
 
 def allowed(side: int) -> int:
-    """Two roundings add up where a picture is enlarged."""
+    """Two roundings add up where a image is enlarged."""
     return 1 if side >= 224 else 2
 
 
@@ -62,7 +62,7 @@ def test_accelerator_path_matches_pil(height: int, width: int, monkeypatch: pyte
 def test_normalization_and_dtype() -> None:
     pixels = noisy(224, 224)
     found = Preprocess()(tensor(pixels), torch.device("cpu"))
-    assert torch.allclose(found, formulas.normalised([pixels]), atol=1e-5)
+    assert torch.allclose(found, formulas.normalized([pixels]), atol=1e-5)
     assert Preprocess()(tensor(pixels), torch.device("cpu"), torch.float16).dtype == torch.float16
 
 

@@ -13,7 +13,7 @@ from srpo.errors import UserError
 from srpo.rewards.loading import load_reward
 from tests.rewards import formulas
 from tests.rewards.checkpoints import PATCH, SIDE, clip_folder, llava_folder
-from tests.rewards.test_families import pictures, tensor
+from tests.rewards.test_families import make_images, tensor
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "a blue circle", "a red circle", "a circle"]
@@ -29,22 +29,22 @@ def test_vqascore_is_the_probability_of_yes(tmp_path: Path) -> None:
         LlavaForConditionalGeneration.from_pretrained(folder).eval(),
         AutoTokenizer.from_pretrained(folder),
     )
-    pixels, expected = formulas.normalised(pictures()), []
-    for prompt, picture in zip(PROMPTS, pixels, strict=True):
-        image = "<image> " * (SIDE // PATCH) ** 2
-        asked = f'USER : {image}Does this figure show "{prompt}" ? Please answer yes or no . ASSISTANT :'
+    pixels, expected = formulas.normalized(make_images()), []
+    for prompt, image in zip(PROMPTS, pixels, strict=True):
+        tokens = "<image> " * (SIDE // PATCH) ** 2
+        asked = f'USER : {tokens}Does this figure show "{prompt}" ? Please answer yes or no . ASSISTANT :'
         ids = torch.tensor([[tokenizer.convert_tokens_to_ids(word) for word in asked.replace('"', ' " ').split()]])
         with torch.no_grad():
-            logits = model(input_ids=ids, pixel_values=picture[None]).logits[0, -1]
+            logits = model(input_ids=ids, pixel_values=image[None]).logits[0, -1]
         expected.append((logits.exp() / logits.exp().sum())[tokenizer.convert_tokens_to_ids("Yes")])
-    found = load(folder).score(tensor(pictures()), PROMPTS)
+    found = load(folder).score(tensor(make_images()), PROMPTS)
     assert found.dtype == torch.float32 and ((found >= 0) & (found <= 1)).all()
     assert torch.allclose(found, torch.stack(expected), atol=1e-4)
     assert found.std() > 1e-4, "the scores say nothing"
 
 
 def test_score_does_not_depend_on_the_batch(tmp_path: Path) -> None:
-    reward, images = load(llava_folder(tmp_path / "llava")), tensor(pictures())
+    reward, images = load(llava_folder(tmp_path / "llava")), tensor(make_images())
     alone = torch.cat([reward.score(images[[i]], [PROMPTS[i]]) for i in range(4)])
     assert torch.equal(reward.score(images, PROMPTS), alone)
 

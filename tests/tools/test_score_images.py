@@ -19,15 +19,15 @@ PIXELS = np.random.default_rng(0).integers(0, 255, (6, SIZE, SIZE, 3), dtype=np.
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures of two prompts, in three formats and two sizes; the last is black."""
-    folder = tmp_path / "pictures"
+    """Images of two prompts, in three formats and two sizes; the last is black."""
+    folder = tmp_path / "images"
     folder.mkdir()
     Image.fromarray(PIXELS[0]).save(folder / "eval-0000.png")
     Image.fromarray(PIXELS[1]).save(folder / "eval-0001-0.webp", lossless=True)
     Image.fromarray(PIXELS[2]).save(folder / "eval-0001-12.PNG")
     Image.fromarray(PIXELS[3]).resize((48, 40)).save(folder / "eval-0001-2.jpg")
     Image.new("RGB", (SIZE, SIZE)).save(folder / "eval-0001-3.png")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     write_prompts(tmp_path / "prompts.jsonl", ["a red circle", "a blue square"], "eval")
     return folder
 
@@ -62,7 +62,7 @@ def test_folder_without_a_project(
     ordered = table.sort("clip")["file"].to_list()
     assert ordered[0] in shown and ordered[-1] in shown
     assert f"{table['clip'].mean():.3f}" in shown
-    assert "5 pictures, 1 of one flat color; all scores: found/scores.parquet" in shown
+    assert "5 images, 1 of one flat color; all scores: found/scores.parquet" in shown
 
 
 def test_reward_of_params_yaml(folder: Path, world: Path) -> None:
@@ -106,30 +106,33 @@ def test_rotated_and_transparent_images(tmp_path: Path) -> None:
 
 BAD = {
     "no folder": (["nowhere", "--prompt", "x", "--reward", "clip"], "nowhere: no such folder"),
-    "no picture": (["empty", "--prompt", "x", "--reward", "clip"], "empty: holds no picture"),
-    "no prompt": (["pictures", "--reward", "clip"], "--prompts: give a prompt file, or one --prompt"),
-    "both": (["pictures", "--reward", "clip", "--prompt", "x", "--prompts", "prompts.jsonl"], "and not both"),
-    "no reward": (["pictures", "--prompt", "x"], "--reward"),
+    "no image": (["empty", "--prompt", "x", "--reward", "clip"], "empty: no images"),
+    "no prompt": (["images", "--reward", "clip"], "--prompts: give either a prompt file, or one --prompt"),
+    "both": (
+        ["images", "--reward", "clip", "--prompt", "x", "--prompts", "prompts.jsonl"],
+        "give either a prompt file",
+    ),
+    "no reward": (["images", "--prompt", "x"], "--reward"),
     "unknown reward": (
-        ["pictures", "--prompt", "x", "--reward", "clap"],
+        ["images", "--prompt", "x", "--reward", "clap"],
         "--reward: unknown reward 'clap'; choose one of clip,",
     ),
-    "unknown kind": (["pictures", "--prompt", "x", "--reward", "clap=m"], "--reward: unknown reward 'clap'"),
+    "unknown kind": (["images", "--prompt", "x", "--reward", "clap=m"], "--reward: unknown reward 'clap'"),
     "no model": (
-        ["pictures", "--prompt", "x", "--reward", "templates"],
+        ["images", "--prompt", "x", "--reward", "templates"],
         "templates has no published model; write templates=model",
     ),
     "missing model": (
-        ["pictures", "--prompt", "x", "--reward", "clip=./nowhere"],
+        ["images", "--prompt", "x", "--reward", "clip=./nowhere"],
         "rewards.clip: can't load './nowhere'",
     ),
-    "missing prompt file": (["pictures", "--prompts", "no.jsonl", "--reward", "clip"], "no.jsonl: no such prompt file"),
+    "missing prompt file": (["images", "--prompts", "no.jsonl", "--reward", "clip"], "no.jsonl: no such prompt file"),
     "prompt of no line": (
         ["others", "--prompts", "prompts.jsonl", "--reward", "clip"],
         "others/x-1.png: no prompt with id 'x' in prompts.jsonl",
     ),
-    "broken picture": (["broken", "--prompt", "x", "--reward", "CLIP"], "broken/a.png: not a readable picture"),
-    "folder as out": (["pictures", "--prompt", "x", "--reward", "clip", "--out", "empty"], "--out: empty is a folder"),
+    "broken image": (["broken", "--prompt", "x", "--reward", "CLIP"], "broken/a.png: not a readable image"),
+    "folder as out": (["images", "--prompt", "x", "--reward", "clip", "--out", "empty"], "--out: empty is a folder"),
 }
 
 
