@@ -22,6 +22,7 @@ from srpo.config.schema import (
     TrackingParams,
     TrainParams,
 )
+from srpo.data.metric_keys import name_conflict
 from srpo.errors import UserError
 from srpo.rewards.families import FAMILIES, find_family
 
@@ -60,8 +61,10 @@ class Params(Section):
                 raise ValueError(f"rewards.{name}.kind: {error}") from None
             if spec.kind in FAMILIES and spec.model is None:
                 raise ValueError(f"rewards.{name}.model: missing; {spec.kind} has no published model, so name one")
-            if not name.isidentifier() or name in RESERVED_COLUMNS:
+            if not name.isidentifier():
                 raise ValueError(f"rewards.{name}: not usable as a column name; rename the reward")
+            if conflict := name_conflict(name, self.rewards):
+                raise ValueError(f"rewards.{name}: {conflict} has this name; rename the reward")
         roles = {spec.role for spec in self.rewards.values()}
         if roles != {"select", "judge"}:
             raise ValueError("rewards: needs at least one with role select and one with role judge")
@@ -104,15 +107,6 @@ class Params(Section):
     def reward_names(self, role: str) -> list[str]:
         """Names of the rewards with this role (`select` or `judge`), in file order."""
         return [name for name, spec in self.rewards.items() if spec.role == role]
-
-
-RESERVED_COLUMNS = {
-    "candidate_id", "prompt_id", "prompt", "index", "seed", "image", "latents", "steps", "guidance",
-    "preview_scores", "stopped_at", "would_stop_at", "audited",
-    "margin", "weight", "loser_id", "selection_score", "invalid", "file",
-    "images", "fid", "kid", "cmmd", "diversity", "drift", "drift_kid", "verdict", "finding",
-    "saturation", "contrast", "edge_density", "color_entropy", INCEPTION,
-}  # fmt: skip
 
 
 def load_params(path: Path | str = PARAMS_FILE) -> Params:

@@ -1,33 +1,40 @@
-"""The keys of evaluation records, from which reserved reward names are derived."""
+"""Keys of evaluation records, and the reward names that would collide with them or with columns of datasets."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
 IMAGE_STATS = ("saturation", "contrast", "edge_density", "color_entropy")
-"""Statistics of single images; each has `<name>_std` beside it."""
+"""Statistics of single images; guidance.csv has `<name>_std` beside each."""
 
-INTERVALS = ("_low", "_high")
-DISTANCES = ("fid", "kid", "cmmd", "diversity")
-HEADLINE = ("guidance", "images", *DISTANCES, "drift", "drift_kid", "verdict", "finding")
+INTERVAL_SUFFIXES = ("_low", "_high")
+IMAGE_SET_METRICS = ("fid", "kid", "cmmd", "diversity")
+HEADLINE = ("guidance", "images", *IMAGE_SET_METRICS, "drift", "drift_kid", "verdict", "finding")
 """Keys of metrics.json besides those of rewards."""
 
-OF_A_REWARD = (*INTERVALS, "_win_rate", "_win_rate_low", "_win_rate_high")
-"""Suffixes of the keys that evaluation makes from a reward's name."""
+REWARD_SUFFIXES = (*INTERVAL_SUFFIXES, "_win_rate", "_win_rate_low")
+"""Suffixes of the keys that an evaluation adds to a reward's name."""
 
 RESERVED_KEYS = frozenset(
     [
         *HEADLINE,
-        *(name + suffix for name in DISTANCES for suffix in INTERVALS),
+        *(name + suffix for name in IMAGE_SET_METRICS for suffix in INTERVAL_SUFFIXES),
         *(name + suffix for name in IMAGE_STATS for suffix in ("", "_std")),
+        "inception",  # an extractor of features, as judges are
+        "file",  # a column of score-images
     ]
 )
-"""Keys that every evaluation has, whatever its rewards are named."""
+"""Keys of every evaluation, whatever its rewards."""
 
 
-def key_conflict(name: str, rewards: Collection[str]) -> str | None:
-    """Return what the reward name `name` collides with: a key of every evaluation or of another reward; else None."""
+def name_conflict(name: str, rewards: Collection[str]) -> str | None:
+    """Return what has the name of the reward `name` already, a column, metric or other reward's metric; else None."""
+    from srpo.data.schemas import RESERVED
+
+    if name in RESERVED:
+        return "a column of the datasets"
     if name in RESERVED_KEYS:
-        return "a metric has this name"
-    other = next((reward for reward in rewards for suffix in OF_A_REWARD if name == reward + suffix), None)
-    return f"a metric of the reward {other!r} has this name" if other else None
+        return "a metric of every evaluation"
+    others = (reward for reward in rewards for suffix in REWARD_SUFFIXES if name == reward + suffix)
+    other = next(others, None)
+    return f"a metric of reward {other!r}" if other else None

@@ -85,7 +85,11 @@ BAD = {
         "evaluate.features: 'reward' is not a reward with role judge",
     ),
     "Inception and no CLIP": ("features: judge", "features: inception", "evaluate.clip_features: name a judge"),
-    "a reward named as a measure": ("  accuracy: {kind", "  fid: {kind", "rewards.fid: not usable as a column name"),
+    "a reward named as a metric": (
+        "  accuracy: {kind",
+        "  fid: {kind",
+        "rewards.fid: a metric of every evaluation has this name; rename the reward",
+    ),
     "unknown parent": ('parent: "002"', 'parent: "007"', "003.parent: there is no round '007'"),
     "cyclic parents": ('"001":\n    parent: base', '"001":\n    parent: "003"', "the parents run in a circle"),
     "unquoted round": ('"003":', "003:", 'quote it, as in "003"'),
