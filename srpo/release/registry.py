@@ -271,7 +271,8 @@ def version_tags(round: Round, known: list[ModelVersion]) -> dict[str, str]:
     lineage = read_lineage(round.files)
     parent = _find(known, lineage["parent_adapter"]) if lineage["parent_adapter"] else None
     record = round_record(round)
-    tags = {name: value for name, value in record.tags.items() if name.startswith(("srpo.", "dvc."))} | {
+    known_tags = record.tags if record else {}
+    tags = {name: value for name, value in known_tags.items() if name.startswith(("srpo.", "dvc."))} | {
         "srpo.round": round.key,
         "srpo.parent": lineage["parent"],
         "srpo.parent_version": number(parent) if parent else "none",
