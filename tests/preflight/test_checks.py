@@ -157,7 +157,7 @@ def test_an_sdxl_round_has_its_price(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "at 40% of the bf16 peak, assumed: NVIDIA H100 80GB HBM3 11.4 (generate 82%" in rounds[0].text
     monkeypatch.setattr(checks, "_devices", lambda: [("NVIDIA GeForce RTX 4090", 25.0)])
     assert checks._costs(params, tmp_path, 4000, 1000)[0].state == "warn"
-    monkeypatch.setattr(checks, "_devices", lambda: [])
+    monkeypatch.setattr(checks, "_devices", list)
     assert "H200" in checks._costs(params, tmp_path, 4000, 1000)[3].text
     assert checks._costs(params, tmp_path, 10**7, 1000)[1].state == "fail"
 
