@@ -60,18 +60,14 @@ class Decision:
 
 
 def model_name(params: Params, campaign: Campaign) -> str:
-    """Return the name of the campaign's registered model, which its tags tell apart from other projects' models.
+    """Return the name of the campaign's registered model.
 
-    A new model is called `<experiment>-<campaign>`, without characters that MLflow refuses; if another project's model
-    has this name, the project's identity is added.
+    It is `<experiment>-<campaign>`, without characters that MLflow refuses, and with the project's identity added if
+    the model of this name is another project's.
     """
-    client = campaign.client
-    for model in client.search_registered_models(f"tags.`{PROJECT}` = '{campaign.project}'"):
-        if model.tags.get(CAMPAIGN) == campaign.name:
-            return model.name
     name = re.sub(r"[/:%.\"']", "-", f"{params.tracking.experiment}-{campaign.name}")
-    taken = client.search_registered_models(f"name = '{name}'")
-    return f"{name}-{campaign.project}" if taken else name
+    models = campaign.client.search_registered_models(f"name = '{name}'")
+    return f"{name}-{campaign.project}" if models and models[0].tags.get(PROJECT) != campaign.project else name
 
 
 def check(round: Round, override: str | None = None) -> str:
@@ -271,7 +267,8 @@ def version_tags(round: Round, known: list[ModelVersion]) -> dict[str, str]:
     lineage = read_lineage(round.files)
     parent = _find(known, lineage["parent_adapter"]) if lineage["parent_adapter"] else None
     record = round_record(round)
-    tags = {name: value for name, value in record.tags.items() if name.startswith(("srpo.", "dvc."))} | {
+    known_tags = record.tags if record else {}
+    tags = {name: value for name, value in known_tags.items() if name.startswith(("srpo.", "dvc."))} | {
         "srpo.round": round.key,
         "srpo.parent": lineage["parent"],
         "srpo.parent_version": number(parent) if parent else "none",

@@ -39,8 +39,7 @@ def live(round: Round) -> Iterator[Curve]:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         raise
     finally:
-        if curve.is_open:
-            attempt("end of the live curve", lambda: curve.close(status))
+        attempt("end of the live curve", lambda: curve.close(status))
 
 
 class Curve:
@@ -52,10 +51,6 @@ class Curve:
         self._monitor: SystemMetricsMonitor | None = None
         self._uri = self._run_id = ""
         self._known: set[int] = set()
-
-    @property
-    def is_open(self) -> bool:
-        return self._client is not None
 
     def open(self) -> None:
         """Start a run in MLflow, or continue the one of this training if it died."""
@@ -90,6 +85,8 @@ class Curve:
         import mlflow
 
         client, self._client = self._client, None
+        if client is None:
+            return
         if self._monitor:
             self._monitor.finish()
         with as_default(self._uri):

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,16 +74,16 @@ def sync_campaign(params: Params, root: Path, rebuild: bool = False) -> bool:
 
 
 def _sync(rounds: list[Round], stage: bool = False, rebuild: bool = False) -> bool:
-    failed: list[Round] = []
+    done: list[bool] = []
 
     def work() -> None:
         with opened(rounds[0].params, rounds[0].root) as campaign:
             if rebuild:
                 campaign.delete()
             campaign.end_dead_runs()
-            failed.extend(r for r in rounds if not attempt(f"round {r.key}", lambda r=r: campaign.sync(r, stage)))
+            done.extend(attempt(f"round {round.key}", partial(campaign.sync, round, stage)) for round in rounds)
 
-    return not rounds or (attempt("campaign", work) and not failed)
+    return not rounds or (attempt("campaign", work) and all(done))
 
 
 @contextlib.contextmanager
@@ -131,7 +131,7 @@ class Campaign:
     def runs_of(self, key: str) -> list[Run]:
         """Return the runs of a round that are not deleted, the current one first, then newest first."""
         runs = [run for run in self.runs if run.data.tags.get(ROUND) == key and _is_active(run)]
-        return sorted(reversed(runs), key=lambda run: run.data.tags.get(CURRENT) != "true")
+        return sorted(runs, key=lambda run: (run.data.tags.get(CURRENT) == "true", run.info.start_time), reverse=True)
 
     def sync(self, round: Round, stage: bool = False, run: Run | None = None) -> None:
         """Add to the round's run, and to the campaign's curves, what they lack.
@@ -145,9 +145,11 @@ class Campaign:
             return
         identity = value_digest([self.name, round.key, record.weights])[:16]
         record.tags[IDENTITY] = identity
-        run = run or self._find(round, identity) or self._create_round(round, identity)
+        run = run or self._find(round, identity)
+        is_new = stage or run is None
+        run = run or self._create_round(round, identity)
         self._complete(run, record)
-        self._make_current(run, stage)
+        self._make_current(run, is_new)
         if not self.is_copy:
             self._log_curve(round)
 
@@ -199,7 +201,7 @@ class Campaign:
     def _find(self, round: Round, identity: str) -> Run | None:
         """Find the run of these weights, or of a training that made them while MLflow was out of reach."""
         if same := [run for run in self.runs if run.data.tags.get(IDENTITY) == identity]:
-            return self._pick(same)
+            return self._pick(sorted(same, key=lambda run: run.data.tags.get(CURRENT) != "true"))
         ended = None if round.key == BASE else self._ended_training(round, training_identity(round))
         return self._pick([ended]) if ended else None
 
@@ -237,7 +239,8 @@ class Campaign:
         for name, path in record.artifacts.items():
             if marks[name] not in logged:
                 self.client.log_artifact(run_id, str(path), str(Path(name).parent) if "/" in name else None)
-        inputs = {(item.dataset.name, item.dataset.digest) for item in run.inputs.dataset_inputs}
+        known = run.inputs.dataset_inputs if run.inputs else []
+        inputs = {(item.dataset.name, item.dataset.digest) for item in known}
         if datasets := [_dataset(*item) for item in record.datasets.items() if item not in inputs]:
             self.client.log_inputs(run_id, datasets=datasets)
         metrics = []
@@ -268,7 +271,8 @@ class Campaign:
         from mlflow.entities import Metric
 
         known: dict[tuple[str, int], set[str]] = {}
-        for name in {name for name, _, _ in points} & set(run.data.metrics):
+        last = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        for name in {name for name, _, step in points if step <= last.get(name, -1)}:
             for point in self.client.get_metric_history(run.info.run_id, name):
                 known.setdefault((name, point.step), set()).add(_shown(point.value))
         missing = []
@@ -278,10 +282,10 @@ class Campaign:
                 missing.append(Metric(name, value, run.info.start_time + step + len(there), step))
         return missing
 
-    def _make_current(self, run: Run, stage: bool) -> None:
+    def _make_current(self, run: Run, is_new: bool) -> None:
         runs = self.runs_of(run.data.tags[ROUND])
         current = [other for other in runs if other.data.tags.get(CURRENT) == "true"]
-        if self.is_copy or (current and not stage) or [other.info.run_id for other in current] == [run.info.run_id]:
+        if self.is_copy or (current and not is_new) or [other.info.run_id for other in current] == [run.info.run_id]:
             return
         self.client.set_tag(run.info.run_id, CURRENT, "true")
         for other in current:
@@ -309,7 +313,7 @@ class Campaign:
         return run
 
     def _pick(self, runs: list[Run]) -> Run:
-        """Return the oldest run that is not deleted; if all are, restore the oldest."""
+        """Return the first run that is not deleted; if all are, restore the first."""
         run = next(filter(_is_active, runs), runs[0])
         if not _is_active(run):
             self.client.restore_run(run.info.run_id)

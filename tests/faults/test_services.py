@@ -1,8 +1,10 @@
-"""MLflow behind a bad line: slow, gone in the middle, or losing the answers to what it did. Nothing is there twice."""
+"""MLflow on a bad connection: slow, interrupted, or losing its answers. Nothing is recorded twice."""
 
 from __future__ import annotations
 
+import csv
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,15 +13,17 @@ from mlflow import MlflowClient
 
 from srpo.config.loader import Params, load_params
 from srpo.errors import UserError
-from srpo.release.registry import Decision, model_name, promote, versions
+from srpo.release.registry import Decision, promote, versions
 from srpo.rounds import Round
 from srpo.stages.report import report
 from srpo.storage.json_files import write_json
-from srpo.tracking import sync
+from srpo.tracking.connection import SETTINGS
+from srpo.tracking.live import live
+from srpo.tracking.sync import sync_campaign, sync_round
 from tests.support.campaign import build_campaign
 from tests.support.proxy import Proxy
 from tests.support.servers import free_port, mlflow_server
-from tests.tracking.test_sync import story_of
+from tests.tracking.test_sync import log_rows, story_of
 
 pytestmark = pytest.mark.slow
 AUTO = Decision("auto", "tests say so")
@@ -45,7 +49,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def sound_line(line: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in sync.QUIET.items():
+    for name, value in SETTINGS.items():
         monkeypatch.setenv(name, value)
     line.delay, line.down, line.loses = 0.0, False, lambda number: False
 
@@ -58,57 +62,57 @@ def params_for(project: Path, line: Proxy, experiment: str) -> Params:
     return load_params(project / "params.yaml")
 
 
-def told(params: Params) -> dict:
+def records_of(params: Params) -> dict:
     return story_of(MlflowClient(tracking_uri=params.tracking.uri), params.tracking.experiment)
 
 
 @pytest.fixture(scope="module")
 def wanted(line: Proxy, project: Path) -> tuple[dict, int]:
-    """What an undisturbed server tells in the end, and how many answers that took."""
+    """Return the records of an undisturbed synchronization, and the number of its requests."""
     params, before = params_for(project, line, "undisturbed"), line.answers
-    assert sync.sync(params, project)
-    return told(params), line.answers - before
+    assert sync_campaign(params, project)
+    return records_of(params), line.answers - before
 
 
 def moments(count: int) -> list[int]:
     return sorted(random.Random(3).sample(range(1, count), min(MOMENTS, count - 1)))
 
 
-def test_a_slow_server_is_waited_for(line: Proxy, project: Path, wanted) -> None:
+def test_slow_server_gets_all(line: Proxy, project: Path, wanted) -> None:
     params = params_for(project, line, "slow")
     line.delay = 0.1
-    assert sync.sync(params, project)
+    assert sync_campaign(params, project)
     line.delay = 0.0
-    assert told(params) == wanted[0]
+    assert records_of(params) == wanted[0]
 
 
-def test_slow_server_is_one_warning(line: Proxy, project: Path, monkeypatch, caplog, wanted) -> None:
+def test_late_answers_are_one_warning(line: Proxy, project: Path, monkeypatch, caplog, wanted) -> None:
     params = params_for(project, line, "late")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     line.delay = 3.0
-    assert not sync.sync(params, project)
-    assert [record.getMessage().split("(")[0] for record in caplog.records if record.name == "srpo"] == [
+    assert not sync_campaign(params, project)
+    assert [record.getMessage().split("(")[0] for record in caplog.records if record.levelname == "WARNING"] == [
         "MLflow: campaign not recorded "
     ]
     line.delay = 0.0
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    assert sync.sync(params, project)
-    assert told(params) == wanted[0]
+    assert sync_campaign(params, project)
+    assert records_of(params) == wanted[0]
 
 
 @pytest.mark.parametrize("lost", ["one answer", "all from then on"])
-def test_lost_answers_lead_to_no_duplicates(line: Proxy, project: Path, wanted, lost: str) -> None:
+def test_lost_answers_are_repaired_without_repeats(line: Proxy, project: Path, wanted, lost: str) -> None:
     story, count = wanted
     for moment in moments(count):
         params, before = params_for(project, line, f"{lost} {moment}"), line.answers
         line.loses = lambda number, at=before + moment: number == at or (number > at and lost != "one answer")
-        sync.sync(params, project)
+        sync_campaign(params, project)
         line.loses = lambda number: False
-        assert sync.sync(params, project), f"answer {moment} of {count}"
-        assert told(params) == story, f"answer {moment} of {count}"
+        assert sync_campaign(params, project), f"answer {moment} of {count}"
+        assert records_of(params) == story, f"answer {moment} of {count}"
 
 
-def test_lost_answers_lead_to_one_version(line: Proxy, project: Path, wanted) -> None:
+def test_lost_answers_of_a_promotion_add_no_version(line: Proxy, project: Path, wanted) -> None:
     params, before = params_for(project, line, "promotion"), line.answers
     promote(Round.of(params, project, "001"), AUTO)
     for moment in moments(line.answers - before):
@@ -123,5 +127,25 @@ def test_lost_answers_lead_to_one_version(line: Proxy, project: Path, wanted) ->
         promote(Round.of(params, project, "002"), AUTO)
         found = {str(version.version): version.aliases for version in versions(params, project)}
         assert found == {"1": ["previous"], "2": ["champion"]}, f"answer {moment}"
-        client = MlflowClient(tracking_uri=params.tracking.uri)
-        assert client.get_model_version(model_name(params), "1").source.startswith("models:/")
+        assert all(version.source.startswith("models:/") for version in versions(params, project))
+
+
+def test_requests_of_a_round(line: Proxy, project: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(project, tmp_path / "project")
+    params = params_for(root, line, "requests")
+    round, later = Round.of(params, root, "001"), {"evaluation": tmp_path / "evaluation", "report": tmp_path / "report"}
+    assert sync_round(Round.of(params, root, "base"))
+    for name, place in later.items():
+        (round.files.folder / name).rename(place)
+    before = len(line.requests)
+    with live(round) as curve, round.files.training.open() as file:
+        log_rows(curve, [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)])
+    for name, place in later.items():
+        place.rename(round.files.folder / name)
+        assert sync_round(round)
+    requests = line.requests[before:]
+    assert len(requests) < 40, "\n".join(requests)
+    assert {"train/loss", "fid", "sweep/fid"} <= set(records_of(params)["round 001"]["metrics"])
+    before = len(line.requests)
+    assert sync_round(round)
+    assert len(line.requests) - before <= 3, "an unchanged round costs requests"

@@ -10,16 +10,20 @@ from collections.abc import Callable
 from types import TracebackType
 
 
+METHODS = (b"GET", b"POST", b"PUT", b"PATCH", b"DELETE")
+
+
 class Proxy:
     """Stands before a server on loopback.
 
     `delay` seconds pass before each piece of data goes on, either way. While `down`, connections are reset. `loses` is
     asked at every answer, by number from 1, whether it is lost: the server has done what it was asked, and the client
-    sees the connection end.
+    sees the connection end. `requests` are the method and path of each request so far.
     """
 
     def __init__(self, target: int) -> None:
         self.target, self.delay, self.down, self.answers = target, 0.0, False, 0
+        self.requests: list[str] = []
         self.loses: Callable[[int], bool] = lambda number: False
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -59,6 +63,8 @@ class Proxy:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
                 time.sleep(self.delay)
+                if not answers and data.split(b" ", 1)[0] in METHODS:
+                    self.requests.append(b" ".join(data.split(b" ", 2)[:2]).decode())
                 if answers and data.startswith(b"HTTP/"):  # the first piece of an answer
                     self.answers += 1
                     if self.loses(self.answers):

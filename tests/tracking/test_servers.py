@@ -1,4 +1,4 @@
-"""Real servers: MLflow that goes down in the middle of a round, and both servers on PostgreSQL."""
+"""Real servers: MLflow that stops in the middle of a round, and both servers on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import mlflow
 import pytest
 from mlflow import MlflowClient
 
 from srpo.config.loader import Params
 from srpo.rounds import Round, RoundFiles
-from srpo.tracking import sync
+from srpo.tracking.connection import as_default
+from srpo.tracking.live import live
+from srpo.tracking.sync import sync_campaign, sync_round
 from tests.support.campaign import build_campaign
 from tests.support.servers import free_port, kill, mlflow_server, prefect_server
 from tests.tracking.test_sync import params_of, story_of
@@ -28,15 +31,16 @@ POSTGRES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 
 
 def train_while_it_dies(params: Params, root: Path, server: subprocess.Popen, step: int) -> None:
-    """What `srpo train 001` does with MLflow, whose server is killed after a step."""
+    """Log a training as `srpo train 001` does, and kill MLflow's server after a step."""
     rows = list(csv.DictReader(RoundFiles(root, "001").training.open()))
-    with sync.live(Round.of(params, root, "001")) as curve:
+    with live(Round.of(params, root, "001")) as curve:
         for row in rows:
             curve.log({name: float(value) for name, value in row.items() if name != "step"}, int(row["step"]))
             if int(row["step"]) == step:
-                curve.flush()
+                with as_default(params.tracking.uri):
+                    mlflow.flush_async_logging()
                 kill(server)
-    sync.project(Round.of(params, root, "001"))
+    sync_round(Round.of(params, root, "001"))
 
 
 def down_in_the_middle(folder: Path, store: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -45,28 +49,26 @@ def down_in_the_middle(folder: Path, store: str, caplog: pytest.LogCaptureFixtur
     address = f"http://127.0.0.1:{port}"
     params = params_of(root, address)
     with mlflow_server(folder, port, store) as server:
-        assert sync.sync(params, root)
+        assert sync_campaign(params, root)
         client = MlflowClient(tracking_uri=address)
         wanted = story_of(client)
         assert {"tiny", "base", "round 001"} == set(wanted)
         assert "gate.json" in wanted["round 001"]["artifacts"], "artifacts did not pass through the server"
         assert not (root / "mlartifacts").exists() and (folder / "artifacts").is_dir()
         train_while_it_dies(params, root, server, step=10)
-    # select says at level INFO what it chose; which levels are kept depends on the tests before
-    told = [record for record in caplog.records if record.name == "srpo" and record.levelno >= logging.WARNING]
-    warnings = [record.getMessage() for record in told]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 2, warnings  # one for the curve, one for the stage's end
     assert all(text.startswith("MLflow: ") and "run `srpo track` later" in text for text in warnings)
     with mlflow_server(folder, port, store):
         experiment = client.get_experiment_by_name("srpo").experiment_id
-        (behind,) = client.search_runs([experiment], "tags.`srpo.round` = '001'")
-        assert len(client.get_metric_history(behind.info.run_id, "loss")) == 10, "the server was never behind"
-        assert sync.sync(params, root) and sync.sync(params, root)
+        (behind,) = client.search_runs([experiment], "attributes.status = 'RUNNING'")
+        assert len(client.get_metric_history(behind.info.run_id, "train/loss")) == 10, "nothing was lost"
+        assert sync_campaign(params, root) and sync_campaign(params, root)
         assert story_of(client) == wanted
 
 
 @pytest.mark.slow
-def test_a_server_that_dies_in_a_round_is_caught_up_with(
+def test_server_killed_in_a_round(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -101,7 +103,7 @@ def postgres() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_mlflow_on_postgresql_is_caught_up_with(
+def test_server_on_postgresql_killed_in_a_round(
     postgres: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -121,7 +123,7 @@ assert rounds() == ["generate", "score"]
 
 
 @pytest.mark.slow
-def test_prefect_on_postgresql_keeps_its_runs(postgres: str, tmp_path: Path) -> None:
+def test_prefect_on_postgresql_keeps_runs(postgres: str, tmp_path: Path) -> None:
     port = free_port()
     settings = {
         "PREFECT_HOME": str(tmp_path / "prefect"),
@@ -136,7 +138,7 @@ def test_prefect_on_postgresql_keeps_its_runs(postgres: str, tmp_path: Path) -> 
     assert [run["state_type"] for run in found] == ["COMPLETED"]
 
 
-def test_the_compose_file_keeps_to_loopback_and_holds_no_secret() -> None:
+def test_compose_is_on_loopback_without_secrets() -> None:
     from ruamel.yaml import YAML
 
     text = (REPO / "deploy" / "compose.yaml").read_text(encoding="utf-8")
@@ -156,7 +158,7 @@ def test_the_compose_file_keeps_to_loopback_and_holds_no_secret() -> None:
     assert ignored.returncode == 0
 
 
-def test_the_compose_file_pins_what_is_tested() -> None:
+def test_compose_pins_the_tested_versions() -> None:
     text = (REPO / "deploy" / "compose.yaml").read_text(encoding="utf-8")
     pins = dict(line.split("==") for line in (REPO / "constraints.txt").read_text().splitlines() if "==" in line)
     assert f"mlflow=={pins['mlflow']} psycopg2-binary=={pins['psycopg2-binary']}" in text
@@ -164,7 +166,7 @@ def test_the_compose_file_pins_what_is_tested() -> None:
     assert f"image: srpo-mlflow:{pins['mlflow']}" in text and ":latest" not in text
 
 
-def test_docker_reads_the_compose_file() -> None:
+def test_docker_reads_compose() -> None:
     if not shutil.which("docker") or subprocess.run(["docker", "compose", "version"], capture_output=True).returncode:
         pytest.skip("docker compose is not installed")
     environment = os.environ | {"POSTGRES_PASSWORD": "x", "PREFECT_AUTH": "a:b"}

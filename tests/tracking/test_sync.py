@@ -1,8 +1,9 @@
-"""MLflow as a projection: the same story however it got there. Real MLflow on SQLite."""
+"""Synchronization to a real MLflow on SQLite: complete, idempotent, and it only adds."""
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -12,25 +13,29 @@ from uuid import uuid4
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run, ViewType
 
 from srpo.config.loader import Params, load_params
 from srpo.rounds import Round
 from srpo.stages.report import report
 from srpo.storage.json_files import write_json
 from srpo.tracking import sync
+from srpo.tracking.live import live
+from srpo.tracking.sync import sync_campaign, sync_round
 from tests.support.campaign import build_campaign, write_evaluation, write_training
 
 Story = dict[str, dict]
+OF_ONE_RUN = {"srpo.clone", "srpo.training", "srpo.heartbeat", "srpo.logged", "srpo.git_revision"}
 
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Base and two rounds, drawn, and an MLflow database that has its tables and nothing in them."""
+    """Base and two rounds with reports, and an MLflow database with empty tables, which are slow to make."""
     root = tmp_path_factory.mktemp("campaign") / "project"
     params = build_campaign(root)
     for key in ("001", "002"):
         report(Round.of(params, root, key))
-    # the tables cost more time than all else here
+    (root / ".srpo-project").write_text("project-1\n")
     MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}").search_experiments()
     return root
 
@@ -47,128 +52,234 @@ def params_of(root: Path, uri: str | None = None) -> Params:
     return params
 
 
+def clone_of(project: Path, name: str, identity: str | None = None) -> tuple[Params, Path]:
+    """Return a copy of the project that logs to the same database, as another clone or as another project."""
+    root = shutil.copytree(project, project.parent / name)
+    if identity:
+        (root / ".srpo-project").write_text(identity)
+    return params_of(root, f"sqlite:///{project}/mlflow.db"), root
+
+
+def client_of(root: Path) -> MlflowClient:
+    return MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
+
+
+def runs_of(client: MlflowClient, view: int = ViewType.ACTIVE_ONLY, experiment: str = "srpo") -> list[Run]:
+    number = client.get_experiment_by_name(experiment).experiment_id
+    return client.search_runs([number], run_view_type=view, max_results=1000)
+
+
 def story(root: Path) -> Story:
-    """All that MLflow shows, without ids and times."""
-    # a copy: MLflow keeps its connections, and one to a deleted file still reads what was in it
+    """Return `story_of` a project's own database."""
+    # a copy: MLflow keeps its connections, and one to a deleted file still reads the old content
     copy = root.parent / f"{uuid4().hex}.db"
     shutil.copy(root / "mlflow.db", copy)
     return story_of(MlflowClient(tracking_uri=f"sqlite:///{copy}"))
 
 
-def story_of(client: MlflowClient, experiment_name: str = "srpo") -> Story:
-    """All that a tracking server or database shows, without ids and times."""
-    experiment = client.get_experiment_by_name(experiment_name).experiment_id
-    runs = client.search_runs([experiment])
-    names = {run.info.run_id: run.info.run_name for run in runs}
-    found: Story = {}
+def story_of(client: MlflowClient, experiment: str = "srpo") -> Story:
+    """Return the campaign's run and each round's current one, without ids, times and system metrics.
+
+    No run of the experiment, current or not, may have a point twice.
+    """
+    runs = runs_of(client, experiment=experiment)
+    names, found = {run.info.run_id: run.info.run_name for run in runs}, {}
     for run in runs:
-        assert run.info.run_name not in found, "a run twice"
+        metrics = {
+            name: sorted((p.step, p.value) for p in client.get_metric_history(run.info.run_id, name))
+            for name in run.data.metrics
+            if not name.startswith("system/")
+        }
+        for name, points in metrics.items():
+            assert len(points) == len(set(points)), f"{run.info.run_name}: a point of {name} twice"
+        tags = run.data.tags
+        if tags["srpo.kind"] == "round" and tags.get("srpo.current") != "true":
+            continue
+        assert run.info.run_name not in found, "two current runs"
+        folders = (None, "report")
         found[run.info.run_name] = {
-            "metrics": {
-                name: sorted((p.step, p.value) for p in client.get_metric_history(run.info.run_id, name))
-                for name in run.data.metrics
-            },
+            "metrics": metrics,
             "params": run.data.params,
-            "tags": {name: value for name, value in run.data.tags.items() if name.startswith(("srpo.", "dvc."))},
-            "parent": names.get(run.data.tags.get("mlflow.parentRunId")),
-            "artifacts": sorted(
-                item.path for folder in (None, "report") for item in client.list_artifacts(run.info.run_id, folder)
-            ),
+            "tags": {k: v for k, v in tags.items() if k.startswith(("srpo.", "dvc.")) and k not in OF_ONE_RUN},
+            "parent": names.get(tags.get("mlflow.parentRunId")),
+            "artifacts": sorted(f.path for folder in folders for f in client.list_artifacts(run.info.run_id, folder)),
             "inputs": sorted((i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs),
             "status": run.info.status,
         }
     return found
 
 
-def test_the_projection_tells_all_and_is_idempotent(project: Path) -> None:
+def curve_of(root: Path, params: Params, key: str, steps: int = 30) -> list[dict[str, float]]:
+    """Train a round again, as far as its files go; return its curve."""
+    return write_training(params, root, key, steps=steps)
+
+
+def log_rows(curve, rows: list[dict[str, float]]) -> None:
+    for row in rows:
+        curve.log({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
+
+
+def test_records_are_complete_and_idempotent(project: Path) -> None:
     params = params_of(project)
-    assert sync.sync(params, project)
+    assert sync_campaign(params, project)
     first = story(project)
     assert set(first) == {"tiny", "base", "round 001", "round 002"}
     assert [step for step, _ in first["tiny"]["metrics"]["accuracy"]] == [0, 1, 2]
     child = first["round 001"]
     assert child["parent"] == "tiny" and child["status"] == "FINISHED"
-    assert [step for step, _ in child["metrics"]["loss"]] == list(range(1, 31))
+    assert [step for step, _ in child["metrics"]["train/loss"]] == list(range(1, 31))
     locked = json.loads((project / "dvc.lock").read_text())["stages"]["select@001"]["outs"][0]["md5"]
     assert dict(child["inputs"])["winners"] == child["tags"]["dvc.winners"] == locked
     assert first["round 002"]["tags"]["srpo.parent_adapter"] == child["tags"]["srpo.adapter"]
-    assert {"eval/cmmd", "eval/drift", "eval/sweep/1.0/kid", "eval/sweep/2.0/saturation"} <= set(child["metrics"])
-    assert {"eval/gate/fid_ratio", "eval/win_rate/judge/best/low"} <= set(child["metrics"])
-    assert {"cmmd", "drift", "judge_win_rate_low"} <= set(first["tiny"]["metrics"])
-    assert {"lineage.json", "gate.json", "report/index.html", "report/tuned.png", "report/winners.png"} <= set(
-        child["artifacts"]
-    )
-    assert sync.sync(params, project)
+    files = {"lineage.json", "selection.json", "metrics.json", "gate.json", "guidance.csv"}
+    assert files | {f"report/{name}" for name in ("index.html", "tuned.png", "winners.png")} <= set(child["artifacts"])
+    assert sync_campaign(params, project)
     assert story(project) == first
 
 
-def test_a_deleted_database_is_rebuilt_the_same(project: Path) -> None:
-    sync.sync(params_of(project), project)
+def test_headline_numbers_have_plain_names(project: Path) -> None:
+    params = params_of(project)
+    sync_campaign(params, project)
+    metrics = story(project)["round 001"]["metrics"]
+    plain = {name for name in metrics if "/" not in name}
+    assert plain == {*params.rewards, "judge_win_rate", "accuracy_win_rate", "fid", "kid", "cmmd", "diversity", "drift"}
+    assert len(plain) == 10 and {name.split("/")[0] for name in set(metrics) - plain} == {"train", "sweep"}
+    assert [step for step, _ in metrics["sweep/fid"]] == [100, 150, 200, 300]
+
+
+def test_lost_database_is_rebuilt_from_files(project: Path) -> None:
+    sync_campaign(params_of(project), project)
     before = story(project)
     (project / "mlflow.db").unlink()
     shutil.rmtree(project / "mlartifacts")
-    # a new process, as a user's is: this one's MLflow still holds the deleted file
+    # a new process: this one's MLflow still has the deleted file open
     subprocess.run([sys.executable, "-m", "srpo", "track"], cwd=project, check=True)
     assert story(project) == before
 
 
-def test_the_machines_load_is_beside_the_curve_and_stays(project: Path, monkeypatch) -> None:
+def test_live_curve_has_system_metrics_and_no_repeats(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
-    params, load = params_of(project), "system/cpu_utilization_percentage"
-    with sync.live(Round.of(params, project, "002")) as curve:
-        for row in write_training(params, project, "002"):
-            curve.log({name: row[name] for name in row if name != "step"}, row["step"])
+    params, load, client = params_of(project), "system/cpu_utilization_percentage", client_of(project)
+    sync_campaign(params, project)
+    expected, rows = story(project), curve_of(project, params, "002")
+
+    def live_run() -> Run:
+        return next(run for run in runs_of(client) if "srpo.training" in run.data.tags)
+
+    with live(Round.of(params, project, "002")) as curve:
+        log_rows(curve, rows)
         end = time.monotonic() + 30
-        while load not in story(project)["round 002"]["metrics"] and time.monotonic() < end:
+        while load not in live_run().data.metrics and time.monotonic() < end:
             time.sleep(0.2)
-    sync.project(Round.of(params, project, "002"))
-    child = story(project)["round 002"]
-    assert child["metrics"][load] and [step for step, _ in child["metrics"]["loss"]] == list(range(1, 31))
-
-
-def test_a_live_curve_is_not_told_twice(project: Path) -> None:
-    params = params_of(project)
-    sync.sync(params, project)
-    expected = story(project)
-    with sync.live(Round.of(params, project, "002")) as curve:
-        for row in write_training(params, project, "002"):
-            curve.log({name: value for name, value in row.items() if name != "step"}, row["step"])
-    running = story(project)["round 002"]
-    assert [step for step, _ in running["metrics"]["loss"]] == list(range(1, 31)), "not live"
-    assert "eval/fid" not in running["metrics"]
-    sync.project(Round.of(params, project, "002"))
+        assert live_run().info.status == "RUNNING"
+    sync_round(Round.of(params, project, "002"))
     assert story(project) == expected
+    assert load in live_run().data.metrics and live_run().data.tags["srpo.current"] == "true"
 
 
-def test_a_round_made_anew_replaces_what_was_told(project: Path) -> None:
-    sync.sync(params_of(project), project)
+def test_retrained_round_gets_a_run_of_its_own(project: Path) -> None:
+    sync_campaign(params_of(project), project)
     old = story(project)
     raw = json.loads((project / "params.yaml").read_text())  # the drawn campaign writes it as JSON
     raw["train"]["steps"] = 40
     write_json(project / "params.yaml", raw)
     params = params_of(project)
-    write_training(params, project, "002", steps=40)
+    curve_of(project, params, "002", steps=40)
     write_evaluation(params, project, "002", shift=0.1)
-    sync.sync(params, project)
-    new = story(project)
-    assert [step for step, _ in new["round 002"]["metrics"]["loss"]] == list(range(1, 41))
-    assert new["round 002"]["params"]["train.steps"] == "40"
-    assert len(new["tiny"]["metrics"]["judge"]) == 3
-    assert new["tiny"]["metrics"]["judge"][:2] == old["tiny"]["metrics"]["judge"][:2]
-    assert new["tiny"]["metrics"]["judge"][2] != old["tiny"]["metrics"]["judge"][2]
-    assert {run["parent"] for name, run in new.items() if name != "tiny"} == {"tiny"}
+    assert sync_campaign(params, project)
+    new, client = story(project), client_of(project)
+    rounds = [run for run in runs_of(client, ViewType.ALL) if run.data.tags.get("srpo.round") == "002"]
+    assert sorted((run.data.params["train.steps"], run.data.tags["srpo.current"]) for run in rounds) == [
+        ("150", "false"),
+        ("40", "true"),
+    ]
+    assert [step for step, _ in new["round 002"]["metrics"]["train/loss"]] == list(range(1, 41))
+    # the campaign's curve keeps the old point, and its latest value is the new one
+    assert set(old["tiny"]["metrics"]["judge"]) < set(new["tiny"]["metrics"]["judge"])
+    parent = next(run for run in runs_of(client) if run.data.tags["srpo.kind"] == "campaign")
+    assert parent.data.metrics["judge"] == new["round 002"]["metrics"]["judge"][0][1]
+
+
+def test_resumed_training_continues_its_run(project: Path) -> None:
+    params, client = params_of(project), client_of(project)
+    rows = curve_of(project, params, "002")
+    with pytest.raises(KeyboardInterrupt), live(Round.of(params, project, "002")) as curve:
+        log_rows(curve, rows[:10])
+        raise KeyboardInterrupt
+    (killed,) = [run for run in runs_of(client) if run.data.tags.get("srpo.round") == "002"]
+    assert killed.info.status == "KILLED" and len(client.get_metric_history(killed.info.run_id, "train/loss")) == 10
+    with live(Round.of(params, project, "002")) as curve:
+        log_rows(curve, rows)
+    (resumed,) = [run for run in runs_of(client) if run.data.tags.get("srpo.round") == "002"]
+    assert resumed.info.run_id == killed.info.run_id and resumed.info.status == "FINISHED"
+    assert [step for step, _ in story(project)["round 002"]["metrics"]["train/loss"]] == list(range(1, 31))
+
+
+def test_heartbeat_tells_living_trainings_from_dead(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, client = params_of(project), client_of(project)
+    other, root = clone_of(project, "other")
+    shutil.rmtree(root / "rounds" / "002" / "adapter")
+
+    def status() -> str:
+        return next(run.info.status for run in runs_of(client) if run.data.tags.get("srpo.round") == "002")
+
+    shutil.rmtree(project / "rounds" / "002" / "adapter")
+    with live(Round.of(params, project, "002")) as curve:
+        curve.log({"loss": 0.5}, 1)
+        assert sync_campaign(other, root) and status() == "RUNNING"
+        monkeypatch.setattr(sync, "HEARTBEAT_SECONDS", 0)  # as if nothing had come for ten minutes
+        assert sync_campaign(other, root) and status() == "KILLED"
+
+
+def test_clones_of_a_project_share_its_runs(project: Path) -> None:
+    params, client = params_of(project), client_of(project)
+    other, root = clone_of(project, "other")
+    (root / "rounds" / "001" / "training.csv").unlink()
+    for name in ("evaluation", "report"):
+        shutil.rmtree(project / "rounds" / "001" / name)
+    assert sync_campaign(params, project)
+    first = {run.info.run_id for run in runs_of(client)}
+    client.log_metric(next(iter(first)), "system/gpu_0", 73.0)
+    assert sync_campaign(other, root) and sync_campaign(params, project)
+    after = runs_of(client)
+    assert {run.info.run_id for run in after} == first and any("system/gpu_0" in run.data.metrics for run in after)
+    (run,) = [run for run in after if run.data.tags.get("srpo.round") == "001"]
+    assert {"train/loss", "fid"} <= set(run.data.metrics) and run.data.tags["srpo.verdict"] == "pass"
+
+
+def test_projects_with_the_same_campaign_are_kept_apart(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    params, client = params_of(project), client_of(project)
+    assert sync_campaign(params, project)
+    first, before = {run.info.run_id for run in runs_of(client)}, story(project)
+    other, root = clone_of(project, "other", "other-2")
+    write_evaluation(other, root, "001", shift=0.1)
+    assert sync_campaign(other, root)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.startswith("MLflow: the campaign tiny of project project-1 is in this experiment, too")
+    caplog.clear()
+    assert sync_campaign(other, root) and not [r for r in caplog.records if r.levelno == logging.WARNING]
+
+    assert sync_campaign(other, root, rebuild=True)
+    deleted = runs_of(client, ViewType.DELETED_ONLY)
+    assert {run.data.tags["srpo.project"] for run in deleted} == {"other-2"} and len(deleted) == 4
+    named = [r.getMessage() for r in caplog.records if "MLflow: deleted" in r.getMessage()]
+    assert len(named) == 4 and any("round 001" in line for line in named)
+    alive = {run.info.run_id: run for run in runs_of(client)}
+    assert first <= set(alive) and len(alive) == 8
+    assert {run.data.tags["srpo.project"] for name, run in alive.items() if name not in first} == {"other-2"}
+    for name in set(alive) - first:
+        client.delete_run(name)
+    assert story(project) == before
 
 
 @pytest.mark.parametrize("scheme", ["http", "postgresql+psycopg2", "mysql+pymysql"])
-def test_an_unreachable_server_is_one_warning_and_no_password(
-    project: Path, caplog: pytest.LogCaptureFixture, scheme: str
-) -> None:
+def test_unreachable_server_is_one_warning(project: Path, caplog: pytest.LogCaptureFixture, scheme: str) -> None:
     params = params_of(project, f"{scheme}://someone:hunter2@127.0.0.1:9/mlflow")
     start = time.monotonic()
-    with sync.live(Round.of(params, project, "001")) as curve:
+    with live(Round.of(params, project, "001")) as curve:
         curve.log({"loss": 1.0}, 1)
-    assert sync.sync(params, project) is False
+    assert sync_campaign(params, project) is False
     assert time.monotonic() - start < 60
-    warnings = [record.getMessage() for record in caplog.records if record.name == "srpo"]
+    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("srpo")]
     assert len(warnings) == 2 and all("srpo track" in text for text in warnings)
     assert "hunter2" not in caplog.text
