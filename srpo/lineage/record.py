@@ -60,7 +60,7 @@ def check_pinned(root: Path, record: Path, name: str, key: str) -> None:
     wanted, source = pinned.get("digest"), root / pinned.get("source", "")
     if wanted and source.exists() and digest(source) != wanted:
         raise UserError(
-            f"{key}: {source.relative_to(root)} is not what stage base found there: if you changed it run `srpo base`,"
+            f"{key}: {pinned['source']} is not what stage base found there: if you changed it run `srpo base`,"
             " else it is damaged and `dvc checkout data.dvc` restores it"
         )
 

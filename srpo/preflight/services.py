@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from uuid import uuid4
 
 from srpo.config.loader import Params
-from srpo.config.schema import INCEPTION
-from srpo.errors import one_line, without_secrets
+from srpo.config.schema import INCEPTION, ModelParams
+from srpo.errors import UserError, one_line, without_secrets
+from srpo.lineage.checkpoint_files import check_checkpoint
 from srpo.lineage.identity import COMMIT, HUB_ID
 from srpo.rewards.families import FAMILIES
 
@@ -68,7 +69,10 @@ def find_models(params: Params, root: Path) -> list[Finding]:
     found: list[Finding] = []
     unreachable = False
     for wanted in _wanted(params, root):
-        finding = _find_model(wanted, root, unreachable)
+        if wanted.key == "model.base" and (root / wanted.source).exists():
+            finding = _find_local_base(params.model, root)
+        else:
+            finding = _find_model(wanted, root, unreachable)
         unreachable = unreachable or "can't be reached" in finding.text
         found.append(finding)
     if params.evaluate.features == INCEPTION:
@@ -93,6 +97,15 @@ def _wanted(params: Params, root: Path) -> Iterator[Wanted]:
         if spec.kind in COMPANIONS and not (root / spec.model).exists():
             source, revision, file = COMPANIONS[spec.kind]
             yield Wanted(f"rewards.{name} needs", source, revision, (file,))
+
+
+def _find_local_base(model: ModelParams, root: Path) -> Finding:
+    path = root / model.base
+    try:
+        check_checkpoint("model.base", path, model.variant, own_vae=not model.vae)
+    except UserError as error:
+        return Finding("model.base", "fail", str(error).removeprefix("model.base: ").replace(f"{root}/", ""))
+    return Finding("model.base", "ok", f"{model.base}, a local {'folder' if path.is_dir() else 'file'}")
 
 
 def _find_model(wanted: Wanted, root: Path, unreachable: bool) -> Finding:
