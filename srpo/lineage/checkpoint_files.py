@@ -114,7 +114,7 @@ def scheduler_options(header: Mapping[str, Any]) -> dict[str, Any]:
 def _check_single_file(key: str, file: Path) -> None:
     if file.suffix != ".safetensors":
         raise UserError(f"{key}: {file} is not a .safetensors file; only safetensors are loaded")
-    header = read_header(file)
+    header = _header(key, file)
     if any(name.startswith("edm_") for name in header):
         raise UserError(f"{key}: {file} needs EDM preconditioning, which training does not support; {REMEDY}")
     if UNET_INPUT not in header:
@@ -156,7 +156,14 @@ def _check_folder(key: str, folder: Path, variant: str | None, own_vae: bool) ->
         for file in files:
             if not file.is_file():
                 raise UserError(f"{key}: {folder} holds no {part}/{file.name}; bring the whole model there")
-            read_header(file)
+            _header(key, file)
+
+
+def _header(key: str, file: Path) -> dict[str, Any]:
+    try:
+        return read_header(file)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def _read_config(key: str, file: Path) -> dict[str, Any]:

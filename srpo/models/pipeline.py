@@ -44,8 +44,8 @@ def load_pipeline(model: ModelParams, dtype: torch.dtype, **parts: None) -> Stab
             pipeline = load_single_file(path, dtype, **loaded)
         else:
             pipeline = _load_folder(path, dtype, model.variant, **loaded)
-        _check_complete(pipeline.unet)
-        _check_complete(pipeline.vae)
+        for name in NETWORKS:
+            _check_complete(getattr(pipeline, name))
     pipeline.scheduler = _scheduler(model, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
