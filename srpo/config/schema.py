@@ -22,6 +22,14 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Guidance = Annotated[float, Field(ge=1, le=30)]
 Pixels = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
 
+# classes of diffusers whose images equal those of diffusers' own pipeline, tested one by one
+SchedulerName = Literal[
+    "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
+    "LMSDiscreteScheduler", "PNDMScheduler", "TCDScheduler", "UniPCMultistepScheduler"
+]  # fmt: skip
+
 
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, and values are not converted."""
@@ -39,8 +47,8 @@ class ModelParams(Section):
         None, min_length=1, description="another VAE, such as madebyollin/sdxl-vae-fp16-fix; null uses the base's"
     )
     vae_revision: str | None = Field(None, description="Hub revision of `vae`")
-    scheduler: str | None = Field(
-        None, min_length=1, description="class of diffusers' scheduler to sample with; null is the base's own"
+    scheduler: SchedulerName | None = Field(
+        None, description="class of diffusers' scheduler to sample with; null is the base's own"
     )
     scheduler_config: dict[str, Any] = Field(
         default={}, description="options of the scheduler that differ from the base's, such as timestep_spacing"

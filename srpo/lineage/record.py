@@ -63,7 +63,7 @@ def check_pinned(root: Path, record: Path, name: str, key: str) -> None:
     wanted, source = pinned.get("digest"), root / pinned.get("source", "")
     if wanted and source.exists() and digest(source) != wanted:
         raise UserError(
-            f"{key}: {source.relative_to(root)} has changed since stage base ran; if you changed it, run `srpo base`;"
+            f"{key}: {pinned['source']} has changed since stage base ran; if you changed it, run `srpo base`;"
             " otherwise it is damaged, and `dvc checkout data.dvc` restores it"
         )
 

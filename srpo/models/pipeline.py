@@ -2,46 +2,82 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from srpo.config.schema import ModelParams
-from srpo.errors import user_error
+from srpo.errors import UserError, user_error
+from srpo.lineage.checkpoint_files import check_checkpoint, weights_variant
 from srpo.models.hub import hide_loading_bars, load_complete
+from srpo.models.single_file import load_single_file
 
 TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+NETWORKS = TEXT_ENCODERS | {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 TEXT_PARTS = (*TEXT_ENCODERS, "tokenizer", "tokenizer_2")
 
 
 def load_pipeline(model: ModelParams, dtype: torch.dtype, **parts: None) -> StableDiffusionXLPipeline:
-    """Load the base pipeline from the Hub or a local folder, safetensors only.
+    """Load the base pipeline from the Hub, a local folder or one file, safetensors only.
 
     Args:
         parts: `unet=None` and the like leave a part out.
 
     Raises:
-        UserError: it, or `model.vae`, can't be loaded or is of another kind.
+        UserError: it, `model.vae` or `model.scheduler` can't be loaded or is of another kind.
     """
     hide_loading_bars()
     loaded: dict[str, Any] = dict(parts)
     if model.vae and "vae" not in parts:
         loaded["vae"] = load_vae(model, dtype)
     with user_error(f"model.base: can't load {model.base!r} as an SDXL pipeline"):
-        options: dict[str, Any] = {
-            "revision": model.revision, "variant": model.variant, "dtype": dtype, "use_safetensors": True,
-        }  # fmt: skip
-        for name, kind in TEXT_ENCODERS.items():
-            if name not in loaded:
-                loaded[name] = load_complete(kind, model.base, subfolder=name, **options)
-        pipeline = StableDiffusionXLPipeline.from_pretrained(model.base, **options, **loaded)
-        _check_complete(pipeline.unet)
-        _check_complete(pipeline.vae)
+        path = _local(model, loaded)
+        check_checkpoint("model.base", path, model.variant, own_vae="vae" not in loaded)
+        if path.is_file():
+            pipeline = load_single_file(path, dtype, **loaded)
+        else:
+            pipeline = _load_folder(path, dtype, model.variant, **loaded)
+        for name in NETWORKS:
+            _check_complete(getattr(pipeline, name))
+    pipeline.scheduler = _scheduler(model, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _local(model: ModelParams, loaded: Mapping[str, Any]) -> Path:
+    """Return the local folder or file of the base, which is downloaded if it is on the Hub and not in its cache."""
+    if Path(model.base).exists():
+        return Path(model.base)
+    options = {"revision": model.revision, "variant": model.variant, "use_safetensors": True}
+    return Path(StableDiffusionXLPipeline.download(model.base, **options, **loaded))
+
+
+def _load_folder(folder: Path, dtype: torch.dtype, variant: str | None, **loaded: Any) -> StableDiffusionXLPipeline:
+    for name, kind in NETWORKS.items():
+        if name not in loaded:
+            options: dict[str, Any] = {"variant": weights_variant(folder, name, variant), "dtype": dtype}
+            load = partial(load_complete, kind) if name in TEXT_ENCODERS else kind.from_pretrained
+            loaded[name] = load(str(folder), subfolder=name, use_safetensors=True, **options)
+    return StableDiffusionXLPipeline.from_pretrained(folder, dtype=dtype, **loaded)
+
+
+def _scheduler(model: ModelParams, own: SchedulerMixin) -> SchedulerMixin:
+    """Return the base's own scheduler, changed as `model.scheduler` and `model.scheduler_config` say."""
+    if not model.scheduler and not model.scheduler_config:
+        return own
+    name = model.scheduler or type(own).__name__
+    kind = getattr(diffusers, name)
+    if unknown := sorted(model.scheduler_config.keys() - inspect.signature(kind).parameters.keys()):
+        raise UserError(f"model.scheduler_config: {name} has no option {unknown[0]!r}")
+    with user_error(f"model.scheduler: can't make {name} from the base's configuration and model.scheduler_config"):
+        return kind.from_config(own.config, **model.scheduler_config)
 
 
 def load_vae(model: ModelParams, dtype: torch.dtype) -> AutoencoderKL:

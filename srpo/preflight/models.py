@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from srpo.config.loader import Params
-from srpo.config.schema import INCEPTION
+from srpo.config.schema import INCEPTION, ModelParams
+from srpo.errors import UserError
+from srpo.lineage.checkpoint_files import check_checkpoint
 from srpo.lineage.identity import COMMIT, HUB_ID
 from srpo.preflight import CheckResult
 from srpo.rewards.families import FAMILIES
@@ -32,7 +34,10 @@ def check_models(params: Params, root: Path) -> list[CheckResult]:
     results: list[CheckResult] = []
     unreachable = False
     for model in _required_models(params, root):
-        result = _check_model(model, root, unreachable)
+        if model.key == "model.base" and (root / model.source).exists():
+            result = _check_local_base(params.model, root)
+        else:
+            result = _check_model(model, root, unreachable)
         unreachable = unreachable or UNREACHABLE in result.text
         results.append(result)
     if params.evaluate.features == INCEPTION:
@@ -75,6 +80,16 @@ def _required_models(params: Params, root: Path) -> Iterator[RequiredModel]:
         if family.companion and not (root / spec.model).exists():
             source, revision, file = family.companion
             yield RequiredModel(f"rewards.{name} needs", source, revision, (file,))
+
+
+def _check_local_base(model: ModelParams, root: Path) -> CheckResult:
+    """Check a local base as generate and train do, by its configuration and the headers of its files."""
+    path = root / model.base
+    try:
+        check_checkpoint("model.base", path, model.variant, own_vae=not model.vae)
+    except UserError as error:
+        return CheckResult("model.base", "fail", str(error).removeprefix("model.base: ").replace(f"{root}/", ""))
+    return CheckResult("model.base", "ok", f"{model.base}, a local {'folder' if path.is_dir() else 'file'}")
 
 
 def _check_model(model: RequiredModel, root: Path, unreachable: bool) -> CheckResult:

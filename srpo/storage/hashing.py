@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-CHUNK = 1 << 20
+SIDE_FILES = ("Thumbs.db", "desktop.ini")
 
 
 def file_digest(path: Path) -> str:
@@ -17,11 +17,18 @@ def file_digest(path: Path) -> str:
 
 
 def digest(path: Path) -> str:
-    """Return the sha256 of a file, or of a folder's (relative name, content) pairs in name order."""
+    """Return the sha256 of a file, or of a folder's (relative name, content) pairs in name order.
+
+    Side files that programs leave in a folder, such as `.git`, `.cache` and `.DS_Store`, do not count.
+    """
     if path.is_file():
         return file_digest(path)
-    files = sorted(item for item in path.rglob("*") if item.is_file())
+    files = sorted(item for item in path.rglob("*") if item.is_file() and not _is_side_file(item.relative_to(path)))
     return value_digest([(item.relative_to(path).as_posix(), file_digest(item)) for item in files])
+
+
+def _is_side_file(name: Path) -> bool:
+    return name.name in SIDE_FILES or any(part.startswith(".") for part in name.parts)
 
 
 def dvc_digest(path: Path) -> str:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-
 METHODS = (b"GET", b"POST", b"PUT", b"PATCH", b"DELETE")
 
 

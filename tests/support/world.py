@@ -105,7 +105,7 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def _text_config(width: int, projection: int) -> CLIPTextConfig:
+def text_config(width: int, projection: int) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=520,
         hidden_size=width,
@@ -151,8 +151,8 @@ def _pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionXLPipeline:
     )
     return StableDiffusionXLPipeline(
         vae=random_vae(),
-        text_encoder=CLIPTextModel(_text_config(16, 16)),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(16, 16)),
+        text_encoder=CLIPTextModel(text_config(16, 16)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(16, 16)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
@@ -171,5 +171,5 @@ def _clip(width: int) -> CLIPModel:
         patch_size=8,
         projection_dim=16,
     )
-    text = _text_config(width, 16)
+    text = text_config(width, 16)
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16))
