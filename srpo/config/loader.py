@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from srpo.config import tree
+from srpo.config.reward_families import FAMILIES, find_family
 from srpo.config.schema import (
     INCEPTION,
     EvaluateParams,
@@ -24,7 +25,6 @@ from srpo.config.schema import (
 )
 from srpo.data.metric_keys import name_conflict
 from srpo.errors import UserError, one_line
-from srpo.rewards.families import FAMILIES, find_family
 from srpo.storage.conflicts import check_no_conflict
 
 PARAMS_FILE = "params.yaml"

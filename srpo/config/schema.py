@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from srpo.config.reward_families import find_family
 from srpo.errors import UserError
-from srpo.rewards.families import find_family
 
 INCEPTION = "inception"
 MIN_REFERENCE_IMAGES = 3

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from srpo.config.loader import Params
+from srpo.config.reward_families import FAMILIES
 from srpo.config.schema import INCEPTION
 from srpo.lineage.code import import_closure_digest
 from srpo.lineage.identity import COMMIT
-from srpo.rewards.families import FAMILIES
 from srpo.rewards.protocol import Pixels
 from srpo.rewards.validated import ValidatedReward
 from srpo.runtime.device import pick_device, pick_reward_dtype

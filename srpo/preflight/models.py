@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from srpo.config.loader import Params
+from srpo.config.reward_families import FAMILIES
 from srpo.config.schema import INCEPTION, ModelParams
 from srpo.errors import UserError
 from srpo.lineage.checkpoint_files import check_checkpoint
 from srpo.lineage.identity import COMMIT, HUB_ID
 from srpo.preflight import CheckResult
-from srpo.rewards.families import FAMILIES
 
 TIMEOUT_SECONDS = 15.0
 INCEPTION_FILE = "inception-2015-12-05.pt"

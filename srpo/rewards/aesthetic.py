@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import normalize
 
+from srpo.config.reward_families import CLIP_L_ENCODER, FAMILIES
 from srpo.models.hub import Source, load_state, loading, sibling_or_default
 from srpo.rewards.clip import ClipEncoder
-from srpo.rewards.families import CLIP_L_ENCODER, FAMILIES
 from srpo.rewards.heads import load_head
 from srpo.rewards.protocol import Pixels
 

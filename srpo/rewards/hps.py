@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoTokenizer
 
+from srpo.config.reward_families import CLIP_H_TOKENIZER, FAMILIES
 from srpo.models.hub import Source, load_state, loading, sibling_or_default
 from srpo.rewards.clip import ClipEncoder
 from srpo.rewards.convert import clip_from_open_clip
-from srpo.rewards.families import CLIP_H_TOKENIZER, FAMILIES
 from srpo.rewards.preprocess import Preprocess
 from srpo.rewards.protocol import Pixels
 

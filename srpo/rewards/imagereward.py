@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoTokenizer
 
+from srpo.config.reward_families import BERT_TOKENIZER, FAMILIES
 from srpo.models.hub import Source, load_state, loading, sibling_or_default
 from srpo.rewards.convert import below, blip_text, blip_vision
-from srpo.rewards.families import BERT_TOKENIZER, FAMILIES
 from srpo.rewards.heads import load_head
 from srpo.rewards.preprocess import Preprocess
 from srpo.rewards.protocol import Pixels

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from srpo.config.loader import Params
+from srpo.config.reward_families import find_family
 from srpo.config.schema import RewardParams, RuntimeParams
 from srpo.errors import UserError, one_line
 from srpo.lineage.record import check_pinned
 from srpo.models.hub import hide_loading_bars
-from srpo.rewards.families import find_family
 from srpo.rewards.protocol import Reward
 from srpo.rewards.validated import ValidatedReward, reward_errors
 from srpo.rounds import BASE, RoundFiles

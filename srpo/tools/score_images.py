@@ -14,10 +14,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import ValidationError
 
 from srpo.config.loader import PARAMS_FILE, load_params
+from srpo.config.reward_families import FAMILIES, find_family
 from srpo.config.schema import RewardParams, RuntimeParams
 from srpo.data.prompts import load_prompts
 from srpo.errors import UserError, one_line
-from srpo.rewards.families import FAMILIES, find_family
 
 if TYPE_CHECKING:
     from rich.table import Table

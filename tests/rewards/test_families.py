@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 
+from srpo.config.reward_families import FAMILIES
 from srpo.errors import UserError
 from srpo.rewards.aesthetic import AestheticReward
 from srpo.rewards.clip import ClipReward
-from srpo.rewards.families import FAMILIES
 from srpo.rewards.hps import HpsV2, HpsV21
 from srpo.rewards.imagereward import ImageReward
 from srpo.rewards.pickscore import PickScore

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from srpo.config.loader import Params
-from srpo.rewards.families import FAMILIES
+from srpo.config.reward_families import FAMILIES
 from tests.evaluation.test_inception import StandIn
 from tests.rewards.checkpoints import clip_folder, hps_folder
 from tests.support.world import _pipeline, _tokenizer, random_vae
