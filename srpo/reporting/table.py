@@ -27,7 +27,7 @@ def campaign_rows(root: Path, params: Params) -> list[dict[str, Any]]:
     """
     rows = []
     for key in (tree.BASE, *tree.order(params.rounds)):
-        if (tree.RoundFiles(root, key).evaluation / "metrics.json").exists():
+        if (RoundFiles(root, key).evaluation / "metrics.json").exists():
             metrics = read_metrics(RoundFiles(root, key))
             numbers = {name: metrics.get(name) for name in (*params.rewards, *SET_MEASURES)}
             rows.append({"round": key} | numbers | {"verdict": verdict(metrics)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import normalize
@@ -108,6 +109,6 @@ class ClipReward:
         return self.encoder.images(images).cpu()
 
 
-def _pooled(output) -> torch.Tensor:
+def _pooled(output: Any) -> torch.Tensor:
     # transformers 5 returns an object where 4 returned the tensor
     return getattr(output, "pooler_output", output)

@@ -14,7 +14,7 @@ from srpo.rewards.protocol import Pixels
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 # PIL's numbers of resampling filters, as in preprocessor_config.json
-INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
+INTERPOLATIONS: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
 CHUNK = 8  # images resized at once: as floats, a whole batch at 1024 x 1024 would take a gigabyte
 
 
