@@ -17,7 +17,7 @@ from srpo.config.schema import ModelParams
 from srpo.errors import UserError
 from srpo.lineage.checkpoint_files import check_checkpoint
 from srpo.models.pipeline import load_pipeline
-from srpo.preflight.services import find_models
+from srpo.preflight.models import check_models
 from srpo.storage.hashing import digest
 
 UNET = Path("data/base/unet/diffusion_pytorch_model.safetensors")
@@ -35,7 +35,7 @@ def model(**changes: object) -> ModelParams:
 def check_state(**changes: object) -> str:
     """Return what `srpo check` says of model.base."""
     params = load_params().model_copy(update={"model": model(**changes)})
-    return next(one.state for one in find_models(params, Path.cwd()) if one.what == "model.base")
+    return next(one.state for one in check_models(params, Path.cwd()) if one.name == "model.base")
 
 
 def rename_to_fp16(part: str) -> None:
