@@ -17,6 +17,7 @@ WEIGHTS = {
     "text_encoder_2": "model",
 }  # fmt: skip
 REMEDY = "use an SDXL base that predicts epsilon, v or the sample"
+UNET_CLASS = "UNet2DConditionModel"
 POINTER = b"version https://git-lfs.github.com/spec/"
 LARGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 UNET_INPUT = "model.diffusion_model.input_blocks.0.0.weight"
@@ -135,6 +136,8 @@ def _check_folder(key: str, folder: Path, variant: str | None, own_vae: bool) ->
     index = _read_config(key, folder / "model_index.json")
     if "unet" not in index:
         raise UserError(f"{key}: {folder} is a {index.get('_class_name', 'model')}, not SDXL; {REMEDY}")
+    if index["unet"][1] != UNET_CLASS:
+        raise UserError(f"{key}: {folder}: its unet is a {index['unet'][1]}, not a {UNET_CLASS}; {REMEDY}")
     if index.get("text_encoder", [None])[0] is None and "text_encoder_2" in index:
         raise UserError(f"{key}: {folder} is SDXL's refiner; name the base model")
     scheduler = _read_config(key, folder / "scheduler" / "scheduler_config.json")
@@ -142,6 +145,8 @@ def _check_folder(key: str, folder: Path, variant: str | None, own_vae: bool) ->
     reason = unsupported(scheduler, _read_config(key, folder / "unet" / "config.json"))
     if reason:
         raise UserError(f"{key}: {folder}: {reason}; {REMEDY}")
+    if variant and not any(_weight_files(folder / part, stem, variant) for part, stem in WEIGHTS.items()):
+        raise UserError(f"model.variant: {folder} has no file of the variant {variant!r}; leave the key out")
     for part, stem in WEIGHTS.items():
         if part == "vae" and not own_vae:
             continue

@@ -196,12 +196,12 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "a report before all": (["report", "001"], "rounds/001/"),
     "a table of nothing": (["table"], "no round is evaluated yet"),
     "a campaign of nothing": (["campaign"], "no round is evaluated yet"),
-    "an init over a project": (["init", "."], "params.yaml: is there already"),
-    "an init of no preset": (["init", "new", "--preset", "../sdxl"], "--preset: there is no '../sdxl'"),
+    "an init over a project": (["init", "."], "params.yaml: exists already"),
+    "an init of no preset": (["init", "new", "--preset", "../sdxl"], "--preset: no preset '../sdxl'"),
     "an init in a file": (["init", "params.yaml"], "params.yaml"),
     "scores under a file": (
         ["score-images", "pictures", "--prompt", "x", "--reward", "own:Mean", "--out", "params.yaml/x/y"],
-        "--out: params.yaml",
+        "params.yaml is a file",
     ),
     "a reward without a name": (["score-images", "pictures", "--prompt", "x", "--reward", "=x"], "--reward: "),
     "a reward of no model": (["score-images", "pictures", "--prompt", "x", "--reward", "templates="], "--reward: "),
@@ -249,7 +249,7 @@ def test_bad_pictures(name: str, world: Path, capfd: pytest.CaptureFixture) -> N
     PICTURES[name](world)
     (world / "own.py").write_text(MEAN)
     argv = ["score-images", "pictures", "--prompt", "x", "--reward", "own:Mean"]
-    refused(world, argv, "pictures/a.png: not a readable picture", capfd)
+    refused(world, argv, "pictures/a.png: not a readable image", capfd)
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ REPORTED = [
     Case("data/reference/*.parquet", ("evaluate", "001"), column="image"),
 ]
 REBUILT = [
-    Case(".srpo/cache/reference-*", ("evaluate", "001"), "computed anew"),
+    Case(".srpo/cache/reference-*", ("evaluate", "001"), "computing it again"),
     Case(".srpo/cache/embeds/*/*.safetensors", ("generate", "001"), "encoding its prompts anew"),
 ]
 CUT_ONLY = [

@@ -34,7 +34,7 @@ def test_only_code_that_is_imported_counts(package: Path) -> None:
     before = code.import_closure_digest(MODULE)
     whole = code.code_digest()
     assert edited(package / "reporting" / "charts.py", "import", "import  ") == before
-    assert edited(package / "training" / "losses.py", "Return min-SNR", "Give min-SNR") == before
+    assert edited(package / "training" / "noise_schedule.py", "Return min-SNR", "Give min-SNR") == before
     assert code.code_digest() != whole, "the digest of the whole package covers every file"
     changed = edited(package / "training" / "losses.py", "(positive + negative) / 2", "(positive + negative) / 3")
     assert changed != before
