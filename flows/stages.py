@@ -18,6 +18,7 @@ from flows import concurrency, git_sync, progress
 from flows.errors import BadInput, StageDied
 from flows.process import ignore_state, run_group, stopping
 from srpo.errors import UserError
+from srpo.rounds import RoundFiles
 from srpo.runtime import fork_server
 
 ROUND_STAGES = ("generate", "score", "select", "train", "evaluate", "report")
@@ -79,13 +80,21 @@ def _bring_up_to_date(stage: str, force: bool, push: bool, tracker: progress.Pro
         if code != 0:
             raise _pull_failure(stage, code, lines)
     with concurrency.slot(get_run_logger()) if stage.partition("@")[0] in GPU_STAGES else contextlib.nullcontext():
-        options = ["--force"] if force else []
+        # `dvc repro` would sample pruned candidates again
+        options = ["--force"] if force else ["--allow-missing"] if _is_pruned(stage) else []
         code, lines = dvc(
             "repro", "--single-item", *options, stage, on_state=lambda state: tracker.update(stage, state)
         )
     if code != 0:
         raise _failure(stage, code, lines)
     return _unchanged(stage) not in lines
+
+
+def _is_pruned(stage: str) -> bool:
+    """Return whether the stage is of a decided round without its candidates, as `srpo prune` leaves it."""
+    key = stage.partition("@")[2]
+    files = RoundFiles(Path(), key)
+    return bool(key) and (files.evaluation / "gate.json").exists() and not files.candidates.exists()
 
 
 def _is_recorded(stage: str) -> bool:
@@ -154,6 +163,8 @@ def _failure(stage: str, code: int, lines: list[str]) -> BadInput | StageDied:
         if missing := MISSING.search(message):
             path = (missing[1] or missing[2]).removeprefix(f"{Path.cwd()}/")
             message = f"{path} does not exist; `dvc pull` fetches files under DVC"
+            if path.endswith("/candidates"):
+                message += ", and --force samples pruned candidates again"
         return BadInput(f"{stage}: {message}")
     return StageDied(f"{stage}: {message}")
 

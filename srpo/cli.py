@@ -247,6 +247,30 @@ def check() -> None:
         raise UserError(f"{failed} of {len(results)} checks failed; fix the checks marked `fail` above")
 
 
+@app.command()
+def prune(
+    rounds: Annotated[
+        list[str] | None, typer.Argument(metavar="[ROUND]...", help="decided rounds; default all of them")
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="delete; without it, only count bytes")] = False,
+) -> None:
+    """Delete the candidates of decided rounds from workspace, DVC cache and remote; all other outputs stay."""
+    params, root = _project()
+    from srpo.tools.prune import prune
+
+    results = prune(params, root, rounds or None, delete)
+    for result in results:
+        places = {"workspace": result.workspace, "cache": result.cache, "remote": result.remote}
+        print(f"{result.key}: " + ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in places.items()))
+    total = sum(result.workspace + result.cache + result.remote for result in results)
+    if delete:
+        print(
+            f"{total / 1e9:.3f} GB deleted; from now on use `dvc repro --allow-missing` and `dvc pull --allow-missing`"
+        )
+    else:
+        print(f"{total / 1e9:.3f} GB would be deleted; run again with --delete")
+
+
 @lock_app.command("merge")
 def lock_merge(
     files: Annotated[

@@ -90,7 +90,7 @@ class EarlyRejectionParams(Section):
 
 
 class SamplingParams(Section):
-    """How an image is sampled."""
+    """Settings of sampling an image."""
 
     num_inference_steps: int = Field(ge=1, le=1000, description="denoising steps per image")
     guidance_scale: Guidance = Field(description="classifier-free guidance; 1 is unguided")
@@ -105,7 +105,7 @@ class SamplingParams(Section):
 
 
 class GenerateParams(SamplingParams):
-    """How candidates are sampled."""
+    """Settings of sampling candidates."""
 
     candidates_per_prompt: int = Field(ge=2, le=1024, description="N of best-of-N")
     prompts_per_shard: PositiveInt = Field(32, description="prompts in one parquet shard; also the unit of resume")

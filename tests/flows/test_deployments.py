@@ -10,12 +10,15 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import jsonschema
 import pytest
 from prefect.client.schemas.schedules import CronSchedule
+from prefect.events.schemas.automations import AutomationCore
 from ruamel.yaml import YAML
 
+from flows.rounds import srpo_rounds
 from tests.flows.conftest import REPO
 
 DEPLOYMENTS = {d["name"]: d for d in YAML(typ="safe").load((REPO / "prefect.yaml").read_text())["deployments"]}
@@ -84,6 +87,12 @@ def test_kubernetes_template() -> None:
     jsonschema.Draft202012Validator.check_schema(own["variables"])
     container = own["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]["containers"][0]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "{{ gpus }}"
+
+
+def test_notification_is_a_valid_automation() -> None:
+    text = (REPO / "deploy" / "prefect" / "notify-on-failure.yaml").read_text()
+    automation = AutomationCore.model_validate(YAML(typ="safe").load(text.replace("id: BLOCK_ID", f"id: {uuid4()}")))
+    assert automation.trigger.match_related["prefect.resource.name"] == [srpo_rounds.name]
 
 
 def test_example_schedule_is_valid_and_inactive() -> None:
