@@ -7,9 +7,9 @@ each as a process of its own, imports included: `srpo score` with rewards that c
 of winners in the random order of training, image statistics as in evaluation, `srpo report`, and `dvc add` with hard
 links. The round holds 16 different images in turn.
 
-"Least" is what a stage can't do without: its bytes at the speed of this disk (page cache warm), its images at this
-machine's decoding speed on all cores, and its hashes at md5's speed. CPU seconds say more than seconds on a machine
-that others use, too.
+"Least CPU" is what a stage can't do without: reading and writing its bytes (page cache warm), decoding its images and
+hashing what DVC adds, each at the cost measured on one core just before. CPU seconds say more than seconds on a machine
+that others use, too; decoding uses all cores, so seconds can be fewer.
 """
 
 from __future__ import annotations
@@ -46,11 +46,12 @@ LATENT_MB = 2 * 4 * (SIDE // 8) ** 2 / 1e6
 IMAGES = 16
 PROMPTS_PER_SHARD = 28
 BATCH = 16
+COMPARED = 24  # images of winners and losers in a report
 DVC_CONFIG = "[core]\n    no_scm = True\n    analytics = False\n[cache]\n    type = hardlink\n"
 
 
-class Speeds(NamedTuple):
-    """What this machine does at best: MB/s of reading, writing and md5, and decoded images per second on all cores."""
+class Costs(NamedTuple):
+    """CPU seconds on one core: to read, write or hash one MB, and to decode one image."""
 
     read: float
     write: float
@@ -104,9 +105,10 @@ def measure_images() -> None:
 PARTS: dict[str, Callable[[], None]] = {"read": read_winners, "metrics": measure_images}
 
 
-def speeds(root: Path) -> Speeds:
-    """Measure what this machine does at best, with 64 MB and 32 images."""
-    data = np.random.default_rng(0).bytes(64 << 20)
+def measure_costs(root: Path) -> Costs:
+    """Measure with 64 MB and 8 images."""
+    size = 64
+    data = np.random.default_rng(0).bytes(size * 10**6)
     file = root / "speed"
 
     def write() -> None:
@@ -114,35 +116,35 @@ def speeds(root: Path) -> Speeds:
             out.write(data)
             os.fsync(out.fileno())
 
-    write_speed = 67.1 / _seconds(write)
-    read_speed = 67.1 / _seconds(file.read_bytes)
-    md5 = 67.1 / _seconds(lambda: dvc_digest(file))
+    write_cost = _cpu_seconds(write) / size
+    read_cost = _cpu_seconds(file.read_bytes) / size
+    md5_cost = _cpu_seconds(lambda: dvc_digest(file)) / size
     file.unlink()
-    cells = encode_images([photo_like(seed) for seed in range(4)]) * 8
-    return Speeds(read_speed, write_speed, md5, len(cells) / _seconds(lambda: decode_images(cells)))
+    cells = encode_images(photo_like(seed) for seed in range(8))
+    return Costs(read_cost, write_cost, md5_cost, _cpu_seconds(lambda: decode_images(cells)) / len(cells))
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _cpu_seconds(run: Callable[[], object]) -> float:
     best = float("inf")
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         run()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     return best
 
 
-def least(images: int, prompts: int, image_mb: float, best: Speeds) -> dict[str, float]:
-    """Return by stage the seconds that it can't do without."""
+def least(images: int, prompts: int, image_mb: float, costs: Costs) -> dict[str, float]:
+    """Return by stage the CPU seconds that it can't do without."""
     winner_mb = image_mb + 2 * LATENT_MB
     candidates_mb = images * (image_mb + LATENT_MB)
     winners_mb = prompts * winner_mb
     return {
-        "score": candidates_mb / best.read + images / best.decode,
-        "select": winners_mb / best.read + winners_mb / best.write,
-        "read": 2 * prompts * LATENT_MB / best.read,
-        "metrics": images * image_mb / best.read + images / best.decode,
-        "report": 24 * image_mb / best.read + 24 / best.decode,
-        "dvc": (candidates_mb + winners_mb) / best.md5,
+        "score": candidates_mb * costs.read + images * costs.decode,
+        "select": winners_mb * (costs.read + costs.write),
+        "read": 2 * prompts * LATENT_MB * costs.read,
+        "metrics": images * (image_mb * costs.read + costs.decode),
+        "report": COMPARED * (image_mb * costs.read + costs.decode),
+        "dvc": (candidates_mb + winners_mb) * (costs.read + costs.md5),
     }
 
 
@@ -157,10 +159,10 @@ def main() -> None:
         PARTS[arguments.part]()
         return
     images = arguments.prompts * arguments.per_prompt
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         root = Path(folder)
         image_mb = make_project(root, arguments.prompts, arguments.per_prompt)
-        best = speeds(root)
+        costs = measure_costs(root)
         used: dict[str, Usage] = {"score": measured(["srpo", "score", KEY], root)}
         used["select"] = measured(["srpo", "select", KEY], root)
         for part in PARTS:
@@ -171,13 +173,13 @@ def main() -> None:
         used["dvc"] = measured(
             ["dvc", "add", "--quiet", *(f"rounds/{KEY}/{n}" for n in ("candidates", "winners"))], root
         )
-        floor = least(images, arguments.prompts, image_mb, best)
+        floor = least(images, arguments.prompts, image_mb, costs)
     table = Table(
         title=f"{images} candidates of {arguments.prompts} prompts, {image_mb:.2f} MB per image;"
         f" load {os.getloadavg()[0]:.1f}"
     )
     for column in (
-        *("stage", "seconds", "CPU seconds", "GB at peak", "ms per candidate", "CPU ms", "least ms"),
+        *("stage", "seconds", "CPU seconds", "GB at peak", "ms per candidate", "CPU ms", "least CPU ms"),
         *("MB read per candidate", "MB written"),
     ):
         table.add_column(column, justify="left" if column == "stage" else "right")
@@ -189,8 +191,8 @@ def main() -> None:
         )
     Console(width=140).print(table)
     print(
-        f"at best: {best.read:.0f} MB/s read, {best.write:.0f} MB/s written and synced, md5 {best.md5:.0f} MB/s,"
-        f" {best.decode:.0f} images/s decoded"
+        f"CPU ms: {1e3 * costs.read:.2f} to read, {1e3 * costs.write:.2f} to write, {1e3 * costs.md5:.2f} to hash a MB;"
+        f" {1e3 * costs.decode:.0f} to decode an image; {len(os.sched_getaffinity(0))} cores"
     )
 
 

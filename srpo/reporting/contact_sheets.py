@@ -113,23 +113,36 @@ def save_contact_sheet(pairs: Sequence[Pair], title: str, left: str, right: str,
     """
     columns = min(COLUMNS, len(pairs))
     rows = math.ceil(len(pairs) / columns)
+    image = 1.6  # inches
+    text = 0.45 + 0.14 * max(len(lines) for pair in pairs for lines in (pair.left_lines, pair.right_lines))
+    height = 0.8 + rows * (image + text)
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 8}):
-        figure = Figure(figsize=(3.4 * columns, 2.6 * rows + 0.6), layout="constrained", dpi=100)
-        figure.suptitle(f"{title}\nleft: {left}    right: {right}", fontsize=13, parse_math=False)
-        cells = figure.subfigures(rows, columns, squeeze=False).flat
-        for cell, pair in zip(cells, pairs, strict=False):
+        figure = Figure(figsize=(max(6.0, 3.4 * columns), height), dpi=100)
+        figure.suptitle(f"{title}\nleft: {left}    right: {right}", fontsize=13, y=0.99, va="top", parse_math=False)
+        axes = figure.subplots(rows, columns, squeeze=False)
+        top = 1 - 1.1 / height
+        bottom = (text - 0.3) / height
+        figure.subplots_adjust(left=0.01, right=0.99, top=top, bottom=bottom, wspace=0.04, hspace=text / image)
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for axis, pair in zip(axes.flat, pairs, strict=False):
             # a prompt may hold anything: dollar signs are no formula, and its line breaks are spaces
-            cell.suptitle(textwrap.fill(pair.prompt, 52, max_lines=2, placeholder=" …"), fontsize=9, parse_math=False)
-            sides = ((pair.left, pair.left_lines), (pair.right, pair.right_lines))
-            for axis, (image, lines) in zip(cell.subplots(1, 2), sides, strict=True):
-                axis.imshow(np.asarray(thumbnail(image)))
-                axis.set_xticks([])
-                axis.set_yticks([])
-                axis.set_xlabel("\n".join(lines), parse_math=False)
-                axis.spines[:].set_visible(False)
+            prompt = textwrap.fill(pair.prompt, 52, max_lines=2, placeholder=" …")
+            axis.set_title(prompt, fontsize=9, parse_math=False)
+            axis.imshow(_side_by_side(thumbnail(pair.left), thumbnail(pair.right)))
+            for x, lines in ((0.25, pair.left_lines), (0.75, pair.right_lines)):
+                axis.text(x, -0.03, "\n".join(lines), transform=axis.transAxes, ha="center", va="top", parse_math=False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph")  # a prompt may have characters that the font lacks
             figure.savefig(path, metadata={"Software": None})
+
+
+def _side_by_side(left: Image.Image, right: Image.Image) -> np.ndarray:
+    gap = left.width // 20
+    both = Image.new("RGB", (left.width + gap + right.width, max(left.height, right.height)), "white")
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + gap, 0))
+    return np.asarray(both)
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
