@@ -9,6 +9,7 @@ from pathlib import Path
 
 from srpo.errors import UserError
 from srpo.runtime.extras import require
+from srpo.storage.project import IDENTITY_FILE, project_identity
 
 PROJECT = Path(__file__).parent / "project"
 CLONE = Path(__file__).parents[2]
@@ -60,7 +61,8 @@ def init_project(folder: Path, preset: str) -> list[str]:
     _make_repositories(folder)
     if preset == TINY:
         _run(folder, sys.executable, "-m", "dvc", "remote", "add", "-q", "assets", "assets")
-    return list(plan)
+    project_identity(folder)
+    return [*plan, IDENTITY_FILE]
 
 
 def next_steps(preset: str) -> str:

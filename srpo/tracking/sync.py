@@ -83,8 +83,9 @@ def add_round(campaign: Campaign, round: Round, stage: bool = False, run: Run | 
     _complete(campaign.client, run, record)
     if campaign.is_copy:
         return
-    if is_new or not any(CURRENT in other.data.tags for other in campaign.runs_of(round.key)):
-        campaign.make_current(run)
+    current = [other for other in campaign.runs_of(round.key) if other.data.tags.get(CURRENT) == "true"]
+    if is_new or len(current) != 1:  # two clones may have tagged theirs at the same time
+        campaign.make_current(current[0] if current and not is_new else run)
     _add_curve(campaign, round)
 
 

@@ -36,6 +36,7 @@ def test_a_new_sdxl_project_is_one_dvc_reads(tmp_path: Path) -> None:
         [sys.executable, "-m", "dvc", "stage", "list", "--name-only"], cwd=root, capture_output=True, text=True
     )
     assert {"base", "generate@001", "report@003"} <= set(listed.stdout.split()), listed.stderr
+    assert (root / ".srpo-project").read_text().startswith("campaign-")
 
 
 @pytest.mark.parametrize("name", ["params.yaml", "data/prompts/eval.jsonl", ".gitignore"])
