@@ -37,8 +37,8 @@ root = Path.cwd()
 round = Round.of(load_params(), root, "001")
 with round.files.training.open() as file:
     rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-print("ready", flush=True)
 with live(round) as curve:
+    print("training", flush=True)
     for row in rows:
         curve.log({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
         time.sleep(0.05)
@@ -88,7 +88,7 @@ def test_nothing_is_lost_or_there_twice(tmp_path: Path) -> None:
         for _ in range(KILLS):
             processes = [start(root) for root in (first, second, third)]
             for process in processes:
-                assert process.stdout.readline() == "ready\n"
+                assert process.stdout.readline() == "training\n"
             time.sleep(chance.uniform(0.5, 4))
             for process in processes:
                 process.kill()
