@@ -30,7 +30,8 @@ from srpo.rounds import Round
 from srpo.storage.hashing import dvc_digest, file_digest
 from srpo.tracking.connection import as_default, reason
 from srpo.tracking.records import round_params, round_record
-from srpo.tracking.sync import CAMPAIGN, PROJECT, Campaign, opened, sync_round
+from srpo.tracking.runs import CAMPAIGN, PROJECT, Campaign, opened
+from srpo.tracking.sync import sync_round
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

@@ -67,6 +67,7 @@ def init_project(folder: Path, preset: str) -> list[str]:
     _install_merge_driver(folder)
     if preset == TINY:
         _run(folder, sys.executable, "-m", "dvc", "remote", "add", "-q", "assets", "assets")
+    project_identity(folder)
     return [*plan, IDENTITY_FILE, ".gitattributes"]
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from srpo.rounds import Round
 from srpo.runtime import distributed
 from srpo.tracking.connection import as_default
-from srpo.tracking.sync import attempt, opened
+from srpo.tracking.runs import opened
+from srpo.tracking.sync import add_round, attempt
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -96,4 +97,4 @@ class Curve:
             return
         with opened(self._round.params, self._round.root) as campaign:
             run = next(run for run in campaign.runs if run.info.run_id == self._run_id)
-            campaign.sync(self._round, stage=True, run=run)
+            add_round(campaign, self._round, stage=True, run=run)

@@ -1,25 +1,17 @@
 """Synchronization of rounds to MLflow, which only ever adds.
 
-A campaign has one run with its curves over the rounds, and below it a run for each round and for base. All of them
-carry the project's identity, so that projects and clones share a server. A round's run is identified by its weights: a
-round that was trained again gets a new run, and the newest is tagged `srpo.current`. What another clone logged stays;
-only `rebuild` deletes.
-
-MLflow never stops a round: any error is one warning, and `srpo track` adds later what is missing.
+What another clone logged stays; only `srpo track --rebuild` deletes. MLflow never stops a round: any error is one
+warning, and `srpo track` adds later what is missing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
-import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,9 +20,9 @@ from srpo.config.tree import order
 from srpo.rounds import BASE, Round, RoundFiles
 from srpo.runtime.extras import require
 from srpo.storage.hashing import file_digest, value_digest
-from srpo.storage.project import project_folder, project_identity
-from srpo.tracking.connection import connect, reason
-from srpo.tracking.records import Point, RoundRecord, curve_points, round_record, training_identity
+from srpo.tracking.connection import reason
+from srpo.tracking.records import Point, RoundRecord, curve_points, round_record
+from srpo.tracking.runs import CURRENT, IDENTITY, Campaign, opened
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,20 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOCK_SECONDS = 120
-HEARTBEAT_SECONDS = 600  # a training that has logged nothing for so long has died
-MAX_RUNS = 50_000
-MAX_MARKS = 500  # fit a tag, which holds 8,000 characters
-KIND, PROJECT, CAMPAIGN, ROUND = "srpo.kind", "srpo.project", "srpo.campaign", "srpo.round"
-IDENTITY, TRAINING, CURRENT, HEARTBEAT = "srpo.identity", "srpo.training", "srpo.current", "srpo.heartbeat"
-CLONE = "srpo.clone"  # digest of the machine and folder that made the run
-REPLACED = "srpo.replaced"  # a run that `rebuild` deleted
 LOGGED = "srpo.logged"  # digests of the curves and artifacts that the run has
-CAMPAIGN_NOTE = (
-    "Every round of the campaign on held-out prompts. Step is the round's depth in the tree: 0 is base, 1 its children."
-    " A metric such as `judge/002b` belongs to round 002b, a branch. Judges, FID, KID and diversity decide; a rise of"
-    " the selecting reward alone proves little. The runs below this one hold each round's images and report."
-)
+MAX_MARKS = 500  # fit a tag, which holds 8,000 characters
 
 
 def sync_round(round: Round) -> bool:
@@ -81,267 +61,33 @@ def _sync(rounds: list[Round], stage: bool = False, rebuild: bool = False) -> bo
             if rebuild:
                 campaign.delete()
             campaign.end_dead_runs()
-            done.extend(attempt(f"round {round.key}", partial(campaign.sync, round, stage)) for round in rounds)
+            done.extend(attempt(f"round {round.key}", partial(add_round, campaign, round, stage)) for round in rounds)
 
     return not rounds or (attempt("campaign", work) and all(done))
 
 
-@contextlib.contextmanager
-def opened(params: Params, root: Path) -> Iterator[Campaign]:
-    """Connect to MLflow, and keep other processes of this clone waiting meanwhile.
+def add_round(campaign: Campaign, round: Round, stage: bool = False, run: Run | None = None) -> None:
+    """Add to a round's run, and to the campaign's curves, what they lack.
 
-    Raises:
-        UserError: MLflow is not installed.
+    Args:
+        stage: a stage of this round has just run here, so its run becomes the current one.
+        run: the run of the training that has just ended; else it is found by the weights, or created.
     """
-    require("mlflow", "tracking")
-    from filelock import FileLock
-
-    folder = project_folder(root)
-    (folder / ".srpo").mkdir(exist_ok=True)
-    with FileLock(folder / ".srpo" / "mlflow.lock", timeout=LOCK_SECONDS):
-        client, uri, experiment = connect(params.tracking, folder)
-        is_copy = folder != root.resolve()
-        yield Campaign(client, uri, experiment, project_identity(root), params.tracking.campaign, is_copy)
-
-
-@dataclass
-class Campaign:
-    """The runs of one campaign of one project.
-
-    Attributes:
-        uri: MLflow's address.
-        experiment: the experiment's id.
-        project: the project's identity.
-        name: the campaign's name.
-        is_copy: these rounds are in a temporary copy that DVC made for an experiment.
-    """
-
-    client: MlflowClient
-    uri: str
-    experiment: str
-    project: str
-    name: str
-    is_copy: bool = False
-
-    @cached_property
-    def runs(self) -> list[Run]:
-        """All runs of the campaign, oldest first, those in MLflow's bin included."""
-        return self._search(PROJECT, self.project)
-
-    def runs_of(self, key: str) -> list[Run]:
-        """Return the runs of a round that are not deleted, the current one first, then newest first."""
-        runs = [run for run in self.runs if run.data.tags.get(ROUND) == key and _is_active(run)]
-        return sorted(runs, key=lambda run: (run.data.tags.get(CURRENT) == "true", run.info.start_time), reverse=True)
-
-    def sync(self, round: Round, stage: bool = False, run: Run | None = None) -> None:
-        """Add to the round's run, and to the campaign's curves, what they lack.
-
-        Args:
-            stage: a stage of this round has just run here, so its run becomes the current one.
-            run: the run of the training that has just ended; else it is looked up by the weights.
-        """
-        record = round_record(round)
-        if record is None:
-            return
-        identity = value_digest([self.name, round.key, record.weights])[:16]
-        record.tags[IDENTITY] = identity
-        run = run or self._find(round, identity)
-        is_new = stage or run is None
-        run = run or self._create_round(round, identity)
-        self._complete(run, record)
-        self._make_current(run, is_new)
-        if not self.is_copy:
-            self._log_curve(round)
-
-    @cached_property
-    def parent(self) -> Run:
-        """The campaign's own run, made or restored if needed."""
-        if found := [run for run in self.runs if run.data.tags[KIND] == "campaign"]:
-            return self._pick(found)
-        others = [run.data.tags[PROJECT] for run in self._search(KIND, "campaign") if _is_active(run)]
-        name = self.name
-        if others:
-            name = f"{self.name} ({self.project})"
-            log.warning(
-                "MLflow: the campaign %s of project %s is in this experiment, too; %s's runs are kept apart by the tag"
-                " %s; set tracking.campaign or tracking.experiment to another name to avoid confusion",
-                *(self.name, others[0], self.project, PROJECT),
-            )
-        run = self._create(name, "campaign", {KIND: "campaign", "mlflow.note.content": CAMPAIGN_NOTE})
-        self.client.set_terminated(run.info.run_id, "FINISHED")
-        return run
-
-    def open_training(self, round: Round) -> Run:
-        """Return a running run for a training: that of the same training which died, or a new one."""
-        training, now = training_identity(round), str(_now())
-        died = self._ended_training(round, training)
-        if died and _is_active(died):
-            self.client.update_run(died.info.run_id, status="RUNNING")
-            self.client.set_tag(died.info.run_id, HEARTBEAT, now)
-            return died
-        return self._create(f"round {round.key}", None, self._tags(round, {TRAINING: training, HEARTBEAT: now}))
-
-    def end_dead_runs(self) -> None:
-        """Mark each run whose training has died as killed, by its heartbeat."""
-        for run in self.runs:
-            if run.info.status == "RUNNING" and _is_active(run) and not is_alive(run):
-                self.client.set_terminated(run.info.run_id, "KILLED")
-
-    def delete(self) -> None:
-        """Delete the campaign's runs, except living ones; each is named in the log."""
-        for run in filter(_is_active, self.runs):
-            if is_alive(run):
-                log.warning("MLflow: kept %s (%s): it is training now", run.info.run_name, run.info.run_id)
-                continue
-            self.client.set_tag(run.info.run_id, REPLACED, "true")
-            self.client.delete_run(run.info.run_id)
-            log.warning("MLflow: deleted %s (%s)", run.info.run_name, run.info.run_id)
-        del self.runs
-
-    def _find(self, round: Round, identity: str) -> Run | None:
-        """Find the run of these weights, or of a training that made them while MLflow was out of reach."""
-        if same := [run for run in self.runs if run.data.tags.get(IDENTITY) == identity]:
-            return self._pick(sorted(same, key=lambda run: run.data.tags.get(CURRENT) != "true"))
-        ended = None if round.key == BASE else self._ended_training(round, training_identity(round))
-        return self._pick([ended]) if ended else None
-
-    def _ended_training(self, round: Round, training: str) -> Run | None:
-        """Return the newest run of a training with these inputs that did not finish and is not going on elsewhere."""
-        for run in reversed(self.runs):
-            tags = run.data.tags
-            if (tags.get(ROUND), tags.get(TRAINING)) != (round.key, training) or IDENTITY in tags:
-                continue
-            # in this clone the round's lock sees to it that no other training of the round is going on
-            if not is_alive(run) or tags.get(CLONE) == _clone(round.root):
-                return run
-        return None
-
-    def _create_round(self, round: Round, identity: str) -> Run:
-        name = round.key if round.key == BASE else f"round {round.key}"
-        return self._create(name, identity, self._tags(round, {}))
-
-    def _log_curve(self, round: Round) -> None:
-        from mlflow.entities import RunTag
-
-        parent, points = self.parent, curve_points(round)
-        name, mark = f"{LOGGED}.{round.key}", value_digest(points)[:12]
-        if points and parent.data.tags.get(name) != mark:
-            metrics = self._missing(parent, points)
-            self.client.log_batch(parent.info.run_id, metrics=metrics, tags=[RunTag(name, mark)])
-
-    def _complete(self, run: Run, record: RoundRecord) -> None:
-        """Give a run what it lacks. Tags are last, so that an interrupted synchronization is repeated."""
-        from mlflow.entities import Param, RunTag
-
-        run_id, tags = run.info.run_id, run.data.tags
-        logged = tags.get(LOGGED, "").split()
-        marks = {name: value_digest([name, file_digest(path)])[:12] for name, path in record.artifacts.items()}
-        for name, path in record.artifacts.items():
-            if marks[name] not in logged:
-                self.client.log_artifact(run_id, str(path), str(Path(name).parent) if "/" in name else None)
-        known = run.inputs.dataset_inputs if run.inputs else []
-        inputs = {(item.dataset.name, item.dataset.digest) for item in known}
-        if datasets := [_dataset(*item) for item in record.datasets.items() if item not in inputs]:
-            self.client.log_inputs(run_id, datasets=datasets)
-        metrics = []
-        for name, points in (("training", record.training), ("evaluation", record.evaluation)):
-            marks[name] = value_digest([name, points])[:12]
-            if points and marks[name] not in logged:
-                metrics += self._missing(run, points, values=name == "evaluation")
-        new = [mark for mark in marks.values() if mark not in logged]
-        wanted = {name: value for name, value in record.tags.items() if new or name not in tags}
-        wanted[LOGGED] = " ".join([*logged, *new][-MAX_MARKS:])
-        self.client.log_batch(
-            run_id,
-            metrics=metrics,
-            params=[Param(name, value) for name, value in record.params.items() if name not in run.data.params],
-            tags=[RunTag(name, value) for name, value in wanted.items() if tags.get(name) != value],
-        )
-        if run.info.status != "FINISHED":
-            self.client.set_terminated(run_id, "FINISHED")
-
-    def _missing(self, run: Run, points: list[Point], values: bool = True) -> list[Metric]:
-        """Return the points that the run lacks.
-
-        Clones that add the same point at the same time give it the same time, so that MLflow keeps it once.
-
-        Args:
-            values: another value at the same step is a new point; else there is one point a step.
-        """
-        from mlflow.entities import Metric
-
-        known: dict[tuple[str, int], set[str]] = {}
-        last = {metric.key: metric.step for metric in run.data.to_proto().metrics}
-        for name in {name for name, _, step in points if step <= last.get(name, -1)}:
-            for point in self.client.get_metric_history(run.info.run_id, name):
-                known.setdefault((name, point.step), set()).add(_shown(point.value))
-        missing = []
-        for name, value, step in points:
-            there = known.get((name, step), set())
-            if not there or (values and _shown(value) not in there):
-                missing.append(Metric(name, value, run.info.start_time + step + len(there), step))
-        return missing
-
-    def _make_current(self, run: Run, is_new: bool) -> None:
-        runs = self.runs_of(run.data.tags[ROUND])
-        current = [other for other in runs if other.data.tags.get(CURRENT) == "true"]
-        if self.is_copy or (current and not is_new) or [other.info.run_id for other in current] == [run.info.run_id]:
-            return
-        self.client.set_tag(run.info.run_id, CURRENT, "true")
-        for other in current:
-            if other.info.run_id != run.info.run_id:
-                self.client.set_tag(other.info.run_id, CURRENT, "false")
-
-    def _tags(self, round: Round, more: dict[str, str]) -> dict[str, str]:
-        tags = {KIND: "round", ROUND: round.key, "mlflow.parentRunId": self.parent.info.run_id}
-        tags[CLONE] = _clone(round.root)
-        if experiment := os.environ.get("DVC_EXP_NAME"):
-            tags["srpo.dvc_experiment"] = experiment
-        return tags | more
-
-    def _create(self, name: str, identity: str | None, tags: dict[str, str]) -> Run:
-        """Create a run; of two that clones create at the same time the older is kept, and the other, empty, deleted."""
-        tags |= {PROJECT: self.project, CAMPAIGN: self.name} | ({IDENTITY: identity} if identity else {})
-        run = self.client.create_run(self.experiment, run_name=name, tags=tags)
-        if identity:
-            found = self._search(IDENTITY, identity)
-            first = next((twin for twin in found if _is_active(twin) and twin.data.tags[PROJECT] == self.project), run)
-            if first.info.run_id != run.info.run_id:
-                self.client.delete_run(run.info.run_id)
-                run = first
-        self.runs.append(run)
-        return run
-
-    def _pick(self, runs: list[Run]) -> Run:
-        """Return the first run that is not deleted; if all are, restore the first."""
-        run = next(filter(_is_active, runs), runs[0])
-        if not _is_active(run):
-            self.client.restore_run(run.info.run_id)
-            log.warning("MLflow: %s (%s) was deleted in MLflow; restored it", run.info.run_name, run.info.run_id)
-        return run
-
-    def _search(self, tag: str, value: str) -> list[Run]:
-        from mlflow.entities import ViewType
-
-        # the campaign's name may contain quotes, so it is compared here and not by MLflow
-        found = self.client.search_runs(
-            [self.experiment], f"tags.`{tag}` = '{value}'", ViewType.ALL, max_results=MAX_RUNS
-        )
-        runs = [run for run in found if run.data.tags.get(CAMPAIGN) == self.name and REPLACED not in run.data.tags]
-        return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
-
-
-def is_alive(run: Run) -> bool:
-    """Return whether a run's training has logged anything of late, from whatever machine."""
-    if run.info.status != "RUNNING":
-        return False
-    times = [point.timestamp for point in run.data.to_proto().metrics]
-    beat = max(run.info.start_time, int(run.data.tags.get(HEARTBEAT, 0)), *times)
-    return _now() - beat < HEARTBEAT_SECONDS * 1000
-
-
-def _is_active(run: Run) -> bool:
-    return run.info.lifecycle_stage == "active"
+    record = round_record(round)
+    if record is None:
+        return
+    identity = value_digest([campaign.name, round.key, record.weights])[:16]
+    record.tags[IDENTITY] = identity
+    run = run or campaign.find(round, identity)
+    is_new = stage or run is None
+    run = run or campaign.create(round, identity)
+    _complete(campaign.client, run, record)
+    if campaign.is_copy:
+        return
+    current = [other for other in campaign.runs_of(round.key) if other.data.tags.get(CURRENT) == "true"]
+    if is_new or len(current) != 1:  # two clones may have tagged theirs at the same time
+        campaign.make_current(current[0] if current and not is_new else run)
+    _add_curve(campaign, round)
 
 
 def attempt(what: str, work: Callable[[], object]) -> bool:
@@ -352,6 +98,71 @@ def attempt(what: str, work: Callable[[], object]) -> bool:
         log.warning("MLflow: %s not recorded (%s); run `srpo track` later", what, reason(error))
         return False
     return True
+
+
+def _add_curve(campaign: Campaign, round: Round) -> None:
+    from mlflow.entities import RunTag
+
+    parent, points = campaign.parent, curve_points(round)
+    name, mark = f"{LOGGED}.{round.key}", value_digest(points)[:12]
+    if points and parent.data.tags.get(name) != mark:
+        metrics = _missing(campaign.client, parent, points)
+        campaign.client.log_batch(parent.info.run_id, metrics=metrics, tags=[RunTag(name, mark)])
+
+
+def _complete(client: MlflowClient, run: Run, record: RoundRecord) -> None:
+    """Give a run what it lacks. Tags are last, so that an interrupted synchronization is repeated."""
+    from mlflow.entities import Param, RunTag
+
+    run_id, tags = run.info.run_id, run.data.tags
+    logged = tags.get(LOGGED, "").split()
+    marks = {name: value_digest([name, file_digest(path)])[:12] for name, path in record.artifacts.items()}
+    for name, path in record.artifacts.items():
+        if marks[name] not in logged:
+            client.log_artifact(run_id, str(path), str(Path(name).parent) if "/" in name else None)
+    known = run.inputs.dataset_inputs if run.inputs else []
+    inputs = {(item.dataset.name, item.dataset.digest) for item in known}
+    if datasets := [_dataset(*item) for item in record.datasets.items() if item not in inputs]:
+        client.log_inputs(run_id, datasets=datasets)
+    metrics = []
+    for name, points in (("training", record.training), ("evaluation", record.evaluation)):
+        marks[name] = value_digest([name, points])[:12]
+        if points and marks[name] not in logged:
+            metrics += _missing(client, run, points, values=name == "evaluation")
+    new = [mark for mark in marks.values() if mark not in logged]
+    wanted = {name: value for name, value in record.tags.items() if new or name not in tags}
+    wanted[LOGGED] = " ".join([*logged, *new][-MAX_MARKS:])
+    client.log_batch(
+        run_id,
+        metrics=metrics,
+        params=[Param(name, value) for name, value in record.params.items() if name not in run.data.params],
+        tags=[RunTag(name, value) for name, value in wanted.items() if tags.get(name) != value],
+    )
+    if run.info.status != "FINISHED":
+        client.set_terminated(run_id, "FINISHED")
+
+
+def _missing(client: MlflowClient, run: Run, points: list[Point], values: bool = True) -> list[Metric]:
+    """Return the points that the run lacks.
+
+    Clones that add the same point at the same time give it the same time, so that MLflow keeps it once.
+
+    Args:
+        values: another value at the same step is a new point; else there is one point a step.
+    """
+    from mlflow.entities import Metric
+
+    known: dict[tuple[str, int], set[str]] = {}
+    last = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+    for name in {name for name, _, step in points if step <= last.get(name, -1)}:
+        for point in client.get_metric_history(run.info.run_id, name):
+            known.setdefault((name, point.step), set()).add(_shown(point.value))
+    missing = []
+    for name, value, step in points:
+        there = known.get((name, step), set())
+        if not there or (values and _shown(value) not in there):
+            missing.append(Metric(name, value, run.info.start_time + step + len(there), step))
+    return missing
 
 
 def _dataset(name: str, digest: str) -> DatasetInput:
@@ -367,11 +178,3 @@ def _shown(value: float) -> str:
     """Return a value as it compares in all databases, which hold infinity as the largest float."""
     limit = sys.float_info.max
     return "nan" if math.isnan(value) else f"{max(-limit, min(limit, value)):.9g}"
-
-
-def _clone(root: Path) -> str:
-    return value_digest([os.uname().nodename, str(project_folder(root))])[:12]
-
-
-def _now() -> int:
-    return int(time.time() * 1000)

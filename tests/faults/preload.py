@@ -16,5 +16,5 @@ import srpo.stages.report
 import srpo.stages.score
 import srpo.stages.select
 import srpo.stages.train
-import srpo.tracking.sync
+import srpo.tracking.live
 import tests.support.world

@@ -245,7 +245,7 @@ def test_report_and_mlflow_show_the_audit(tmp_path: Path) -> None:
     page = (files.report / "index.html").read_text()
     assert "<h2>Early rejection</h2>" in page and "rank correlation of preview and final reward, step 3" in page
     assert "0.125" in page and "0.625" in page
-    assert ("rejection_regret", 0.125, 0) in round_record(Round.of(params, tmp_path, "001")).points
+    assert "selection.json" in round_record(Round.of(params, tmp_path, "001")).artifacts
     without = params.model_copy(update={"generate": params.generate.model_copy(update={"early_rejection": None})})
     report(Round.of(without, tmp_path, "001"))
     assert "Early rejection" not in (files.report / "index.html").read_text()

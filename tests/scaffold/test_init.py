@@ -37,6 +37,7 @@ def test_new_project(tmp_path: Path) -> None:
         [sys.executable, "-m", "dvc", "stage", "list", "--name-only"], cwd=root, capture_output=True, text=True
     )
     assert {"base", "generate@001", "report@003"} <= set(listed.stdout.split()), listed.stderr
+    assert (root / ".srpo-project").read_text().startswith("campaign-")
 
 
 def test_deployments_are_named_by_project(tmp_path: Path) -> None:

@@ -113,10 +113,10 @@ def test_evaluation_pairs_base_and_round(params: Params, world: Path) -> None:
 
     report(Round.of(params, world, "001"))  # their own tests are about a drawn campaign; this is a real one
     record = round_record(Round.of(params, world, "001"))
-    told = {name for name, _, _ in record.points}
-    assert {"loss", "eval/fid", "eval/sweep/1.0/kid", "eval/gate/fid_ratio", "eval/win_rate/judge/best/low"} <= told
+    assert {"fid", "judge_win_rate", "sweep/kid"} <= {name for name, _, _ in record.evaluation}
+    assert {"train/loss"} <= {name for name, _, _ in record.training}
     assert record.tags["srpo.verdict"] == tuned["verdict"]
-    assert {"index.html", "winners.png", "tuned.png", "lineage.json"} <= {path.name for path, _ in record.artifacts}
+    assert {"report/index.html", "report/winners.png", "report/tuned.png", "lineage.json"} <= set(record.artifacts)
 
 
 def test_a_round_that_is_base_is_even_with_it(params: Params, world: Path) -> None:

@@ -19,7 +19,7 @@ from srpo.config.loader import Params, load_params
 from srpo.rounds import Round
 from srpo.stages.report import report
 from srpo.storage.json_files import write_json
-from srpo.tracking import sync
+from srpo.tracking import runs
 from srpo.tracking.live import live
 from srpo.tracking.sync import sync_campaign, sync_round
 from tests.support.campaign import build_campaign, write_evaluation, write_training
@@ -227,7 +227,7 @@ def test_heartbeat_tells_living_trainings_from_dead(project: Path, monkeypatch: 
     with live(Round.of(params, project, "002")) as curve:
         curve.log({"loss": 0.5}, 1)
         assert sync_campaign(other, root) and status() == "RUNNING"
-        monkeypatch.setattr(sync, "HEARTBEAT_SECONDS", 0)  # as if nothing had come for ten minutes
+        monkeypatch.setattr(runs, "HEARTBEAT_SECONDS", 0)  # as if nothing had come for ten minutes
         assert sync_campaign(other, root) and status() == "KILLED"
 
 
