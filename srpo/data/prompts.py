@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,17 +61,31 @@ def negative_prompts(prompts: Sequence[Prompt], default: str | None) -> list[str
     return [default if prompt.negative_prompt is None else prompt.negative_prompt for prompt in prompts]
 
 
-def check_disjoint(train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> None:
+def check_disjoint(
+    train: Sequence[Prompt],
+    evaluation: Sequence[Prompt],
+    text_read: Callable[[str], str | None] = lambda text: None,
+) -> None:
     """Check that no prompt is in both files, ignoring case and spacing: evaluation prompts are held out.
+
+    Args:
+        text_read: gives the part of a text that the model reads, in any form; None for a text that it reads to its end.
 
     Raises:
         UserError: naming the first shared prompt.
     """
-    known = {normalize(prompt.prompt): prompt.id for prompt in train}
+
+    def key(text: str) -> tuple[str, bool]:
+        part = text_read(text)
+        return (normalize(text), False) if part is None else (part, True)
+
+    known = {key(prompt.prompt): prompt.id for prompt in train}
     for prompt in evaluation:
-        if normalize(prompt.prompt) in known:
+        shared = key(prompt.prompt)
+        if shared in known:
+            cut = ", equal in all tokens that the text encoders read" if shared[1] else ""
             raise UserError(
-                f"prompts.eval: {prompt.id!r} has the text of train prompt {known[normalize(prompt.prompt)]!r};"
+                f"prompts.eval: {prompt.id!r} has the text of train prompt {known[shared]!r}{cut};"
                 " remove it from one of the two files"
             )
 

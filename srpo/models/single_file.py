@@ -1,25 +1,19 @@
 """SDXL checkpoints of one file in Stability's layout, as people share them; read without a network.
 
-The folder `sdxl/` beside this module holds diffusers' configuration of SDXL 1.0 and the merges of CLIP's tokenizer
-(published by OpenAI under the MIT license), from which the vocabulary follows.
+The folder `sdxl/` beside this module holds diffusers' configuration of SDXL 1.0.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-from transformers import CLIPTokenizer
 
 from srpo.lineage.checkpoint_files import read_header, scheduler_options
+from srpo.models.tokenizer import CONFIG, clip_tokenizer
 
-CONFIG = Path(__file__).parent / "sdxl"
-TOKENS = 77
 PAD_TOKENS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
 
 
@@ -48,21 +42,3 @@ def load_single_file(file: Path, dtype: torch.dtype, config: Path = CONFIG, **pa
         **tokenizers,
         **parts,
     )
-
-
-def clip_tokenizer(pad_token: str) -> CLIPTokenizer:
-    """Return CLIP's tokenizer, which cuts at 77 tokens."""
-    merges = gzip.decompress((CONFIG / "merges.txt.gz").read_bytes()).decode()
-    letters = _byte_letters()
-    words = ["".join(line.split()) for line in merges.splitlines()[1:]]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *words, "<|startoftext|>", "<|endoftext|>"]
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "merges.txt").write_text(merges, encoding="utf-8")
-        (Path(folder) / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS, pad_token=pad_token)
-
-
-def _byte_letters() -> list[str]:
-    """Return the printable letters that stand for the 256 bytes in byte-level BPE, in the vocabulary's order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(code) for code in printable] + [chr(256 + number) for number in range(256 - len(printable))]

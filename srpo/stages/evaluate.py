@@ -28,6 +28,7 @@ from srpo.evaluation.gate import best_guidance, image_stat_shifts, judge_round
 from srpo.evaluation.kernel import paired_kid
 from srpo.evaluation.reference import load_reference
 from srpo.lineage.record import check_base, require_weights
+from srpo.models.tokenizer import load_tokenizer, text_read, warn_of_cut_prompts
 from srpo.rewards.batches import BATCH, batched
 from srpo.rewards.loading import load_pinned_rewards
 from srpo.rounds import BASE, Round
@@ -60,7 +61,9 @@ def evaluate(round: Round) -> None:
     """
     files, settings = round.files, round.params.evaluate
     prompts = load_prompts(round.root / round.params.prompts.eval)
-    check_disjoint(load_prompts(round.root / round.params.prompts.train), prompts)
+    tokenizer = load_tokenizer(round.params.model, round.root)
+    check_disjoint(load_prompts(round.root / round.params.prompts.train), prompts, text_read(tokenizer))
+    warn_of_cut_prompts(f"evaluate {round.key}", prompts, tokenizer)
     if (len(prompts) - 1) * settings.images_per_prompt < 2:
         raise UserError(f"{round.params.prompts.eval}: too few prompts for an interval; at least 3 are needed")
     require_weights(round.files)

@@ -21,6 +21,7 @@ from srpo.data.images import encode_images
 from srpo.data.prompts import Prompt, check_disjoint, load_prompts, negative_prompts
 from srpo.data.schemas import CANDIDATE_FIELDS
 from srpo.lineage.record import check_base, require_weights
+from srpo.models.tokenizer import load_tokenizer, text_read, warn_of_cut_prompts
 from srpo.rounds import Round
 from srpo.runtime import distributed
 from srpo.selection.audit import is_audited
@@ -80,8 +81,11 @@ def _plan(round: Round) -> tuple[Path, list[Shard]]:
     params = round.params
     settings = params.generate
     prompts = load_prompts(round.root / params.prompts.train)
-    check_disjoint(prompts, load_prompts(round.root / params.prompts.eval))
+    tokenizer = load_tokenizer(params.model, round.root)
+    check_disjoint(prompts, load_prompts(round.root / params.prompts.eval), text_read(tokenizer))
     require_weights(round.parent_files)
+    if not distributed.is_worker():
+        warn_of_cut_prompts(f"generate {round.key}", prompts, tokenizer)
     inputs = {
         "seed": params.seed,
         "model": params.model.model_dump(),

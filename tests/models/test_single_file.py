@@ -14,7 +14,8 @@ from srpo.config.loader import load_params
 from srpo.errors import UserError
 from srpo.models.original_layout import to_original_layout
 from srpo.models.pipeline import load_pipeline
-from srpo.models.single_file import clip_tokenizer, load_single_file
+from srpo.models.single_file import load_single_file
+from srpo.models.tokenizer import clip_tokenizer
 from srpo.rounds import Round
 from srpo.stages.base import pin_base
 from srpo.stages.generate import generate
