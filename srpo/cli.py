@@ -25,6 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+prompts = typer.Typer(no_args_is_help=True, help="Bring prompts into the project.")
+app.add_typer(prompts, name="prompts")
 RoundKey = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rounds` in params.yaml")]
 RoundOrBase = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rounds` in params.yaml, or base")]
 
@@ -232,6 +234,38 @@ def check() -> None:
     failed = sum(finding.state == "fail" for finding in findings)
     if failed:
         raise UserError(f"{failed} of {len(findings)} checks failed; mend what says fail above")
+
+
+@prompts.command("import")
+def import_prompts(
+    source: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="txt, csv, json, jsonl or parquet files, folders, Hub ids")
+    ],
+    column: Annotated[str, typer.Option(help="column or key of the prompt")] = "prompt",
+    tag: Annotated[list[str], typer.Option(help="column or key whose values become tags; repeat for more")] = [],  # noqa: B006
+    split: Annotated[str, typer.Option(help="split of a Hub data set")] = "train",
+    eval: Annotated[int, typer.Option(help="prompts to hold out")] = 500,
+    seed: Annotated[int, typer.Option(help="which prompts are held out")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="replace the prompt files")] = False,
+) -> None:
+    """Write prompts.train and prompts.eval from any prompts: cleaned, without near repeats, some held out."""
+    params, root = _project()
+    from srpo.data.import_prompts import import_prompts
+    from srpo.tools.prompt_tokens import token_counter
+
+    summary = import_prompts(
+        source,
+        root / params.prompts.train,
+        root / params.prompts.eval,
+        column=column,
+        tags=tag,
+        split=split,
+        eval_count=eval,
+        seed=seed,
+        overwrite=force,
+        count_tokens=token_counter(params.model, root),
+    )
+    print("\n".join(summary.lines()))
 
 
 @app.command()
