@@ -175,6 +175,52 @@ def score_images(
 
 
 @app.command()
+def review(
+    key: RoundKey,
+    against: Annotated[str, typer.Option(metavar="ROUND", help="what to compare the round with")] = BASE,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="on 127.0.0.1; 0 takes any free one")] = 8765,
+) -> None:
+    """Serve pages to pick winners, compare two models blindly and browse candidates, on this machine only."""
+    from srpo.review.server import serve
+
+    with _round(key) as round:
+        serve(round, against, port)
+
+
+@app.command()
+def picks(key: RoundKey) -> None:
+    """Write one choice per prompt from what all raters picked, for select to use."""
+    from srpo.review.freeze import freeze_picks
+
+    with _round(key) as round:
+        frozen = freeze_picks(round)
+    print(
+        f"{frozen.picked} prompts with a pick, {frozen.all_bad} all bad, {frozen.divided} left to the rewards (a tie)"
+    )
+    print(f'in params.yaml, rounds."{key}":  select: {{picks: {frozen.path.relative_to(round.root).as_posix()}}}')
+
+
+@app.command()
+def votes(key: RoundKey) -> None:
+    """Print what people decided about a round: win rate, agreement of raters, and of people with each reward."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from srpo.review.results import results
+
+    with _round(key) as round:
+        found = results(round)
+    console = Console()
+    for part in found:
+        table = Table(title=part.title, caption=part.note, title_justify="left", caption_justify="left")
+        for number, name in enumerate(part.columns):
+            table.add_column(name, justify="right" if number else "left")
+        for row in part.rows:
+            table.add_row(*row)
+        console.print(table if part.rows else f"{part.title}: {part.note}")
+
+
+@app.command()
 def track() -> None:
     """Rebuild all of MLflow's records from rounds/ and dvc.lock."""
     params, root = _project()

@@ -48,7 +48,7 @@ def choose_winners(
     )
     score = pl.col("selection_score")
     ranked = usable.with_columns(
-        _selection_score(weights, settings.combine).alias("selection_score"),
+        selection_score(weights, settings.combine).alias("selection_score"),
         _eligible(weights, settings.combine).alias("eligible"),
     ).select(ROW, PROMPT, "selection_score", "eligible", *([NOISE] if noise else []))
     del usable
@@ -108,7 +108,7 @@ def _weight(winners: pl.DataFrame, weighting: str) -> pl.Expr:
     return pl.col("margin") / pl.col("margin").mean()
 
 
-def _selection_score(weights: Mapping[str, float], combine: str) -> pl.Expr:
+def selection_score(weights: Mapping[str, float], combine: str) -> pl.Expr:
     if len(weights) == 1:
         return pl.col(next(iter(weights))).cast(pl.Float64)
     if combine == "rank":
