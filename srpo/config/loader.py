@@ -110,6 +110,7 @@ RESERVED_COLUMNS = {
     "candidate_id", "prompt_id", "prompt", "index", "seed", "image", "latents", "steps", "guidance",
     "preview_scores", "stopped_at", "would_stop_at", "audited",
     "margin", "weight", "loser_id", "selection_score", "invalid", "file",
+    "place", "finished", "winner", "tags", "disagreement",
     "images", "fid", "kid", "cmmd", "diversity", "drift", "drift_kid", "verdict", "finding",
     "saturation", "contrast", "edge_density", "color_entropy", INCEPTION,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Who may talk to the review server: a browser that was given the token, on this machine, from the server's own pages.
+"""Access to the review server: for a browser that was given the token, on this machine, from the server's own pages.
 
 A web page elsewhere can make a browser send requests to loopback, and can point a host name of its own at 127.0.0.1
 (DNS rebinding). So the Host header must name loopback, decisions must come from the server's own origin, and everything

@@ -36,7 +36,7 @@ def serve(round: Round, against: str, port: int) -> None:
         port = listening.getsockname()[1]
         token = project_token(round.root)
         app = create_app(round, against, token, f"srpo-review-{port}")
-        listening.listen()  # who opens the address at once waits instead of being refused
+        listening.listen()  # early requests wait instead of being refused
         print(f"http://{HOST}:{port}/?token={token}", flush=True)
         print("open this address in a browser on this machine; Ctrl-C ends", flush=True)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)

@@ -1,4 +1,4 @@
-"""What people picked: one choice a prompt, in a file whose name holds its hash, and the winners that follow from it.
+"""Picks of people: one choice a prompt, in a file whose name holds its hash, and the winners that follow from it.
 
 A DVC stage can't depend on a file that may not be there, but it depends on its params. A param that names the file by
 its content makes exactly the stage of that round rerun when other picks are named, and nothing else.
