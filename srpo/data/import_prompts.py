@@ -137,7 +137,7 @@ def _clean(rows: Iterable[Row], summary: Summary) -> list[Prompt]:
 
 
 def _without_repeats(prompts: Sequence[Prompt], summary: Summary) -> list[Prompt]:
-    first = {}
+    first: dict[str, Prompt] = {}
     for prompt in prompts:
         first.setdefault(fold(prompt.prompt), prompt)
     distinct = list(first.values())

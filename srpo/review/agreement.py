@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from srpo.evaluation.bootstrap import Estimate, mean_interval
-
-Decision = Mapping[str, Any]
+from srpo.review.journal import Decision
 
 
 def krippendorff_alpha(units: Iterable[Iterable[float]]) -> float | None:

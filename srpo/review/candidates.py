@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from srpo.data import parquet
@@ -49,7 +50,7 @@ class Images:
         cell = table["image"][place - int(starts[group])].as_py()
         return cell["bytes"] if cell else None
 
-    def _read_group(self, group: int):
+    def _read_group(self, group: int) -> pa.Table:
         start, end = self._places.starts[group : group + 2]
         return next(self._places.take(np.arange(start, end), ["image"]))
 

@@ -10,7 +10,6 @@ from srpo.data import parquet
 from srpo.data.records import read_metrics
 from srpo.evaluation.bootstrap import Estimate
 from srpo.review.agreement import (
-    Decision,
     human_win_rate,
     krippendorff_alpha,
     pick_agreement,
@@ -18,7 +17,7 @@ from srpo.review.agreement import (
     vote_agreement,
 )
 from srpo.review.candidates import picks_dataset
-from srpo.review.journal import Journal
+from srpo.review.journal import Decision, Journal
 from srpo.review.pairs import votes_dataset
 from srpo.rounds import Round, RoundFiles
 

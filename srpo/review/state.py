@@ -83,10 +83,11 @@ class Review:
             {"candidate_id": row["candidate_id"], "image": _digest(self.images.bytes_at(row["place"]))}
             for row in group.to_dicts()
         ]
+        scores_shown = field(data, "scores_shown", bool)
         decision = self._common("picks", data) | {"prompt": group["prompt"][0], "picked": picked, "shown": shown}
-        self.journals["picks"].append(rater, decision | {"scores_shown": field(data, "scores_shown", bool)})
+        self.journals["picks"].append(rater, decision | {"scores_shown": scores_shown})
         upcoming = self.next_after("picks", rater, item)
-        return link("/pick", rater=rater, item=upcoming, scores="1" if data["scores_shown"] else None)
+        return link("/pick", rater=rater, item=upcoming, scores="1" if scores_shown else None)
 
     def save_vote(self, data: object) -> str:
         """Save a rater's vote about a pair, as `save_pick` does."""

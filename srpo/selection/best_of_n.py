@@ -109,6 +109,7 @@ def _weight(winners: pl.DataFrame, weighting: str) -> pl.Expr:
 
 
 def selection_score(weights: Mapping[str, float], combine: str) -> pl.Expr:
+    """Return the selection score of rows whose prompt is in the column `PROMPT`, as `choose_winners` uses it."""
     if len(weights) == 1:
         return pl.col(next(iter(weights))).cast(pl.Float64)
     if combine == "rank":

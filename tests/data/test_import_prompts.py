@@ -23,7 +23,7 @@ from srpo.data.prompt_cleaning import clean_prompt
 from srpo.data.prompts import check_disjoint, load_prompts
 
 WORDS = [
-    a + b for a in ("ba", "ce", "di", "fo", "gu", "ha", "ji", "ke") for b in ("rt", "lm", "nks", "pper", "st", "vo")
+    a + b for a in ("ba", "ce", "di", "fa", "gu", "ha", "ji", "ke") for b in ("rt", "lm", "nks", "pper", "st", "vo")
 ]
 
 

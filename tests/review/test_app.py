@@ -110,7 +110,7 @@ def test_texts_are_escaped(campaign: Path, open_review) -> None:
 def test_nonsense_is_refused(campaign: Path, open_review, data: dict) -> None:
     known = {"item": "train-0000", "picked": "train-0000-1"}
     client = open_review()
-    answer = pick(client, **(known | {k: v for k, v in data.items()}))
+    answer = pick(client, **(known | data))
     assert answer.status_code == 400 and "\n" not in answer.text
     assert client.post("/decide/picks", content="{", headers={"Content-Type": "application/json"}).status_code == 400
     assert client.post("/decide/picks", json=[1]).status_code == 400
