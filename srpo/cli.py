@@ -28,6 +28,8 @@ app = typer.Typer(
 )
 lock_app = typer.Typer(help="Work with dvc.lock, the record of all stages.", no_args_is_help=True)
 app.add_typer(lock_app, name="lock")
+prompts_app = typer.Typer(no_args_is_help=True, help="Bring prompts into the project.")
+app.add_typer(prompts_app, name="prompts")
 RoundKey = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rounds` in params.yaml")]
 RoundOrBase = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rounds` in params.yaml, or base")]
 
@@ -185,6 +187,52 @@ def score_images(
 
 
 @app.command()
+def review(
+    key: RoundKey,
+    against: Annotated[str, typer.Option(metavar="ROUND", help="what to compare the round with")] = BASE,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="on 127.0.0.1; 0 takes any free one")] = 8765,
+) -> None:
+    """Serve pages to pick winners, compare two models blindly and browse candidates, on this machine only."""
+    from srpo.review.server import serve
+
+    with _round(key) as round:
+        serve(round, against, port)
+
+
+@app.command()
+def picks(key: RoundKey) -> None:
+    """Write one choice per prompt from what all raters picked, for select to use."""
+    from srpo.review.freeze import freeze_picks
+
+    with _round(key) as round:
+        frozen = freeze_picks(round)
+    print(
+        f"{frozen.picked} prompts with a pick, {frozen.all_bad} all bad, {frozen.divided} left to the rewards (a tie)"
+    )
+    print(f'in params.yaml, rounds."{key}":  select: {{picks: {frozen.path.relative_to(round.root).as_posix()}}}')
+
+
+@app.command()
+def votes(key: RoundKey) -> None:
+    """Print what people decided about a round: win rate, agreement of raters, and of people with each reward."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from srpo.review.results import results
+
+    with _round(key) as round:
+        found = results(round)
+    console = Console()
+    for part in found:
+        table = Table(title=part.title, caption=part.note, title_justify="left", caption_justify="left")
+        for number, name in enumerate(part.columns):
+            table.add_column(name, justify="right" if number else "left")
+        for row in part.rows:
+            table.add_row(*row)
+        console.print(table if part.rows else f"{part.title}: {part.note}")
+
+
+@app.command()
 def track(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="first delete this project's runs in MLflow")] = False,
 ) -> None:
@@ -288,6 +336,38 @@ def lock_merge(
         merge_files(*files)
     else:
         raise UserError("lock merge: takes three files, or none after a merge in conflict")
+
+
+@prompts_app.command("import")
+def import_prompts(
+    source: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="txt, csv, json, jsonl or parquet files, folders, Hub ids")
+    ],
+    column: Annotated[str, typer.Option(help="column or key of the prompt")] = "prompt",
+    tag: Annotated[list[str], typer.Option(help="column or key whose values become tags; repeat for more")] = [],  # noqa: B006
+    split: Annotated[str, typer.Option(help="split of a Hub data set")] = "train",
+    eval: Annotated[int, typer.Option(help="prompts to hold out")] = 500,
+    seed: Annotated[int, typer.Option(help="which prompts are held out")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="replace the prompt files")] = False,
+) -> None:
+    """Write prompts.train and prompts.eval from any prompts: cleaned, without near repeats, some held out."""
+    params, root = _project()
+    from srpo.data.import_prompts import import_prompts
+    from srpo.tools.prompt_tokens import token_counter
+
+    summary = import_prompts(
+        source,
+        root / params.prompts.train,
+        root / params.prompts.eval,
+        column=column,
+        tags=tag,
+        split=split,
+        eval_count=eval,
+        seed=seed,
+        overwrite=force,
+        count_tokens=token_counter(params.model, root),
+    )
+    print("\n".join(summary.lines()))
 
 
 @app.command()

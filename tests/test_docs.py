@@ -69,7 +69,9 @@ def test_commands_exist(page: Path) -> None:
     targets = re.findall(r"^([\w-]+):", (REPO / "Makefile").read_text(), re.MULTILINE)
     for program, *words in commands(page):
         if program == "srpo":
-            options = {option for parameter in known[words[0]].params for option in parameter.opts}
+            command = known[words[0]]
+            command = getattr(command, "commands", {}).get(words[1] if words[1:] else "", command)
+            options = {option for parameter in command.params for option in parameter.opts}
             assert {word for word in words if word.startswith("--")} <= options, words
         elif program == "make":
             assert words[0] in targets, words

@@ -169,6 +169,11 @@ class SelectParams(Section):
     weighting: Literal["uniform", "advantage"] = Field(
         "uniform", description="weight of winners in training: all equal, or by their margin (mean weight 1)"
     )
+    picks: str | None = Field(
+        None,
+        min_length=1,
+        description="file of `srpo picks`: what people picked wins, whatever the rewards say; set it in one round",
+    )
 
 
 class TrainParams(Section):

@@ -22,6 +22,7 @@ RESERVED_KEYS = frozenset(
         *(name + suffix for name in IMAGE_STATS for suffix in ("", "_std")),
         "inception",  # an extractor of features, as judges are
         "file",  # a column of score-images
+        *("place", "finished", "winner", "tags", "disagreement"),  # columns of the review pages
     ]
 )
 """Keys of every evaluation, whatever its rewards."""

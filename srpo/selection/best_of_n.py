@@ -51,7 +51,7 @@ def choose_winners(
     )
     score = pl.col("selection_score")
     ranked = usable.with_columns(
-        _selection_score(weights, settings.combine).alias("selection_score"),
+        selection_score(weights, settings.combine).alias("selection_score"),
         _eligible(weights, settings.combine).alias("eligible"),
     ).select(ROW, PROMPT, "selection_score", "eligible", *([NOISE] if noise else []))
     del usable
@@ -114,7 +114,8 @@ def _weight(winners: pl.DataFrame, weighting: str) -> pl.Expr:
     return pl.col("margin") / pl.col("margin").mean()
 
 
-def _selection_score(weights: Mapping[str, float], combine: str) -> pl.Expr:
+def selection_score(weights: Mapping[str, float], combine: str) -> pl.Expr:
+    """Return the selection score of rows whose prompt is in the column `PROMPT`, as `choose_winners` uses it."""
     if len(weights) == 1:
         return pl.col(next(iter(weights))).cast(pl.Float64)
     if combine == "rank":

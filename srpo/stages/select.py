@@ -12,6 +12,7 @@ from srpo.errors import UserError
 from srpo.rounds import Round
 from srpo.selection.audit import AUDITED_COLUMNS, audit
 from srpo.selection.best_of_n import choose_winners, odd_scores
+from srpo.selection.picks import check_images, picked_winners, read_picks
 from srpo.selection.winners import write_winners
 from srpo.storage.files import publish
 from srpo.storage.json_files import write_json
@@ -38,7 +39,14 @@ def select(round: Round) -> None:
     counts = _counts(scores, weights)
     oddities = odd_scores(valid, weights)
     _report_oddities(round.key, counts["invalid"], oddities, weights)
-    winners = choose_winners(valid, weights, settings, round.params.seed)
+    picks = read_picks(round.root / settings.picks, round.key) if settings.picks else {}
+    unpicked = valid.filter(~pl.col("prompt_id").is_in(list(picks))) if picks else valid
+    winners = choose_winners(unpicked, weights, settings, round.params.seed)
+    if picks:
+        check_images(picks, files.candidates)
+        picked = picked_winners(valid, weights, settings, picks)
+        winners = pl.concat([winners, picked.select(winners.columns)]).sort("prompt_id")
+        counts |= {"picked": picked.height, "all_bad": sum(pick.picked is None for pick in picks.values())}
     if winners.is_empty():
         raise UserError(
             f"rounds.{round.key}.select: no winner is left of {counts['candidates']} candidates ({counts['invalid']}"

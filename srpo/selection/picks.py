@@ -1,0 +1,117 @@
+"""Picks of people: one choice a prompt, in a file whose name holds its hash, and the winners that follow from it.
+
+A DVC stage can't depend on a file that may not be there, but it depends on its params. A param that names the file by
+its content makes exactly the stage of that round rerun when other picks are named, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import polars as pl
+
+from srpo.config.schema import SelectParams
+from srpo.data import parquet
+from srpo.errors import UserError
+from srpo.selection.best_of_n import PROMPT, selection_score
+
+NAME = re.compile(r"picks-([0-9a-f]{16})\.jsonl")
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What people chose for a prompt; `picked` and the sha256 of its image are None where all candidates are bad."""
+
+    prompt_id: str
+    picked: str | None
+    image: str | None
+    raters: list[str]
+
+
+def write_picks(folder: Path, picks: list[Pick]) -> Path:
+    """Write picks in the order of their prompts and return the file's path, `picks-<hash>.jsonl`."""
+    ordered = sorted(picks, key=lambda pick: pick.prompt_id)
+    data = "".join(json.dumps(asdict(pick), ensure_ascii=False) + "\n" for pick in ordered).encode()
+    path = folder / f"picks-{hashlib.sha256(data).hexdigest()[:16]}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+    return path
+
+
+def read_picks(path: Path, key: str) -> dict[str, Pick]:
+    """Read the picks of round `key`, by prompt.
+
+    Raises:
+        UserError: no such file, or not the content that its name says.
+    """
+    param = f"rounds.{key}.select.picks"
+    name = NAME.fullmatch(path.name)
+    if not name:
+        raise UserError(f"{param}: {path.name}: not a file of picks; `srpo picks {key}` writes picks-<hash>.jsonl")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{param}: {path}: {error.strerror}; restore it with Git, or run `srpo picks {key}`") from None
+    if hashlib.sha256(data).hexdigest()[:16] != name[1]:
+        raise UserError(f"{path}: changed since it was written; restore it with Git, or run `srpo picks {key}`")
+    rows = [Pick(**json.loads(line)) for line in data.decode().splitlines()]
+    return {pick.prompt_id: pick for pick in rows}
+
+
+def check_images(picks: Mapping[str, Pick], candidates: Path) -> None:
+    """Check that the images picked are those of the candidates.
+
+    Raises:
+        UserError: a candidate is missing or has another image, as after another `generate`.
+    """
+    sought = {pick.picked: pick for pick in picks.values() if pick.picked}
+    places = parquet.find_candidates(candidates, pl.Series(list(sought), dtype=pl.String))
+    for table in parquet.Places(candidates).take(places["place"].to_numpy(), ["candidate_id", "image"]):
+        for row in table.to_pylist():
+            pick = sought[row["candidate_id"]]
+            if row["image"] and hashlib.sha256(row["image"]["bytes"]).hexdigest() == pick.image:
+                del sought[row["candidate_id"]]
+    if sought:
+        raise UserError(
+            f"select.picks: {len(sought)} picks, such as {next(iter(sought))}, are of other images than"
+            f" {candidates} holds; pick again, or remove select.picks"
+        )
+
+
+def picked_winners(
+    scores: pl.LazyFrame, weights: Mapping[str, float], settings: SelectParams, picks: Mapping[str, Pick]
+) -> pl.DataFrame:
+    """Return the rows of the candidates that people picked, as `choose_winners` returns its winners.
+
+    Margins may be negative, and no limit of `settings` applies. The loser is the worst of the other candidates by the
+    selection score; the weight is 1, the mean of all weights.
+
+    Args:
+        scores: of the valid candidates; columns prompt_id, candidate_id, index and the rewards.
+        weights: by name of the selecting rewards.
+    """
+    chosen = [pick.picked for pick in picks.values() if pick.picked]
+    rows = scores.filter(pl.col("prompt_id").is_in(list(picks))).collect().sort("prompt_id", "index")
+    rows = rows.with_columns(pl.col("candidate_id").is_in(chosen).alias("_chosen"), pl.col("prompt_id").alias(PROMPT))
+    usable = rows.filter(pl.all_horizontal(pl.col(list(weights)).is_finite()))
+    usable = usable.with_columns(selection_score(weights, settings.combine).alias("selection_score"))
+    score = pl.col("selection_score")
+    worst = usable.filter(~pl.col("_chosen")).group_by("prompt_id").agg(pl.col("candidate_id").get(score.arg_min()))
+    winners = (
+        rows.filter("_chosen")
+        .join(usable.select("candidate_id", "selection_score"), on="candidate_id", how="left")
+        .join(usable.group_by("prompt_id").agg(score.mean().alias("_mean")), on="prompt_id", how="left")
+        .join(worst.rename({"candidate_id": "loser_id"}), on="prompt_id", how="left")
+    )
+    return winners.with_columns(
+        margin=score - pl.col("_mean"),
+        loser_id=pl.coalesce("loser_id", "candidate_id"),
+        weight=pl.lit(1.0),
+    ).drop("_chosen", "_mean", PROMPT)
