@@ -97,7 +97,7 @@ def test_failed_gate_needs_an_override(project: Path, prefect_server, capfd) -> 
 
 def test_nobody_decides_in_time(project: Path, prefect_server, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as error:
-        monkeypatch.setattr(module.prefect_server, "provided", contextlib.nullcontext)
+        monkeypatch.setattr(module.prefect_server, "ensure_server", contextlib.nullcontext)
         module.main(round="001", wait_hours=1 / 3600)
     assert error.value.code == 2 and aliases(project) == {}
     assert "srpo: error: round 001: nobody decided within 0.000277778 hours" in capsys.readouterr().err

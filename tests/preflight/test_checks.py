@@ -111,7 +111,7 @@ def test_missing_files_fail(project: Path, capfd: pytest.CaptureFixture) -> None
     assert (
         found["rewards.judge.model"].state == "fail" and "neither a local folder" in found["rewards.judge.model"].text
     )
-    assert found["model.base"].text.startswith("data/base has no file unet/diffusion_pytorch_model.safetensors")
+    assert found["model.base"].text.startswith("data/base holds no unet/diffusion_pytorch_model.safetensors")
     assert cli.run(["check"]) == 2
     assert "3 of 15 checks failed" in capfd.readouterr().err
 
@@ -224,7 +224,7 @@ def test_unreachable_server_fails_without_password() -> None:
 
 def test_constants_match_the_heavy_modules() -> None:
     assert models.INCEPTION_FILE == inception.WEIGHTS_FILE
-    assert MIN_REFERENCE_IMAGES == reference.FEWEST
+    assert MIN_REFERENCE_IMAGES == reference.MIN_IMAGES
 
 
 def test_example_prompts_are_valid() -> None:
