@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +21,25 @@ from safetensors.torch import load_file
 
 from srpo.errors import UserError, one_line
 from srpo.lineage.record import UNET_FILE, WEIGHTS_FILE, check_weights
+from srpo.models.merging import merge_lora, surviving_share
 from srpo.rounds import BASE, Round
 
+log = logging.getLogger(__name__)
+
+MIN_SURVIVING_SHARE = 0.99
 MAX_SHARD_SIZE = "1TB"  # lineage.json has the digest of one file, so weights are never split
 
 
-def with_adapter(unet: UNet2DConditionModel, folder: Path) -> UNet2DConditionModel:
+def with_adapter(
+    unet: UNet2DConditionModel, folder: Path, *, stored_as: torch.dtype | None = None
+) -> UNet2DConditionModel:
     """Return the UNet with an adapter applied, for sampling; a folder without weights (base's) changes nothing.
+
+    A LoRA is merged. In 16 bits most of a small change would be lost by rounding; if less than MIN_SURVIVING_SHARE of
+    it would survive, the LoRA stays beside the weights, as layers of PEFT.
+
+    Args:
+        stored_as: the dtype that merged weights are cast to later; merge always, and log how much will survive.
 
     Raises:
         UserError: the weights are not those that the folder's lineage.json names, can't be read, or belong to another
@@ -41,9 +54,44 @@ def with_adapter(unet: UNet2DConditionModel, folder: Path) -> UNet2DConditionMod
             unet.load_lora_adapter(folder, weight_name=WEIGHTS_FILE, prefix="unet")
             if not getattr(unet, "peft_config", None):  # diffusers only warns
                 raise ValueError("it holds no LoRA of a UNet")
-            unet.fuse_lora()
-            unet.unload_lora()
+            _reload_exactly(unet, folder / WEIGHTS_FILE)
+        _merge(unet, folder, stored_as)
     return unet
+
+
+def _reload_exactly(unet: UNet2DConditionModel, file: Path) -> None:
+    """Load the attached LoRA's weights anew in float32; diffusers casts them to the UNet's dtype."""
+    for name, parameter in unet.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    (adapter,) = unet.peft_config
+    set_peft_model_state_dict(unet, _peft_state(file), adapter_name=adapter)
+
+
+def _merge(unet: UNet2DConditionModel, folder: Path, stored_as: torch.dtype | None) -> None:
+    dtype = stored_as or unet.dtype
+    if dtype == torch.float32:
+        merge_lora(unet)
+        return
+    share = surviving_share(unet, dtype)
+    name = str(dtype).removeprefix("torch.")
+    if share >= MIN_SURVIVING_SHARE or stored_as:
+        merge_lora(unet)
+        log.info("%s: merged into %s weights; %.1f %% of its change survives", folder, name, 100 * share)
+        return
+    for parameter_name, parameter in unet.named_parameters():
+        if "lora_" in parameter_name:
+            parameter.data = parameter.data.to(unet.dtype)
+    log.info(
+        "%s: kept beside the weights; merged into %s only %.1f %% of its change would survive",
+        *(folder, name, 100 * share),
+    )
+
+
+def _peft_state(file: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a LoRA file by PEFT's names."""
+    state = {name.removeprefix("unet."): value for name, value in load_file(file).items()}
+    return convert_unet_state_dict_to_peft(state)
 
 
 @contextlib.contextmanager
@@ -102,8 +150,7 @@ class LoraUNet(TrainableUNet):
             UserError: it can't be read.
         """
         with _adapter_errors(file):
-            state = {name.removeprefix("unet."): value for name, value in load_file(file).items()}
-        state = convert_unet_state_dict_to_peft(state)
+            state = _peft_state(file)
         self._set(state, "default")
         if with_reference:
             self._reference = "reference"

@@ -104,7 +104,8 @@ def optimize_for_inference(pipeline: StableDiffusionXLPipeline, compiled: bool =
     Args:
         compiled: compile the UNet's repeated blocks, once for all blocks of a kind.
     """
-    pipeline.fuse_qkv_projections()
+    if not getattr(pipeline.unet, "peft_config", None):  # fused projections would leave out a LoRA beside the weights
+        pipeline.fuse_qkv_projections()
     for network in (pipeline.unet, pipeline.vae):
         network.to(memory_format=torch.channels_last)
     if compiled:

@@ -100,12 +100,16 @@ def _fill(folder: Path, round: Round, *, is_lora: bool, merged: bool) -> None:
 
 
 def _write_merged(params: Params, adapter: Path, folder: Path) -> None:
+    import torch
+
     from srpo.models.adapters import with_adapter
     from srpo.models.pipeline import load_pipeline
     from srpo.runtime.device import pick_device, pick_dtype
 
-    pipeline = load_pipeline(params.model, pick_dtype(params.runtime, pick_device(params.runtime)))
-    pipeline.unet = with_adapter(pipeline.unet, adapter)
+    dtype = pick_dtype(params.runtime, pick_device(params.runtime))
+    pipeline = load_pipeline(params.model, torch.float32)  # so that merged weights are rounded once
+    pipeline.unet = with_adapter(pipeline.unet, adapter, stored_as=dtype)
+    pipeline.to(dtype)
     pipeline.save_pretrained(folder, safe_serialization=True)
 
 
