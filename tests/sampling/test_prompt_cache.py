@@ -10,7 +10,8 @@ import torch
 from srpo.config.loader import Params, load_params
 from srpo.models.pipeline import load_pipeline
 from srpo.rounds import Round, RoundFiles
-from srpo.sampling.prompt_cache import prompt_embeds
+from srpo.sampling import prompt_cache
+from srpo.sampling.prompt_cache import StoredEmbeds, prompt_embeds
 from srpo.sampling.sampler import Sampler
 from srpo.stages.base import pin_base
 from srpo.stages.evaluate import evaluate
@@ -81,3 +82,20 @@ def test_only_pinned_hub_models_are_cached(params: Params, world: Path, revision
     write_json(RoundFiles(world, "base").adapter / "lineage.json", {"base": base})
     prompt_embeds(Sampler(params), PROMPTS, world)
     assert len(cached(world)) == kept
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_stored_rows_are_those_of_prompt_embeds(world: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    params = load_params()
+    pin_base(Round.of(params, world, "base"))
+    sampler = Sampler(params)
+    prompts = ["a red circle", "a blue cross", "a green square", "a red cross", "a blue circle"][:count]
+    expected = prompt_embeds(sampler, prompts, world)
+    monkeypatch.setattr(prompt_cache, "PROMPTS_PER_FILE", 2)
+    rows = [count, *range(count), 0, count]
+    for _ in range(2):
+        stored = StoredEmbeds(sampler, prompts, world)
+        found = stored[rows]
+        assert len(stored) == count + 1
+        assert torch.equal(found.tokens, expected.tokens[rows]) and torch.equal(found.pooled, expected.pooled[rows])
+        monkeypatch.setattr(sampler, "encode", None)  # a second time all comes from the files
