@@ -6,7 +6,6 @@ import csv
 import logging
 import shutil
 
-import torch
 from accelerate import Accelerator
 
 from srpo.errors import UserError
@@ -16,7 +15,7 @@ from srpo.models.adapters import make_trainable_unet
 from srpo.rounds import Round
 from srpo.runtime import distributed
 from srpo.runtime.device import pick_device, pick_dtype
-from srpo.sampling.prompt_cache import prompt_embeds
+from srpo.sampling.prompt_cache import StoredEmbeds
 from srpo.sampling.sampler import Sampler
 from srpo.storage.files import publish
 from srpo.storage.hashing import digest
@@ -73,8 +72,10 @@ def train(round: Round, on_step: OnStep = lambda metrics, step: None) -> None:
         publish(adapter, files.adapter)
         shutil.rmtree(scratch)
         last = [row["loss"] for row in history[-20:]]
-        count = len(winners.latents)
-        log.info("train %s: %d steps on %d winners, loss %.4f", round.key, len(history), count, sum(last) / len(last))
+        log.info(
+            "train %s: %d steps on %d winners, loss %.4f",
+            *(round.key, len(history), len(winners), sum(last) / len(last)),
+        )
     accelerator.wait_for_everyone()
 
 
@@ -100,16 +101,13 @@ def _prepare(round: Round, winners: Winners, loss: Loss, accelerator: Accelerato
     check_base(round.root)
     sampler = Sampler(params)
     dtype = pick_dtype(round.params.runtime, sampler.device)
-    distinct = sorted(set(winners.prompts))
-    index = {prompt: i for i, prompt in enumerate(distinct)}
     return TrainingLoop(
         accelerator=accelerator,
         model=make_trainable_unet(sampler.unet, round, with_reference=loss.pairs, dtype=dtype),
         loss=loss,
         winners=winners,
-        embeds=prompt_embeds(sampler, distinct, round.root),
-        prompt_indices=torch.tensor([index[prompt] for prompt in winners.prompts]),
-        time_ids=sampler.time_ids(*winners.latents.shape[-2:]),
+        embeds=StoredEmbeds(sampler, winners.prompts, round.root),
+        time_ids=sampler.time_ids(*winners.shape[-2:]),
         schedule=make_noise_schedule(sampler.pipeline.scheduler),
         settings=settings,
         runtime=round.params.runtime,

@@ -1,4 +1,7 @@
-"""The training set: this round's winners and, for replay or a start from base, those of its ancestors."""
+"""The training set: this round's winners and, for replay or a start from base, those of its ancestors.
+
+Latents stay on disk and are read for each batch, so memory does not grow with their size.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
+import polars as pl
 import torch
 
 from srpo.config.schema import TrainParams
 from srpo.data import parquet
+from srpo.data.parquet import RowReader
 from srpo.errors import UserError
 from srpo.lineage.record import winners_of_ancestors
 from srpo.rounds import Round, RoundFiles
@@ -20,7 +24,25 @@ from srpo.storage.hashing import derive_seed, digest
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ["prompt", "latents", "latents_shape", "weight"]
+TIE = 1e-12  # a margin is 0 if all candidates of the prompt have the same score, except for the rounding of a mean
+
+
+@dataclass(frozen=True)
+class _RoundWinners:
+    """Winners of one round.
+
+    Attributes:
+        rows: int64 [n], the winners' rows in the dataset that `reader` reads.
+        prompts: one per winner.
+        weights: float32 [n], mean 1.
+        shape: of one winner's latents: channels, height, width.
+    """
+
+    reader: RowReader
+    rows: np.ndarray
+    prompts: pl.Series
+    weights: torch.Tensor
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -28,25 +50,54 @@ class Winners:
     """Winners of one or more rounds; the first `num_current` are this round's, the rest its ancestors'.
 
     Attributes:
-        latents: float16 [n, channels, h, w].
-        losers: the same shape, the losers' latents; None when the loss needs none.
+        prompts: the distinct ones, sorted.
+        prompt_indices: int64 [n], for each winner the position of its prompt in `prompts`.
         weights: float32 [n], mean 1 in every round.
+        shape: of one winner's latents: channels, height, width.
         digests: by round, the sha256 of the winners folder the rows came from.
     """
 
     prompts: list[str]
-    latents: torch.Tensor
-    losers: torch.Tensor | None
+    prompt_indices: torch.Tensor
     weights: torch.Tensor
-    num_current: int
+    shape: tuple[int, ...]
     digests: dict[str, str]
+    _rounds: list[_RoundWinners]
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    @property
+    def num_current(self) -> int:
+        """Return the number of this round's winners."""
+        return len(self._rounds[0].rows)
+
+    def latents(self, indices: torch.Tensor, column: str = "latents") -> torch.Tensor:
+        """Read the latents of these winners, or in the column `loser_latents` those of their losers.
+
+        Returns:
+            float16 [len(indices), channels, height, width].
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        latents = torch.empty((len(indices), *self.shape), dtype=torch.float16)
+        start = 0
+        for winners in self._rounds:
+            stop = start + len(winners.rows)
+            positions = ((indices >= start) & (indices < stop)).nonzero().flatten()
+            if len(positions):
+                rows = winners.rows[(indices[positions] - start).numpy()]
+                latents[positions] = torch.from_numpy(winners.reader.latents(rows, column))
+            start = stop
+        return latents
 
 
 def load_winners(round: Round, *, pairs: bool) -> Winners:
     """Load the winners that the round's `train.start` and `train.replay` ask for.
 
     Args:
-        pairs: load losers, too; winners that have none (the only usable candidate of their prompt) are left out.
+        pairs: take only winners with a loser that has a lower score; the others are counted in the log.
 
     Raises:
         UserError: winners are missing, have no losers, have several sizes, or differ from those that the parent's
@@ -54,20 +105,22 @@ def load_winners(round: Round, *, pairs: bool) -> Winners:
     """
     digests = {round.key: digest(round.files.winners)} | _checked_ancestors(round)
     rounds = [_read_round(RoundFiles(round.root, name).winners, pairs) for name in digests]
-    shapes = {winners.latents.shape[1:] for winners in rounds}
+    shapes = {winners.shape for winners in rounds}
     if len(shapes) > 1:
         sizes = ", ".join(sorted("x".join(str(side) for side in shape) for shape in shapes))
         raise UserError(
             f"rounds.{round.key}.train: winners of {', '.join(digests)} have latents of several sizes ({sizes});"
             " start from the parent without replay"
         )
+    prompts = pl.concat([winners.prompts for winners in rounds])
+    distinct = prompts.unique().sort()
     return Winners(
-        prompts=[prompt for winners in rounds for prompt in winners.prompts],
-        latents=torch.cat([winners.latents for winners in rounds]),
-        losers=torch.cat([winners.losers for winners in rounds]) if pairs else None,
+        prompts=distinct.to_list(),
+        prompt_indices=torch.from_numpy(distinct.search_sorted(prompts).cast(pl.Int64).to_numpy(writable=True)),
         weights=torch.cat([winners.weights for winners in rounds]),
-        num_current=rounds[0].num_current,
+        shape=rounds[0].shape,
         digests=digests,
+        _rounds=rounds,
     )
 
 
@@ -77,7 +130,7 @@ def batch_indices(winners: Winners, settings: TrainParams, seed: tuple[int, str]
     Every epoch is a new permutation. With `replay` that share of the indices is of ancestors' winners (if that is no
     whole number, batches differ by one so that the sum is right); without, all winners are drawn alike.
     """
-    total = len(winners.latents)
+    total = len(winners)
     share = settings.replay if winners.num_current < total else 0.0
     current = _shuffled(range(winners.num_current if share else total), seed, "epoch")
     earlier = _shuffled(range(winners.num_current, total), seed, "replay")
@@ -94,7 +147,8 @@ def _shuffled(indices: range, seed: tuple[int, str], name: str) -> Iterator[int]
     epoch = 0
     while True:
         generator = torch.Generator().manual_seed(derive_seed(*seed, name, epoch))
-        yield from (indices[i] for i in torch.randperm(len(indices), generator=generator).tolist())
+        for i in torch.randperm(len(indices), generator=generator):
+            yield indices[int(i)]
         epoch += 1
 
 
@@ -126,37 +180,40 @@ def _checked_ancestors(round: Round) -> dict[str, str]:
     return {name: known[name] for name in path}
 
 
-def _read_round(path: Path, pairs: bool) -> Winners:
-    rows = list(parquet.read_rows(path, COLUMNS))
-    if pairs:
-        if "loser_latents" not in pq.read_schema(parquet.shards(path)[0]).names:
-            raise UserError(f"{path}: winners lack loser_latents; rerun select")
-        losers = parquet.read_rows(path, ["loser_latents"])
-        rows = [row | loser for row, loser in zip(rows, losers, strict=True)]
-    if not rows:
+def _read_round(path: Path, pairs: bool) -> _RoundWinners:
+    table = parquet.table(path, ["prompt", "weight", "latents_shape", *(["margin"] if pairs else [])])
+    if table.is_empty():
         raise UserError(f"{path}: holds no winners; run select")
+    if table["latents_shape"].n_unique() > 1:
+        raise UserError(f"{path}: latents have several sizes; rerun generate and select of this round")
+    reader = RowReader(path)
+    rows = np.arange(len(table))
     if pairs:
-        alone = sum(row["loser_latents"] is None for row in rows)
-        rows = [row for row in rows if row["loser_latents"] is not None]
-        if not rows:
-            raise UserError(f"{path}: no winner has a loser; train.objective sft needs none")
-        if alone:
-            log.warning("%s: left out %d winners without a loser", path, alone)
-    weights = torch.tensor([row["weight"] for row in rows])
+        rows = _rows_of_pairs(path, reader, table["margin"])
+    weights = torch.from_numpy(table["weight"].to_numpy()[rows])
     if not (weights.isfinite().all() and (weights >= 0).all() and weights.sum() > 0):
         raise UserError(f"{path}: a weight is negative or not finite, or all are zero; rerun select")
-    return Winners(
-        prompts=[row["prompt"] for row in rows],
-        latents=_stack([parquet.latents_array(row) for row in rows], path),
-        losers=_stack([parquet.latents_array(row, "loser_latents") for row in rows], path) if pairs else None,
+    return _RoundWinners(
+        reader=reader,
+        rows=rows,
+        prompts=table["prompt"].gather(rows),
         weights=weights / weights.mean(),
-        num_current=len(rows),
-        digests={},
+        shape=tuple(table["latents_shape"][0]),
     )
 
 
-def _stack(arrays: list[np.ndarray], path: Path) -> torch.Tensor:
-    try:
-        return torch.from_numpy(np.stack(arrays))
-    except ValueError:
-        raise UserError(f"{path}: latents have several sizes; rerun generate and select of this round") from None
+def _rows_of_pairs(path: Path, reader: RowReader, margins: pl.Series) -> np.ndarray:
+    """Return the rows of winners that beat their loser."""
+    if "loser_latents" not in reader.schema.names:
+        raise UserError(f"{path}: winners lack loser_latents; rerun select")
+    has_loser = reader.has("loser_latents")
+    is_tie = has_loser & (margins.to_numpy() <= TIE)
+    rows = np.flatnonzero(has_loser & ~is_tie)
+    if len(rows) == 0:
+        raise UserError(f"{path}: no winner has a loser with a lower score; train.objective sft needs none")
+    if len(rows) < len(margins):
+        log.warning(
+            "%s: left out %d winners without a loser and %d whose prompt's candidates all have the same score",
+            *(path, len(margins) - has_loser.sum(), is_tie.sum()),
+        )
+    return rows

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from srpo.config.schema import RuntimeParams, TrainParams
 from srpo.errors import UserError
 from srpo.models.adapters import TrainableUNet
-from srpo.sampling.conditioning import PromptEmbeds
+from srpo.sampling.prompt_cache import StoredEmbeds
 from srpo.storage.hashing import derive_seed
 from srpo.training.checkpoint import Row, TrainingState
 from srpo.training.dataset import Winners, batch_indices
@@ -39,7 +39,7 @@ NUM_PROBES = 16
 
 @dataclass(frozen=True)
 class _Batch:
-    """Samples of one step, on the CPU.
+    """Samples of one step, or this process' share of them, on the CPU.
 
     Attributes:
         winners: float32 [n, channels, h, w], as are `losers` and `noise`.
@@ -71,8 +71,7 @@ class TrainingLoop:
     """The loop and its inputs.
 
     Attributes:
-        embeds: conditioning of the distinct prompts, and of the empty prompt in the last row.
-        prompt_indices: int64 [n], the row of `embeds` of each winner.
+        embeds: conditioning of the winners' distinct prompts, and of the empty prompt in the last row.
         time_ids: SDXL's size conditioning [1, 6].
         dtype: compute dtype.
     """
@@ -81,8 +80,7 @@ class TrainingLoop:
     model: TrainableUNet
     loss: Loss
     winners: Winners
-    embeds: PromptEmbeds
-    prompt_indices: torch.Tensor
+    embeds: StoredEmbeds
     time_ids: torch.Tensor
     schedule: NoiseSchedule
     settings: TrainParams
@@ -174,42 +172,49 @@ class TrainingLoop:
         )
 
     def _sample_batch(self, step: int, indices: torch.Tensor) -> _Batch:
-        """Draw noise, noise levels and dropped captions for these winners, from the step's number alone."""
+        """Draw noise, noise levels and dropped captions for these winners, from the step's number alone.
+
+        Returns:
+            This process' share of the batch.
+        """
         generator = torch.Generator().manual_seed(derive_seed(*self.seed, "step", step))
-        winners = self.winners.latents[indices].float()
-        noise = torch.randn(winners.shape, generator=generator)
+        noise = torch.randn((len(indices), *self.winners.shape), generator=generator)
         levels = self.schedule.draw_levels(len(indices), generator)
         dropped = torch.rand(len(indices), generator=generator) < self.settings.caption_dropout
-        empty = len(self.embeds.tokens) - 1
+        text = torch.where(dropped, len(self.embeds) - 1, self.winners.prompt_indices[indices])
+        share = self._share(len(indices))
+        indices = indices[share]
         return _Batch(
-            winners=winners,
-            losers=None if self.winners.losers is None else self.winners.losers[indices].float(),
-            noise=noise,
-            levels=levels,
-            text=torch.where(dropped, empty, self.prompt_indices[indices]),
+            winners=self.winners.latents(indices).float(),
+            losers=self.winners.latents(indices, "loser_latents").float() if self.loss.pairs else None,
+            noise=noise[share],
+            levels=levels[share],
+            text=text[share],
             weights=self.winners.weights[indices],
         )
 
+    def _share(self, total: int) -> slice:
+        """Return the part of a batch that this process computes."""
+        rank = self.accelerator.process_index
+        count = self.accelerator.num_processes
+        return slice(rank * total // count, (rank + 1) * total // count)
+
     def _backward(self, unet: torch.nn.Module, batch: _Batch) -> tuple[float, dict[str, float]]:
-        """Add up gradients of the batch's mean loss over this process' share of it.
+        """Add up gradients of the whole batch's mean loss over this process' share of it.
 
         Returns:
             The mean loss, and for a loss on pairs the means of `pair_metrics`, over the batches of all processes.
         """
         total = self.settings.batch_size
-        rank = self.accelerator.process_index
-        count = self.accelerator.num_processes
-        start = rank * total // count
-        stop = (rank + 1) * total // count
         size = self.runtime.train_batch_size or total
         means = torch.zeros(1, device=self.device)
         names: list[str] = []
-        for first in range(start, stop, size):
-            is_last = first + size >= stop
+        for first in range(0, len(batch.noise), size):
+            is_last = first + size >= len(batch.noise)
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(unet):
-                loss, errors = self._loss(unet, batch[first : min(first + size, stop)])
+                loss, errors = self._loss(unet, batch[first : first + size])
                 loss = loss / total
-                (loss * count).backward()  # gradients are averaged over processes
+                (loss * self.accelerator.num_processes).backward()  # gradients are averaged over processes
             names = list(errors)
             means = means + torch.stack([loss.detach(), *(value.sum() / total for value in errors.values())])
         loss_mean, *error_means = self.accelerator.reduce(means, "sum").tolist()
@@ -254,14 +259,16 @@ class TrainingLoop:
         Raises:
             UserError: another prediction type than the scheduler's fits the UNet.
         """
-        indices = torch.arange(min(NUM_PROBES, len(self.winners.latents)))
-        clean = self.winners.latents[indices].float()
+        indices = torch.arange(min(NUM_PROBES, len(self.winners)))
+        clean = self.winners.latents(indices).float()
         generator = torch.Generator().manual_seed(derive_seed(*self.seed, "probe"))
         noise = torch.randn(clean.shape, generator=generator)
         levels = self.schedule.spread_levels(len(indices))
         noisy = self.schedule.noised(clean, noise, levels)
         size = self.runtime.train_batch_size or self.settings.batch_size
-        parts = zip(*(value.split(size) for value in (noisy, levels, self.prompt_indices[indices])), strict=True)
+        parts = zip(
+            *(value.split(size) for value in (noisy, levels, self.winners.prompt_indices[indices])), strict=True
+        )
         predicted = torch.cat([self._predict(self.model.unet, *part).cpu() for part in parts])
         if problem := prediction_type_mismatch(self.schedule, predicted, clean, noise, levels):
             raise UserError(f"model.base: {problem}")

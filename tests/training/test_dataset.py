@@ -26,13 +26,14 @@ FIELDS = {
     "latents": LATENTS,
     "latents_shape": pa.list_(pa.int32()),
     "weight": pa.float32(),
+    "margin": pa.float32(),
     "loser_latents": LATENTS,
 }
 COUNTS = {"001": 5, "002": 4, "003": 3}
 CODE = {"001": 100, "002": 200, "003": 300}
 
 
-def write_winners(root: Path, key: str, size: int = 2, losers: bool = True, alone: int = 0) -> None:
+def write_winners(root: Path, key: str, size: int = 2, losers: bool = True, alone: int = 0, ties: int = 0) -> None:
     """Winner i of round k holds the number code(k) + i everywhere, its loser the negative of it."""
     rows = []
     for i in range(COUNTS[key]):
@@ -43,6 +44,7 @@ def write_winners(root: Path, key: str, size: int = 2, losers: bool = True, alon
                 "latents": parquet.latents_bytes(value),
                 "latents_shape": [4, size, size],
                 "weight": 1.0 + i,
+                "margin": 0.0 if alone <= i < alone + ties else 1.0,
             }
             | {"loser_latents": None if i < alone else parquet.latents_bytes(-value)}
         )
@@ -71,12 +73,12 @@ def params(**train) -> Params:
 
 
 def codes(winners, rows: torch.Tensor) -> list[int]:
-    return winners.latents[rows][:, 0, 0, 0].int().tolist()
+    return winners.latents(rows)[:, 0, 0, 0].int().tolist()
 
 
 def test_default_is_this_round_with_mean_weight_1(root: Path) -> None:
     winners = load_winners(Round.of(params(), root, "003"), pairs=False)
-    assert (list(winners.digests), winners.num_current, winners.losers) == (["003"], 3, None)
+    assert (list(winners.digests), winners.num_current, len(winners)) == (["003"], 3, 3)
     assert winners.digests["003"] == digest(RoundFiles(root, "003").winners)
     assert winners.weights.tolist() == pytest.approx([0.5, 1.0, 1.5])
     drawn = [
@@ -92,7 +94,12 @@ def test_start_base_pools_all_rounds_alike(root: Path) -> None:
     winners = load_winners(Round.of(wanted, root, "003"), pairs=True)
     assert list(winners.digests) == ["003", "001", "002"]
     assert [part.mean().item() for part in winners.weights.split([3, 5, 4])] == pytest.approx([1, 1, 1])
-    assert torch.equal(winners.losers, -winners.latents)
+    every = torch.arange(len(winners))
+    assert torch.equal(winners.latents(every, "loser_latents"), -winners.latents(every))
+    assert [winners.prompts[i] for i in winners.prompt_indices] == [
+        f"{key} {i}" for key in ("003", "001", "002") for i in range(COUNTS[key])
+    ]
+    assert winners.prompts == sorted(winners.prompts)
     drawn = [codes(winners, rows) for rows in itertools.islice(batch_indices(winners, wanted.train, (0, "003")), 3)]
     everything = [CODE[key] + i for key in COUNTS for i in range(COUNTS[key])]
     assert sorted(code for batch in drawn for code in batch) == everything
@@ -138,15 +145,25 @@ def test_ancestors_winners_must_match_the_lineage(root: Path) -> None:
 def test_losses_on_pairs_need_losers(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_winners(root, "003", alone=1)
     winners = load_winners(Round.of(params(), root, "003"), pairs=True)
-    assert winners.prompts == ["003 1", "003 2"] and "left out 1 winners" in caplog.text
+    assert winners.prompts == ["003 1", "003 2"] and codes(winners, torch.tensor([1, 0])) == [302, 301]
+    assert "left out 1 winners without a loser and 0" in caplog.text
     assert winners.weights.tolist() == pytest.approx([0.8, 1.2])
-    write_winners(root, "003", alone=3)
-    with pytest.raises(UserError, match="no winner has a loser"):
-        load_winners(Round.of(params(), root, "003"), pairs=True)
+    for alone, ties in ((3, 0), (0, 3), (1, 2)):
+        write_winners(root, "003", alone=alone, ties=ties)
+        with pytest.raises(UserError, match="no winner has a loser with a lower score"):
+            load_winners(Round.of(params(), root, "003"), pairs=True)
     write_winners(root, "003", losers=False)
     with pytest.raises(UserError, match="winners lack loser_latents; rerun select"):
         load_winners(Round.of(params(), root, "003"), pairs=True)
     assert load_winners(Round.of(params(), root, "003"), pairs=False).num_current == 3
+
+
+def test_ties_are_no_pairs(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_winners(root, "003", alone=1, ties=1)
+    winners = load_winners(Round.of(params(), root, "003"), pairs=True)
+    assert winners.prompts == ["003 2"] and codes(winners, torch.tensor([0])) == [302]
+    assert "left out 1 winners without a loser and 1 whose prompt's candidates all have the same" in caplog.text
+    assert len(load_winners(Round.of(params(), root, "003"), pairs=False)) == 3
 
 
 def test_rounds_of_other_sizes_are_refused(root: Path) -> None:

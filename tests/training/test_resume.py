@@ -179,7 +179,8 @@ def test_sigkill(root: Path, capfd: pytest.CaptureFixture) -> None:
 
     client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
     experiment = client.get_experiment_by_name(load_params().tracking.experiment).experiment_id
-    (run,) = client.search_runs([experiment], "tags.`srpo.round` = '001'")
+    runs = client.search_runs([experiment], "tags.`srpo.round` = '001'")
+    (run,) = (run for run in runs if run.info.status == "FINISHED")
     points = client.get_metric_history(run.info.run_id, "loss")
     assert sorted(point.step for point in points) == list(range(1, 17)), "steps are missing or there twice"
     assert run.info.status == "FINISHED"
