@@ -197,10 +197,13 @@ class RowReader:
         """
         self.path = path
         self._groups: list[tuple[Path, int]] = []
+        self.schema = pa.schema([])
         counts = [0]
         for shard in shards(path):
             with _opened(shard, None) as file:
-                self.schema: pa.Schema = file.schema_arrow
+                if self._groups and file.schema_arrow.names != self.schema.names:
+                    raise UserError(f"{shard}: has other columns than {self._groups[-1][0].name}; rerun what makes it")
+                self.schema = file.schema_arrow
                 for number in range(file.num_row_groups):
                     self._groups.append((shard, number))
                     counts.append(file.metadata.row_group(number).num_rows)
@@ -277,10 +280,10 @@ class RowReader:
 
     def _read(self, group: int, columns: Sequence[str] | None) -> pa.Table:
         shard, number = self._groups[group]
+        if missing := set(columns or ()) - set(self.schema.names):
+            raise UserError(f"{shard}: has no column {sorted(missing)[0]!r}; rerun what makes this file")
         with _naming(shard):
-            file = self._open(shard)
-            _check_columns(file, shard, columns)
-            return file.read_row_group(number, columns=columns)
+            return self._open(shard).read_row_group(number, columns=columns)
 
 
 def _parquet_file(shard: Path) -> pq.ParquetFile:

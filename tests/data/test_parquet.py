@@ -104,3 +104,9 @@ def test_hugging_face_datasets_opens_it(dataset: Path, tmp_path_factory: pytest.
 
 def test_reserved_names_are_all_columns() -> None:
     assert {"latents_shape", "loser_latents", "invalid", "guidance", "seed", "margin"} <= RESERVED
+
+
+def test_shards_with_other_columns_are_an_error(dataset: Path) -> None:
+    parquet.write_table(dataset / "shard-00003.parquet", [{"seed": 1}], {"seed": pa.int64()})
+    with pytest.raises(UserError, match="shard-00003.parquet: has other columns"):
+        RowReader(dataset)
