@@ -41,10 +41,14 @@ PATH_COLUMNS = (
 )
 TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens on chat traces
 REMEDIES = {
-    r"database schema|Can't locate revision": "the database was last used with another version of MLflow;"
-    " install that version (pip install -U mlflow), or migrate with `mlflow db upgrade`",
-    r"\b40[13]\b|unauthorized|forbidden|PERMISSION_DENIED|UNAUTHENTICATED|expired": "credentials refused or expired;"
-    " renew MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+    r"database schema|Can't locate revision": (
+        "the database was last used with another version of MLflow; install that version (pip install -U mlflow),"
+        " or migrate with `mlflow db upgrade`"
+    ),
+    r"\b40[13]\b|unauthorized|forbidden|PERMISSION_DENIED|UNAUTHENTICATED|token.{0,20}expired": (
+        "credentials refused or expired; renew MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD,"
+        " or MLFLOW_TRACKING_TOKEN"
+    ),
 }
 
 

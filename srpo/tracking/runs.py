@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -220,7 +221,7 @@ def _is_active(run: Run) -> bool:
 
 
 def _clone(root: Path) -> str:
-    return value_digest([os.uname().nodename, str(project_folder(root))])[:12]
+    return value_digest([platform.node(), str(project_folder(root))])[:12]
 
 
 def _now() -> int:

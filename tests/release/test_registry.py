@@ -113,6 +113,19 @@ def test_champion_moves_between_versions(params: Params, project: Path) -> None:
     assert dvc_digest(Path(loaded.adapter_path)) == dvc_digest(adapter), "the registry holds another adapter"
 
 
+def test_other_project_has_a_model_of_its_own(params: Params, project: Path, monkeypatch) -> None:
+    promote(Round.of(params, project, "001"), AUTO)
+    root = shutil.copytree(project, project.parent / "other")
+    (root / ".srpo-project").write_text("other-2")
+    shared = params.tracking.model_copy(update={"uri": f"sqlite:///{project}/mlflow.db"})
+    others = params.model_copy(update={"tracking": shared})
+    monkeypatch.chdir(root)
+    version = promote(Round.of(others, root, "002"), AUTO)
+    assert (version.name, str(version.version), version.aliases) == ("srpo-tiny-other-2", "1", ["champion"])
+    (mine,) = versions(params, project)
+    assert (mine.name, mine.aliases, mine.tags["srpo.round"]) == ("srpo-tiny", ["champion"], "001")
+
+
 def test_hub_base_is_pinned_to_its_revision(params: Params, project: Path) -> None:
     for key in ("base", "001"):
         path = RoundFiles(project, key).adapter / "lineage.json"
