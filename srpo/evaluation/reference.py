@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from srpo.config.schema import MIN_REFERENCE_IMAGES
 from srpo.data import parquet
 from srpo.errors import UserError
 from srpo.evaluation.features import Extractor
@@ -20,7 +21,6 @@ from srpo.storage.hashing import digest, value_digest
 
 log = logging.getLogger(__name__)
 
-MIN_IMAGES = 3
 MAX_CACHED = 8
 
 
@@ -70,8 +70,10 @@ def _compute(path: Path, extractor: Extractor) -> Reference:
         fit.update(features)
         parts.append(features)
     count = sum(map(len, parts))
-    if fit is None or count < MIN_IMAGES:
-        raise UserError(f"{path}: {count} reference images are too few; evaluate.reference needs {MIN_IMAGES}")
+    if fit is None or count < MIN_REFERENCE_IMAGES:
+        raise UserError(
+            f"{path}: {count} reference images are too few; evaluate.reference needs {MIN_REFERENCE_IMAGES}"
+        )
     return Reference(torch.cat(parts).numpy(), fit.gaussian())
 
 
