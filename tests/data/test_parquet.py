@@ -108,5 +108,5 @@ def test_reserved_names_are_all_columns() -> None:
 
 def test_shards_with_other_columns_are_an_error(dataset: Path) -> None:
     parquet.write_table(dataset / "shard-00003.parquet", [{"seed": 1}], {"seed": pa.int64()})
-    with pytest.raises(UserError, match="shard-00003.parquet: has other columns"):
+    with pytest.raises(UserError, match=r"shard-00003\.parquet: has other columns"):
         RowReader(dataset)
