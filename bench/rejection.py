@@ -19,6 +19,7 @@ from rich.table import Table
 
 from srpo.config.loader import load_params
 from srpo.data import parquet
+from srpo.data.scores import read_scores
 from srpo.rounds import RoundFiles
 from srpo.selection.audit import survivors
 
@@ -80,7 +81,7 @@ def main() -> None:
     found = pl.scan_parquet(parquet.shards(files.candidates)).select(
         "candidate_id", "prompt_id", "index", "preview_scores"
     )
-    scores = pl.read_parquet(files.scores).select("candidate_id", rules.reward)
+    scores = read_scores(files.scores, {rules.reward: "select"}).select("candidate_id", rules.reward)
     table = found.collect().join(scores, on="candidate_id").sort("prompt_id", "index")
     shape = (table["prompt_id"].n_unique(), generate.candidates_per_prompt)
     finals = table[rules.reward].to_numpy().astype(float).reshape(shape)

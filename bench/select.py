@@ -2,7 +2,7 @@
 
     python -m bench.select [--candidates 10000000] [--per-prompt 8]
 
-Makes scores.parquet and candidate shards in the project's own schema, with two selecting rewards. Pictures are 1 x 1
+Makes scores and candidate shards in the project's own schema, with two selecting rewards. Pictures are 1 x 1
 pixel and latents 16 numbers: this measures tables, not disks full of pictures. Three child processes run on them one
 after another: `srpo select`, whole; its choice alone, which reads scores and no candidates; and pandas (`groupby`,
 `transform`, `idxmax`) for that same choice. Memory is each child's peak resident set; CPU seconds say more
@@ -28,7 +28,7 @@ from bench import synthetic
 from bench.measured import PROJECT, measured
 from srpo.config.loader import PARAMS_FILE
 from srpo.config.schema import SelectParams
-from srpo.data import parquet
+from srpo.data.scores import read_scores
 from srpo.rounds import RoundFiles
 from srpo.selection.best_of_n import choose_winners
 
@@ -52,16 +52,14 @@ def make_project(root: Path, candidates: int, per_prompt: int) -> int:
 
 def by_srpo(root: Path) -> pl.Series:
     """The choice alone: the winners' candidate_id in prompt order."""
-    names = ["candidate_id", "prompt_id", "index", *WEIGHTS, "invalid"]
-    scores = parquet.scan(RoundFiles(root, KEY).scores, names).filter(~pl.col("invalid"))
+    scores = read_scores(RoundFiles(root, KEY).scores, dict.fromkeys(WEIGHTS, "select")).filter(~pl.col("invalid"))
     return choose_winners(scores, WEIGHTS, SelectParams())["candidate_id"]
 
 
 def by_pandas(root: Path) -> pl.Series:
     """The same with pandas, as one would write it."""
-    import pandas as pd
 
-    scores = pd.read_parquet(RoundFiles(root, KEY).scores)
+    scores = read_scores(RoundFiles(root, KEY).scores, dict.fromkeys(WEIGHTS, "select")).to_pandas()
     scores = scores[~scores["invalid"] & np.isfinite(scores[list(WEIGHTS)]).all(axis=1)]
     scores["selection_score"] = 0.0
     for name, weight in WEIGHTS.items():

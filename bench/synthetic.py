@@ -10,6 +10,7 @@ import polars as pl
 import pyarrow as pa
 
 from srpo.data import parquet
+from srpo.data import scores as score_files
 from srpo.data.images import encode_images
 from srpo.data.schemas import CANDIDATE_FIELDS, IDENTITY_FIELDS, IMAGE, arrow_schema
 from srpo.rounds import RoundFiles
@@ -34,8 +35,13 @@ def write_candidates(
 
 
 def write_scores(files: RoundFiles, prompts: int, per_prompt: int, names: Sequence[str]) -> None:
-    """Write scores.parquet: normal numbers for every reward; one candidate in a thousand is invalid."""
-    parquet.write_arrow(files.scores, (_scores(files.key, part, per_prompt, names) for part in _parts(prompts)))
+    """Write scores/select: normal numbers for every reward; one candidate in a thousand is invalid."""
+    paths = {name: score_files.score_path(files.scores, name, "select") for name in names} | {
+        "invalid": score_files.invalid_path(files.scores)
+    }
+    for name, path in paths.items():
+        tables = (_scores(files.key, part, per_prompt, names) for part in _parts(prompts))
+        score_files.write_scores(path, name, tables, "synthetic")
 
 
 def _parts(prompts: int, size: int = PROMPTS_PER_SHARD) -> list[range]:

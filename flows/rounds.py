@@ -178,7 +178,7 @@ def _walk(params: Params, graph: dict[str, list[str]], forced: set[str], push: b
         if futures[stage].state.name == CACHED:
             cached.add(stage)
         name, _, key = stage.partition("@")
-        if name == "evaluate":
+        if name == "gate":
             _show_table(key)
         if name == "report":
             _show_addresses(params, key)

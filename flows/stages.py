@@ -21,7 +21,7 @@ from srpo.errors import UserError
 from srpo.rounds import RoundFiles
 from srpo.runtime import fork_server
 
-ROUND_STAGES = ("generate", "score", "select", "train", "evaluate", "report")
+ROUND_STAGES = ("generate", "score", "select", "train", "evaluate", "gate", "report")
 BASE_STAGES = ("base", "evaluate-base")
 GPU_STAGES = ("evaluate-base", "generate", "score", "train", "evaluate")
 BAD_INPUT = 2

@@ -149,12 +149,24 @@ def train(key: RoundKey) -> None:
 
 @app.command()
 def evaluate(key: RoundOrBase) -> None:
-    """Sample the eval prompts, compute metrics and decide whether the round passes."""
+    """Sample the eval prompts and compute metrics."""
     with _round(key, "evaluate") as round:
         from srpo.stages.evaluate import evaluate
         from srpo.tracking.sync import sync_round
 
         evaluate(round)
+        if key == BASE:  # of rounds once stage gate has decided
+            sync_round(round)
+
+
+@app.command()
+def gate(key: RoundKey) -> None:
+    """Decide whether the round passes."""
+    with _round(key, "gate") as round:
+        from srpo.stages.gate import gate
+        from srpo.tracking.sync import sync_round
+
+        gate(round)
         sync_round(round)
 
 
@@ -179,11 +191,17 @@ def score_images(
     prompts: Annotated[Path | None, typer.Option(help="prompt file; images are named <id> or <id>-<number>")] = None,
     prompt: Annotated[str | None, typer.Option(help="one prompt for all images")] = None,
     out: Annotated[Path, typer.Option(help="parquet file to write, one row per image")] = Path("image-scores.parquet"),
+    strict: Annotated[bool, typer.Option("--strict", help="stop at the first unreadable image")] = False,
 ) -> None:
     """Score a folder of images with any rewards; no project is needed."""
     from srpo.tools.score_images import score_folder
 
-    score_folder(folder, reward, prompts, prompt, out)
+    skipped = score_folder(folder, reward, prompts, prompt, out, strict)
+    for line in skipped:
+        print(f"srpo: skipped {line}", file=sys.stderr)
+    if skipped:
+        print(f"srpo: error: {len(skipped)} files are not readable images; all others are scored", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()

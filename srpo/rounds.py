@@ -28,8 +28,8 @@ class RoundFiles:
 
     @property
     def scores(self) -> Path:
-        """Parquet file, one row per candidate and one column per reward."""
-        return self.folder / "scores.parquet"
+        """Folder of the scores, one parquet file per reward (`srpo.data.scores`)."""
+        return self.folder / "scores"
 
     @property
     def winners(self) -> Path:
@@ -50,6 +50,11 @@ class RoundFiles:
     def rewards(self) -> Path:
         """Base only: the identities of all rewards."""
         return self.folder / "rewards.json"
+
+    @property
+    def selecting(self) -> Path:
+        """Of base only: the identities and weights of the rewards that choose winners."""
+        return self.folder / "selecting.json"
 
     @property
     def preview(self) -> Path:

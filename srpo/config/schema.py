@@ -268,6 +268,9 @@ class GateParams(Section):
     min_diversity_ratio: Annotated[float, Field(ge=0)] = Field(
         0.5, description="minimum of diversity divided by base's"
     )
+    max_missing_scores: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="maximum share of a judge's scores that are NaN or infinite, which are left out of its mean"
+    )
     max_image_stat_shift: Annotated[float, Field(gt=0)] | None = Field(
         1.0,
         description="maximum shift of mean saturation, contrast, edge density and color entropy from base's, in base's"

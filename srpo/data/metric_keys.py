@@ -9,10 +9,10 @@ IMAGE_STATS = ("saturation", "contrast", "edge_density", "color_entropy")
 
 INTERVAL_SUFFIXES = ("_low", "_high")
 IMAGE_SET_METRICS = ("fid", "kid", "cmmd", "diversity")
-HEADLINE = ("guidance", "images", *IMAGE_SET_METRICS, "drift", "drift_kid", "verdict", "finding")
+HEADLINE = ("guidance", "images", *IMAGE_SET_METRICS, "fid_best", "drift", "drift_kid", "verdict", "finding")
 """Keys of metrics.json besides those of rewards."""
 
-REWARD_SUFFIXES = (*INTERVAL_SUFFIXES, "_win_rate", "_win_rate_low")
+REWARD_SUFFIXES = (*INTERVAL_SUFFIXES, "_missing", "_best", "_win_rate", "_win_rate_low", "_win_rate_parent")
 """Suffixes of the keys that an evaluation adds to a reward's name."""
 
 RESERVED_KEYS = frozenset(

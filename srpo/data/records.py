@@ -1,11 +1,14 @@
-"""Records of an evaluation: metrics.json, guidance.csv, gate.json."""
+"""Records of an evaluation: metrics.json, guidance.csv, drift.json, gate.json."""
 
 from __future__ import annotations
 
 import csv
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from srpo.data.metric_keys import IMAGE_SET_METRICS
 from srpo.errors import UserError
 from srpo.storage.json_files import read_json, reading
 
@@ -32,7 +35,22 @@ def read_sweep(files: HasEvaluation) -> dict[str, dict[str, float]]:
     path = files.evaluation / "guidance.csv"
     with reading(path), path.open(newline="", encoding="utf-8") as file:
         rows = [dict(row) for row in csv.DictReader(file)]
-        return {row.pop("guidance"): {name: float(value) for name, value in row.items()} for row in rows}
+        return {row.pop("guidance"): {name: float(value) for name, value in row.items() if value} for row in rows}
+
+
+def read_drift(files: HasEvaluation) -> dict[str, float]:
+    """Read the evaluation's `drift.json` of a round: FID and KID against base's images at the reported guidance."""
+    return read_json(files.evaluation / "drift.json")
+
+
+def headline(sweep: Mapping[str, Mapping[str, float]], guidance: float, rewards: Iterable[str]) -> dict[str, Any]:
+    """Return the numbers of metrics.json at one guidance: few and flat, so that `dvc metrics show` is readable.
+
+    A mean over no finite score is None.
+    """
+    record = sweep[str(guidance)]
+    names = [name for name in ("images", *rewards, *IMAGE_SET_METRICS) if name in record]
+    return {"guidance": guidance} | {name: None if math.isnan(record[name]) else record[name] for name in names}
 
 
 def read_gate(files: HasEvaluation) -> dict[str, Any]:

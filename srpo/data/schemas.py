@@ -38,7 +38,7 @@ CANDIDATE_FIELDS: Fields = {
     "audited": pa.bool_(),
 }
 SCORE_FIELDS: Fields = IDENTITY_FIELDS | {"invalid": pa.bool_()}
-"""Of scores.parquet, besides one float32 column per reward."""
+"""Of scores, besides one float32 column per reward."""
 
 WINNER_FIELDS: Fields = {
     "selection_score": pa.float32(),

@@ -41,18 +41,16 @@ class Measurements(NamedTuple):
 def measure(
     images: Pixels, prompts: Sequence[str], rewards: Mapping[str, Reward], extractors: Mapping[str, Extractor]
 ) -> Measurements:
-    """Measure uint8 [n, 3, height, width].
+    """Measure uint8 [n, 3, height, width]. Single values may be NaN or infinite; metrics leave them out.
 
     Raises:
-        UserError: a score or feature is NaN or infinite, so no mean can be computed.
+        UserError: all scores or features of a reward are NaN or infinite.
     """
     scores = score_batch(rewards, images, prompts)
     features = {name: extractor.features(images) for name, extractor in extractors.items()}
     for name, values in (*scores.items(), *features.items()):
-        if not bool(torch.isfinite(values).all()):
-            raise UserError(
-                f"rewards.{name}: NaN or infinity for an evaluation image; every image needs a finite value"
-            )
+        if not bool(torch.isfinite(values).any()):
+            raise UserError(f"rewards.{name}: NaN or infinity for all of {len(images)} images; correct the reward")
     stats = {name: torch.from_numpy(values) for name, values in image_stats(images.numpy()).items()}
     return Measurements(scores, features, stats)
 
@@ -78,6 +76,7 @@ class MetricAccumulator:
         self.cmmd = ClipDistance(references[clip].features)
         self.diversity = Diversity()
         self.stats = ImageStatistics(IMAGE_STATS)
+        self.images = 0
         self._features = features
         self._clip = clip
 
@@ -85,11 +84,14 @@ class MetricAccumulator:
         """Add n images; `groups` int64 [n] are the numbers of their prompts, in the order of prompt ids."""
         for name, metric in self.scores.items():
             metric.update(measured.scores[name], groups)
-        self.fid.update(measured.features[self._features])
-        self.kid.update(measured.features[self._features], groups)
-        self.cmmd.update(measured.features[self._clip], groups)
-        self.diversity.update(measured.features[self._clip], groups)
+        features, numbers = _finite(measured.features[self._features], groups)
+        self.fid.update(features)
+        self.kid.update(features, numbers)
+        features, numbers = _finite(measured.features[self._clip], groups)
+        self.cmmd.update(features, numbers)
+        self.diversity.update(features, numbers)
         self.stats.update(measured.stats)
+        self.images += len(groups)
 
     def merge_state(self, other: MetricAccumulator) -> None:
         """Add the images of another accumulator of the same rewards and references, before this one's."""
@@ -97,17 +99,28 @@ class MetricAccumulator:
             metric.merge_state(other.scores[name])
         for name in ("fid", "kid", "cmmd", "diversity", "stats"):
             getattr(self, name).merge_state(getattr(other, name))
+        self.images += other.images
 
     def compute(self) -> dict[str, float]:
         """Return a flat record: the mean of every reward, FID, KID, CMMD, diversity and image statistics.
 
         Keys with an interval have `<name>_low` and `<name>_high` after them; image statistics have `<name>_std`, over
-        images.
+        images. With one image per prompt there is no diversity. A reward with scores that are NaN or infinite has
+        their number as `<name>_missing`.
         """
-        record: dict[str, float] = {"images": len(self.kid.arrays()[1])}
+        record: dict[str, float] = {"images": self.images}
         for name, metric in self.scores.items():
             record |= metric.compute().flat(name)
+            if missing := metric.missing():
+                record[f"{name}_missing"] = missing
         record["fid"] = self.fid.compute()
         for name in ("kid", "cmmd", "diversity"):
-            record |= getattr(self, name).compute().flat(name)
+            estimate = getattr(self, name).compute()
+            record |= estimate.flat(name) if estimate else {}
         return record | self.stats.compute()
+
+
+def _finite(features: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the features and groups of the images whose features are all finite."""
+    finite = torch.isfinite(features).all(dim=1)
+    return (features, groups) if bool(finite.all()) else (features[finite], groups[finite])

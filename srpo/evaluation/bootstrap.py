@@ -46,5 +46,12 @@ def mean_interval(values: np.ndarray, groups: Groups) -> Estimate:
 
 
 def win_rate(scores: np.ndarray, other: np.ndarray, groups: Groups) -> Estimate:
-    """Return the share of pairs in which `scores` [n] beats `other` [n]; a tie counts half. 0.5 is no difference."""
-    return mean_interval((scores > other) + 0.5 * (scores == other), groups)
+    """Return the share of pairs in which `scores` [n] beats `other` [n]; a tie counts half. 0.5 is no difference.
+
+    Pairs with a score that is NaN or infinite are left out; without any pair the share is 0.5, between 0 and 1.
+    """
+    paired = np.isfinite(scores) & np.isfinite(other)
+    if not paired.any():
+        return Estimate(0.5, 0.0, 1.0)
+    wins = (scores > other) + 0.5 * (scores == other)
+    return mean_interval(wins[paired], np.asarray(groups)[paired])

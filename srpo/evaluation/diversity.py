@@ -7,12 +7,14 @@ import numpy as np
 from srpo.evaluation.bootstrap import Estimate, Groups, mean_interval
 
 
-def diversity(features: np.ndarray, groups: Groups) -> Estimate:
+def diversity(features: np.ndarray, groups: Groups) -> Estimate | None:
     """Return the mean cosine distance (0 to 2) between the images of one prompt, averaged over prompts.
+
+    None if no prompt has two images.
 
     Args:
         features: [n, dim].
-        groups: the prompt of each row. Prompts with a single image do not count; 0 if all are such.
+        groups: the prompt of each row. Prompts with a single image do not count.
     """
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     names = np.asarray(groups)
@@ -23,5 +25,5 @@ def diversity(features: np.ndarray, groups: Groups) -> Estimate:
             similarity = (rows @ rows.T).sum() - len(rows)
             distances[name] = 1 - similarity / (len(rows) * (len(rows) - 1))
     if not distances:
-        return Estimate(0.0, 0.0, 0.0)
+        return None
     return mean_interval(np.array(list(distances.values())), list(distances))

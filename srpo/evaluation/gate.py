@@ -8,7 +8,8 @@ the one with the lowest FID.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from srpo.config.schema import GateParams
@@ -16,6 +17,7 @@ from srpo.data.metric_keys import IMAGE_STATS
 from srpo.evaluation.bootstrap import Estimate
 
 HACKING = "reward hacking"
+NO_GAIN = "no better than its parent"
 EVEN = 0.5  # the win rate of equal models
 Sweep = Mapping[str, Mapping[str, float]]
 """Metrics by guidance scale, as `MetricAccumulator.compute` returns them."""
@@ -25,7 +27,13 @@ def best_guidance(sweep: Sweep, name: str) -> str:
     """Return the guidance scale at which a model is best by `name`: the lowest FID, or the highest mean of a reward."""
     if name == "fid":
         return min(sweep, key=lambda guidance: sweep[guidance]["fid"])
-    return max(sweep, key=lambda guidance: sweep[guidance][name])
+    return max(sweep, key=lambda guidance: _or_lowest(sweep[guidance][name]))
+
+
+def best_of_sweep(sweep: Sweep, rewards: Iterable[str]) -> dict[str, float | None]:
+    """Return `<reward>_best` and `fid_best`: a model's numbers at its own best guidance for each."""
+    values = {f"{name}_best": sweep[best_guidance(sweep, name)][name] for name in (*rewards, "fid")}
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
 def image_stat_shifts(sweep: Sweep, base: Sweep) -> dict[str, dict[str, float]]:
@@ -52,8 +60,12 @@ def judge_round(
     base: Sweep,
     judges: Mapping[str, Estimate],
     selects: Mapping[str, Estimate],
+    missing: Mapping[str, float] | None = None,
+    over_parent: Mapping[str, Estimate] | None = None,
 ) -> dict[str, Any]:
-    """Return the gate's `verdict` (pass or fail), `finding` (reward hacking or None) and `rules`.
+    """Return the gate's `verdict` (pass or fail), `finding` (HACKING, NO_GAIN or None) and `rules`.
+
+    NO_GAIN does not fail a round: no judge's win rate over the parent is above 0.5 with its whole interval.
 
     A rule has `value`, `sense` (at least or at most), `limit` and `passed`. Rules whose limit is null in params are
     left out.
@@ -64,6 +76,8 @@ def judge_round(
         base: base's.
         judges: win rate over base by judge, each model at its best guidance, with its interval.
         selects: the same for the rewards that chose the winners.
+        missing: share of scores that are NaN or infinite, for the judges that have any.
+        over_parent: win rate over the parent by judge, each model at its best guidance.
     """
     tuned = sweep[best_guidance(sweep, "fid")]
     untuned = base[best_guidance(base, "fid")]
@@ -71,15 +85,21 @@ def judge_round(
     rules["fid_ratio"] = _at_most(tuned["fid"] / max(untuned["fid"], 1e-12), settings.max_fid_ratio)
     if settings.max_kid_increase is not None:
         rules["kid_increase"] = _at_most(tuned["kid"] - untuned["kid"], settings.max_kid_increase)
-    kept = tuned["diversity"] / max(untuned["diversity"], 1e-12)
-    rules["diversity_ratio"] = _at_least(kept, settings.min_diversity_ratio)
+    if "diversity" in tuned and "diversity" in untuned:  # it needs two images per prompt
+        ratio = tuned["diversity"] / max(untuned["diversity"], 1e-12)
+        rules["diversity_ratio"] = _at_least(ratio, settings.min_diversity_ratio)
     if settings.max_image_stat_shift is not None:
         for name, shift in image_stat_shifts(sweep, base).items():
             rules[f"{name}_shift"] = _at_most(abs(shift["z"]), settings.max_image_stat_shift)
+    for name, share in (missing or {}).items():
+        rules[f"{name}_missing"] = _at_most(share, settings.max_missing_scores)
     rules["unbacked_reward"] = _at_most(unbacked_gain(judges, selects), 0.0)
+    finding = None if rules["unbacked_reward"]["passed"] else HACKING
+    if not finding and over_parent and all(rate.low <= EVEN for rate in over_parent.values()):
+        finding = NO_GAIN
     return {
         "verdict": "pass" if all(rule["passed"] for rule in rules.values()) else "fail",
-        "finding": None if rules["unbacked_reward"]["passed"] else HACKING,
+        "finding": finding,
         "rules": rules,
     }
 
@@ -93,6 +113,10 @@ def unbacked_gain(judges: Mapping[str, Estimate], selects: Mapping[str, Estimate
     rise = any(rate.low > EVEN for rate in judges.values())
     fall = any(rate.high < EVEN for rate in judges.values())
     return 0.0 if rise and not fall else gain
+
+
+def _or_lowest(value: float) -> float:
+    return -math.inf if math.isnan(value) else value
 
 
 def _at_least(value: float, limit: float) -> dict[str, Any]:

@@ -25,7 +25,8 @@ def image_stats(images: np.ndarray) -> dict[str, np.ndarray]:
     measures = (_saturation, _contrast, _edge_density, _color_entropy)
     # decoded images have their channels last in memory, which makes every step here twice as slow
     rows = [[measure(image) for measure in measures] for image in map(np.ascontiguousarray, images)]
-    return dict(zip(IMAGE_STATS, np.array(rows, dtype=np.float64).reshape(-1, len(IMAGE_STATS)).T, strict=True))
+    columns = np.array(rows, dtype=np.float64).reshape(-1, len(IMAGE_STATS)).T.copy()
+    return dict(zip(IMAGE_STATS, columns, strict=True))
 
 
 def _saturation(image: np.ndarray) -> float:

@@ -7,6 +7,7 @@ Groups are the numbers of the images' prompts: images of one prompt are not inde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,13 +47,21 @@ class _GroupedMetric(Metric):
 
 
 class MeanScore(_GroupedMetric):
-    """The mean of scores float32 [n], with the bootstrap's interval over prompts."""
+    """The mean of the finite ones of scores float32 [n], with the bootstrap's interval over prompts."""
 
     higher_is_better = True
 
     def compute(self) -> Estimate:
-        """Return the mean and its 95 % interval."""
-        return mean_interval(*self.arrays())
+        """Return the mean and its 95 % interval; NaN if no score is finite."""
+        scores, groups = self.arrays()
+        finite = np.isfinite(scores)
+        if not finite.any():
+            return Estimate(math.nan, math.nan, math.nan)
+        return mean_interval(scores[finite], groups[finite])
+
+    def missing(self) -> int:
+        """Return the number of scores that are NaN or infinite."""
+        return int((~np.isfinite(self.arrays()[0])).sum())
 
 
 class Diversity(_GroupedMetric):
@@ -60,8 +69,8 @@ class Diversity(_GroupedMetric):
 
     higher_is_better = True
 
-    def compute(self) -> Estimate:
-        """Return the mean over prompts and its 95 % interval."""
+    def compute(self) -> Estimate | None:
+        """Return the mean over prompts and its 95 % interval; None if no prompt has two images."""
         return diversity(*self.arrays())
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from srpo.config.schema import MIN_REFERENCE_IMAGES
-from srpo.data import parquet
+from srpo.data.image_files import find_images, read_images
 from srpo.errors import UserError
 from srpo.evaluation.features import Extractor
 from srpo.evaluation.frechet import Gaussian
 from srpo.evaluation.metrics import FittedGaussian
-from srpo.rewards.batches import BATCH, batched, to_tensor
+from srpo.rewards.batches import BATCH, batched
 from srpo.storage.checksummed import load_with_checksum, save_with_checksum
 from srpo.storage.hashing import digest, value_digest
 
@@ -33,13 +33,13 @@ class Reference:
 
 
 def load_reference(path: Path, extractor: Extractor, cache: Path) -> Reference:
-    """Return the reference of a parquet file or folder with a column `image`.
+    """Return the reference of a parquet file, or of a folder of parquet or image files (`find_images`).
 
     A cached file is named by the hash of the images' data and of the extractor's identity, and has a checksum:
     neither another set nor a damaged file is used by mistake.
 
     Raises:
-        UserError: the data is missing or damaged, or has fewer than 3 images.
+        UserError: the data is missing, an image is damaged, or there are fewer than 3.
     """
     if extractor.identity is None:
         return _compute(path, extractor)
@@ -59,9 +59,10 @@ def load_reference(path: Path, extractor: Extractor, cache: Path) -> Reference:
 def _compute(path: Path, extractor: Extractor) -> Reference:
     fit: FittedGaussian | None = None
     parts: list[torch.Tensor] = []
-    for cells in batched((row["image"] for row in parquet.read_rows(path, ["image"])), BATCH):
+    for pixels in batched(read_images(find_images(path)), BATCH):
+        # channels stay last in memory, as in the images that are evaluated
+        images = [torch.from_numpy(image[None]).permute(0, 3, 1, 2) for image in pixels]
         # reference images may differ in size, those of a batch can't
-        images = [to_tensor([cell]) for cell in cells]
         same = len({image.shape for image in images}) == 1
         batches = [torch.cat(images)] if same else images
         features = torch.cat([extractor.features(batch) for batch in batches])

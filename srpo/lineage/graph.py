@@ -113,7 +113,7 @@ def _round(root: Path, lock: Mapping[str, Any], key: str, adapter: str | None, s
             dvc=trained.get(f"{folder}/winners"),
             sha256=lineage.get("winners"),
         ),
-        Node(name="scores", path=f"{folder}/scores.parquet", dvc=selected.get(f"{folder}/scores.parquet")),
+        Node(name="scores", path=f"{folder}/scores/select", dvc=selected.get(f"{folder}/scores/select")),
         Node(name="candidates", path=f"{folder}/candidates", dvc=scored.get(f"{folder}/candidates")),
     ]
     if rewards := scored.get("rounds/base/rewards.json"):

@@ -44,19 +44,14 @@ def check_prompts(params: Params, root: Path) -> tuple[list[CheckResult], tuple[
 
 
 def check_reference(params: Params, root: Path) -> CheckResult:
-    """Check that the reference set is parquet with a column `image`, and large enough."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    """Read every image of the reference set, and check that there are enough."""
+    from srpo.data.image_files import check_images
 
     key, name = "evaluate.reference", params.evaluate.reference
-    path = root / name
-    shards = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     try:
-        count = sum(pq.read_metadata(shard).num_rows for shard in shards)
-        if any("image" not in pq.read_schema(shard).names for shard in shards):
-            return CheckResult(key, "fail", f"{name}: a file has no column `image`; write the images to that column")
-    except (OSError, pa.ArrowInvalid) as error:
-        return CheckResult(key, "fail", f"{name}: not readable as parquet ({type(error).__name__})")
+        count = check_images(root / name)
+    except UserError as error:
+        return CheckResult(key, "fail", str(error))
     if count < MIN_REFERENCE_IMAGES:
         return CheckResult(key, "fail", f"{name}: {count} images; at least {MIN_REFERENCE_IMAGES} are required")
     if count < FID_IMAGES and params.evaluate.features == INCEPTION:

@@ -48,7 +48,7 @@ def export(round: Round, to: Path, merged: bool = False) -> list[str]:
         raise UserError(f"round {round.key}: train.method is full, so there is no LoRA to export; add --merged")
     if not (round.files.evaluation / "gate.json").exists():
         raise UserError(
-            f"rounds/{round.key}/evaluation: not evaluated, so it has no model card; `dvc repro evaluate@{round.key}`"
+            f"rounds/{round.key}/evaluation: not evaluated, so it has no model card; `dvc repro gate@{round.key}`"
         )
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"--to: {to} is not empty; name a new folder")

@@ -95,9 +95,7 @@ def check(round: Round, override: str | None = None) -> str:
         raise UserError(f"{path}: differs from dvc.lock, so it could not be restored later; `dvc repro {stage}`")
     evaluated = recorded(lock, f"evaluate@{round.key}", "deps").get(path)
     if not (files.evaluation / "gate.json").exists() or evaluated != trained:
-        raise UserError(
-            f"rounds/{round.key}/evaluation: this adapter is not evaluated; `dvc repro evaluate@{round.key}`"
-        )
+        raise UserError(f"rounds/{round.key}/evaluation: this adapter is not evaluated; `dvc repro gate@{round.key}`")
     gate = read_gate(round.files)
     if gate["verdict"] != "pass" and not (override or "").strip():
         failed = ", ".join(name for name, rule in gate["rules"].items() if not rule["passed"])

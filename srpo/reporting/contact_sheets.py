@@ -19,6 +19,7 @@ from PIL import Image
 from srpo.config.loader import Params
 from srpo.data import parquet
 from srpo.data.images import decode_image
+from srpo.data.scores import read_scores
 from srpo.errors import UserError
 from srpo.rounds import BASE, RoundFiles
 
@@ -47,16 +48,18 @@ def winners_and_losers(params: Params, files: RoundFiles, count: int = PAIRS) ->
         UserError: winners, candidates or scores are missing or do not match.
     """
     names = [*params.reward_names("select"), *params.reward_names("judge")]
-    winners = parquet.table(files.winners, ["candidate_id", "prompt", "margin", "loser_id", *names])
+    winners = parquet.table(files.winners, ["candidate_id", "prompt", "margin", "loser_id"])
     winners = winners.sort(["margin", "candidate_id"], descending=[True, False])
     chosen = [winners.row(i, named=True) for i in _spread(range(winners.height), count)]
     losers = [row["loser_id"] for row in chosen]
     left = _images(files.winners, [row["candidate_id"] for row in chosen])
     right = _images(files.candidates, losers)
-    known = parquet.scan(files.scores, ["candidate_id", *names]).filter(pl.col("candidate_id").is_in(losers)).collect()
+    shown = {*losers, *(row["candidate_id"] for row in chosen)}
+    roles = {name: params.rewards[name].role for name in names}
+    known = read_scores(files.scores, roles).filter(pl.col("candidate_id").is_in(list(shown)))
     scores = {row["candidate_id"]: row for row in known.iter_rows(named=True)}
-    if not scores.keys() >= set(losers):
-        raise UserError(f"{files.scores}: lacks the scores of losers that {files.winners} names; rerun score")
+    if scores.keys() != shown:
+        raise UserError(f"{files.scores}: lacks scores of candidates that {files.winners} names; rerun score")
 
     def lines(row: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(f"{name} {row[name]:.2f}" for name in names)
@@ -66,7 +69,7 @@ def winners_and_losers(params: Params, files: RoundFiles, count: int = PAIRS) ->
             left[row["candidate_id"]],
             right[row["loser_id"]],
             row["prompt"],
-            lines(row),
+            lines(scores[row["candidate_id"]]),
             lines(scores[row["loser_id"]]),
         )
         for row in chosen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,16 @@ class ClipEncoder:
             self._text_embeddings |= zip(part, normalize(embeddings.float(), dim=-1), strict=True)
         return torch.stack([self._text_embeddings[prompt] for prompt in prompts])
 
+    def prepare(self, batches: Iterable[Sequence[str]]) -> None:
+        """Forget all texts, and embed those of these batches, batch by batch.
+
+        Embeddings may depend on the batch in the last bit, and through the cache on the batches before it. After this
+        they depend on these batches only.
+        """
+        self._text_embeddings.clear()
+        for prompts in batches:
+            self.texts(prompts)
+
     def cosine(self, images: Pixels, prompts: Sequence[str]) -> torch.Tensor:
         """Return the cosine of image i and prompt i, float32 [n] on the CPU, -1 to 1."""
         return (normalize(self.images(images), dim=-1) * self.texts(prompts)).sum(dim=-1).cpu()
@@ -103,6 +113,10 @@ class ClipReward:
     def score(self, images: Pixels, prompts: Sequence[str]) -> torch.Tensor:
         """Return 100 * cosine of image i and prompt i, float32 [n]."""
         return 100 * self.encoder.cosine(images, prompts)
+
+    def prepare(self, batches: Iterable[Sequence[str]]) -> None:
+        """Embed the prompts of these batches, of which the images will be scored in any order."""
+        self.encoder.prepare(batches)
 
     def features(self, images: Pixels) -> torch.Tensor:
         """Return the projected image embeddings, float32 [n, dim], not normalized."""

@@ -9,13 +9,13 @@ from transformers import AutoTokenizer
 
 from srpo.config.reward_families import CLIP_H_TOKENIZER, FAMILIES
 from srpo.models.hub import Source, load_state, loading, sibling_or_default
-from srpo.rewards.clip import ClipEncoder
+from srpo.rewards.clip import ClipEncoder, ClipReward
 from srpo.rewards.convert import clip_from_open_clip
 from srpo.rewards.preprocess import Preprocess
 from srpo.rewards.protocol import Pixels
 
 
-class HpsV2:
+class HpsV2(ClipReward):
     """cosine(image, text) (Wu et al., 2023, Human Preference Score v2).
 
     Units: a cosine; 0.25 to 0.30 for most images, a difference of 0.01 is a clear preference (the paper's tables show
@@ -49,10 +49,6 @@ class HpsV2:
     def score(self, images: Pixels, prompts: Sequence[str]) -> torch.Tensor:
         """Return the cosine of image i and prompt i, float32 [n]."""
         return self.encoder.cosine(images, prompts)
-
-    def features(self, images: Pixels) -> torch.Tensor:
-        """Return the projected image embeddings, float32 [n, dim], not normalized."""
-        return self.encoder.images(images).cpu()
 
 
 class HpsV21(HpsV2):

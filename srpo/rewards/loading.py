@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 
 from srpo.config.loader import Params
-from srpo.config.reward_families import find_family
+from srpo.config.reward_families import FAMILIES, find_family
 from srpo.config.schema import RewardParams, RuntimeParams
 from srpo.errors import UserError, one_line
 from srpo.lineage.record import check_pinned
@@ -20,6 +21,7 @@ from srpo.rewards.protocol import Reward
 from srpo.rewards.validated import ValidatedReward, reward_errors
 from srpo.rounds import BASE, RoundFiles
 from srpo.runtime.device import pick_device, pick_reward_dtype
+from srpo.storage.hashing import file_digest
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +41,31 @@ def load_rewards(specs: Mapping[str, RewardParams], runtime: RuntimeParams, root
     return rewards
 
 
-def load_pinned_rewards(params: Params, root: Path) -> dict[str, ValidatedReward]:
-    """Load all reward models of a project, as stage `base` recorded them.
+def load_pinned_rewards(params: Params, root: Path, names: Collection[str] | None = None) -> dict[str, ValidatedReward]:
+    """Load the reward models of a project with these names, or all, as stage `base` recorded them.
 
     Raises:
         UserError: one can't be loaded, or differs from what stage `base` recorded.
     """
-    for name in params.rewards:
+    specs = {name: spec for name, spec in params.rewards.items() if names is None or name in names}
+    for name in specs:
         check_pinned(root, RoundFiles(root, BASE).rewards, name, f"rewards.{name}.model")
-    return load_rewards(params.rewards, params.runtime, root)
+    return load_rewards(specs, params.runtime, root)
+
+
+def reward_code(spec: RewardParams, root: Path) -> str | None:
+    """Return the sha256 of the module of a user's own reward class; None for a built-in family, or if there is no file.
+
+    What a stage keeps after an interruption depends on it: the class may have been corrected since.
+    """
+    if spec.kind in FAMILIES:
+        return None
+    _add_to_path(root)
+    try:
+        found = importlib.util.find_spec(find_family(spec.kind).path.split(":")[0])
+    except (ImportError, ValueError):
+        return None
+    return file_digest(Path(found.origin)) if found and found.origin and Path(found.origin).is_file() else None
 
 
 def load_reward(spec: RewardParams, root: Path, device: torch.device, dtype: torch.dtype | None = None) -> Reward:
@@ -59,8 +77,7 @@ def load_reward(spec: RewardParams, root: Path, device: torch.device, dtype: tor
         UserError: its class or its model can't be loaded.
     """
     module, attribute = find_family(spec.kind).path.split(":")
-    if str(root) not in sys.path:
-        sys.path.append(str(root))
+    _add_to_path(root)
     try:
         family = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, SyntaxError) as error:
@@ -72,3 +89,8 @@ def load_reward(spec: RewardParams, root: Path, device: torch.device, dtype: tor
         log.info("loading %s from the Hub's cache or the Hub: %s@%s", spec.kind, model, spec.revision or "main")
     hide_loading_bars()
     return family(model, spec.revision, device, dtype or torch.float32)
+
+
+def _add_to_path(root: Path) -> None:
+    if str(root) not in sys.path:
+        sys.path.append(str(root))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,6 +35,16 @@ class ValidatedReward:
                 f" it must return a float32 tensor [{len(images)}]"
             )
         return scores.detach().float().cpu()
+
+    def prepare(self, batches: Iterable[Sequence[str]]) -> None:
+        """Have a reward that caches prompts depend on these batches of prompts only, if it can.
+
+        Raises:
+            UserError: the reward raised.
+        """
+        if hasattr(self.reward, "prepare"):
+            with reward_errors(self.name, "prepare"):
+                self.reward.prepare(batches)
 
     def features(self, images: Pixels) -> torch.Tensor:
         """Return image features, float32 [n, dim] on the CPU.

@@ -14,10 +14,11 @@ log = logging.getLogger(__name__)
 
 
 def pin_base(round: Round) -> None:
-    """Write `rounds/base/adapter/lineage.json`, `rounds/base/rewards.json` and `rounds/base/preview.json`.
+    """Write `adapter/lineage.json`, `rewards.json`, `selecting.json` and `preview.json` in `rounds/base/`.
 
     Every other stage depends on one of these files, so a changed model folder or revision reruns the stages that use
-    it. preview.json has only the reward that scores previews: generate does not depend on the other rewards.
+    it. selecting.json has only the rewards that choose winners, preview.json only the one that scores previews: select
+    and generate do not depend on the others.
 
     Raises:
         UserError: a model is neither a local folder or file nor formatted like a Hub id.
@@ -41,7 +42,10 @@ def pin_base(round: Round) -> None:
     }
     rejection = params.generate.early_rejection
     preview = {rejection.reward: rewards[rejection.reward]} if rejection else {}
-    for path, content in {files.rewards: rewards, files.preview: preview}.items():
+    selecting = {
+        name: rewards[name] | {"weight": params.rewards[name].weight} for name in params.reward_names("select")
+    }
+    for path, content in {files.rewards: rewards, files.selecting: selecting, files.preview: preview}.items():
         write_json(scratch / path.name, content)
         publish(scratch / path.name, path)
     publish(scratch, files.adapter)

@@ -1,241 +1,301 @@
-"""Stage `evaluate`: measure base and every round with the same prompts, seeds and guidance sweep."""
+"""Stage `evaluate`: measure base and every round with the same prompts, seeds and guidance sweep.
+
+A unit of work is one batch of images at one guidance scale. Its measured values are written to a file in scratch;
+metrics are computed from these files.
+"""
 
 from __future__ import annotations
 
 import csv
+import functools
+import gc
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 from tqdm import tqdm
 
-from srpo.config.loader import Params
 from srpo.data import parquet
 from srpo.data.images import encode_images
 from srpo.data.prompts import Prompt, check_disjoint, load_prompts, negative_prompts
-from srpo.data.records import read_sweep
+from srpo.data.records import headline
 from srpo.data.schemas import PER_PROMPT_FIELDS, SAMPLE_FIELDS, with_rewards
 from srpo.errors import UserError
-from srpo.evaluation.accumulator import MetricAccumulator, measure
-from srpo.evaluation.bootstrap import Estimate, win_rate
+from srpo.evaluation.accumulator import Measurements, MetricAccumulator, measure
 from srpo.evaluation.features import load_extractors
 from srpo.evaluation.frechet import frechet_distance, gaussian
-from srpo.evaluation.gate import best_guidance, image_stat_shifts, judge_round
+from srpo.evaluation.gate import best_of_sweep
 from srpo.evaluation.kernel import paired_kid
 from srpo.evaluation.reference import load_reference
+from srpo.lineage.code import import_closure_digest
 from srpo.lineage.record import check_base, require_weights
 from srpo.models.tokenizer import load_tokenizer, text_read, warn_of_cut_prompts
 from srpo.rewards.batches import BATCH, batched
-from srpo.rewards.loading import load_pinned_rewards
+from srpo.rewards.loading import load_pinned_rewards, reward_code
 from srpo.rounds import BASE, Round
-from srpo.sampling.conditioning import PromptEmbeds
+from srpo.runtime import distributed
+from srpo.runtime.units import Make, make_units, unfinished
 from srpo.sampling.prompt_cache import prompt_embeds
 from srpo.sampling.sampler import Sampler, sample_images
 from srpo.storage.checksummed import load_with_checksum, save_with_checksum
 from srpo.storage.files import publish
-from srpo.storage.hashing import derive_seed
+from srpo.storage.hashing import derive_seed, digest
 from srpo.storage.json_files import write_json
 from srpo.storage.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
-Place = tuple[Prompt, int]
-"""A prompt and the number of an image among the prompt's."""
+Place = tuple[int, int]
+"""The row of a prompt in its file, and the number of an image among the prompt's."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images of one unit. `sampled` are the indices of those that are kept as samples."""
+
+    guidance: float
+    places: list[Place]
+    sampled: list[int]
 
 
 def evaluate(round: Round) -> None:
     """Write `rounds/<key>/evaluation/`.
 
-    metrics.json: flat headline numbers at the reported guidance; win rates (over base, each model at its own best
-    guidance, with the interval's lower end) and the verdict as in gate.json.
     guidance.csv: every metric with its interval at every guidance scale (`MetricAccumulator.compute`).
-    gate.json, not for base: the rules, win rates over base and parent, shifts of image statistics.
     per_prompt.parquet: every score of every image. samples.parquet: some images.
-    features.safetensors, base only: features at the reported guidance, from which the drift of rounds is computed.
+    drift.json, of rounds: FID and KID against base's own images at the reported guidance.
+    features.safetensors and metrics.json, of base: features at the reported guidance, from which the drift of rounds is
+    computed; headline numbers, which stage `gate` writes for rounds.
+
+    Units that an interrupted run finished are kept. With `runtime.processes` above 1 this process starts workers that
+    share the others, and computes the metrics.
 
     Raises:
         UserError: bad prompt files, no adapter, or an unreadable model, reward or reference.
     """
-    files, settings = round.files, round.params.evaluate
-    prompts = load_prompts(round.root / round.params.prompts.eval)
-    tokenizer = load_tokenizer(round.params.model, round.root)
-    check_disjoint(load_prompts(round.root / round.params.prompts.train), prompts, text_read(tokenizer))
-    warn_of_cut_prompts(f"evaluate {round.key}", prompts, tokenizer)
-    if (len(prompts) - 1) * settings.images_per_prompt < 2:
-        raise UserError(f"{round.params.prompts.eval}: too few prompts for an interval; at least 3 are needed")
+    params = round.params
+    prompts = _load_prompts(round)
     require_weights(round.files)
-    rewards = load_pinned_rewards(round.params, round.root)
-    extractors = load_extractors(round.params, round.root, rewards)
-    references = {
-        name: load_reference(round.root / settings.reference, extractor, round.root / ".srpo" / "cache")
-        for name, extractor in extractors.items()
+    scratch, batches = _plan(round, prompts)
+    load_rewards = functools.cache(lambda: load_pinned_rewards(params, round.root))
+    references = {}
+    base_features = None
+    if not distributed.is_worker():
+        base_features = None if round.key == BASE else _read_base_features(round)
+        references = {
+            name: load_reference(round.root / params.evaluate.reference, extractor, round.root / ".srpo" / "cache")
+            for name, extractor in load_extractors(params, round.root, load_rewards()).items()
+        }
+    if distributed.is_parent(params.runtime):  # workers need the memory
+        load_rewards.cache_clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    @contextmanager
+    def load() -> Iterator[Make]:
+        check_base(round.root)
+        sampler = Sampler(params, round.files.adapter, fast=True)
+        negatives = negative_prompts(prompts, params.evaluate.negative_prompt)
+        embeds = prompt_embeds(sampler, [prompt.prompt for prompt in prompts], round.root, negatives)
+        rewards = load_rewards()
+        extractors = load_extractors(params, round.root, rewards)
+        texts = [
+            [prompts[row].prompt for row, _ in batch.places]
+            for batch in batches.values()
+            if batch.guidance == params.evaluate.guidance_scales[0]
+        ]
+        for reward in rewards.values():
+            reward.prepare(texts)
+        with _progress(round, [batches[unit] for unit in unfinished(list(batches))]) as progress:
+
+            def make(unit: Path) -> None:
+                batch = batches[unit]
+                images = _sample(round, sampler, embeds, prompts, batch, progress)
+                texts = [prompts[row].prompt for row, _ in batch.places]
+                _save(unit, measure(images, texts, rewards, extractors), images[batch.sampled])
+
+            yield make
+
+    make_units(list(batches), ["evaluate", round.key], load, params.runtime)
+    if distributed.is_worker():
+        return
+    out = scratch / "evaluation"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    _write(round, prompts, batches, references, base_features, out)
+    publish(out, round.files.evaluation)
+    shutil.rmtree(scratch)
+
+
+def _load_prompts(round: Round) -> list[Prompt]:
+    paths = round.params.prompts
+    prompts = load_prompts(round.root / paths.eval)
+    tokenizer = load_tokenizer(round.params.model, round.root)
+    check_disjoint(load_prompts(round.root / paths.train), prompts, text_read(tokenizer))
+    if not distributed.is_worker():
+        warn_of_cut_prompts(f"evaluate {round.key}", prompts, tokenizer)
+    if (len(prompts) - 1) * round.params.evaluate.images_per_prompt < 2:
+        raise UserError(f"{paths.eval}: too few prompts for an interval; at least 3 are needed")
+    return prompts
+
+
+def _plan(round: Round, prompts: Sequence[Prompt]) -> tuple[Path, dict[Path, Batch]]:
+    """Return the scratch folder, and all units, finished or not, in the order of guidance scales and prompts."""
+    params, settings = round.params, round.params.evaluate
+    inputs = {
+        "seed": params.seed,
+        "model": params.model.model_dump(),
+        "prompts": [vars(prompt) for prompt in prompts],
+        "evaluate": settings.model_dump(exclude={"reference"}),
+        "rewards": {name: [spec.model_dump(), reward_code(spec, round.root)] for name, spec in params.rewards.items()},
+        "pinned": digest(round.base_files.rewards) if round.base_files.rewards.exists() else None,
+        "adapter": digest(round.files.adapter),
+        "code": import_closure_digest("srpo.stages.evaluate"),
+        "runtime": [params.runtime.device, params.runtime.dtype],
     }
-    check_base(round.root)
-    sampler = Sampler(round.params, files.adapter, fast=True)
-    negatives = negative_prompts(prompts, settings.negative_prompt)
-    embeds = prompt_embeds(sampler, [prompt.prompt for prompt in prompts], round.root, negatives)
-    scratch = scratch_folder(round.root, "evaluate", round.key)
-    rows: list[dict[str, Any]] = []
-    samples: list[dict[str, Any]] = []
-    sweep: dict[str, dict[str, float]] = {}
-    drift: dict[str, float] = {}
-    order = {name: number for number, name in enumerate(sorted(prompt.id for prompt in prompts))}
-    total = len(prompts) * settings.images_per_prompt * len(settings.guidance_scales)
-    with tqdm(total=total, unit="img", desc=f"evaluate {round.key}", mininterval=2) as progress:
-        for guidance in settings.guidance_scales:
-            accumulator = MetricAccumulator(list(rewards), references, settings.features, settings.clip_name)
-            reported = guidance == settings.guidance_scale
-            for images, places in _sample(sampler, embeds, prompts, guidance, round.params, progress):
-                measured = measure(images, [prompt.prompt for prompt, _ in places], rewards, extractors)
-                accumulator.update(measured, torch.tensor([order[prompt.id] for prompt, _ in places]))
-                rows += _rows(places, measured.scores, guidance)
-                if reported:
-                    samples += _samples(images, places, {prompt.id for prompt in prompts[: settings.samples]})
-            sweep[str(guidance)] = accumulator.compute()
-            if reported:
-                drift = _drift(round, accumulator.kid.arrays()[0], scratch)
-    _write_samples(scratch / "samples.parquet", samples)
-    _write_scores(scratch / "per_prompt.parquet", rows, list(rewards))
-    _write_sweep(scratch / "guidance.csv", sweep)
-    gate = None if round.key == BASE else _judge(round, sweep, pl.DataFrame(rows))
-    if gate:
-        write_json(scratch / "gate.json", gate)
-    metrics = _headline(round.params, sweep[str(settings.guidance_scale)], drift, gate)
-    write_json(scratch / "metrics.json", metrics)
-    publish(scratch, files.evaluation)
-    log.info("evaluate %s: %s", round.key, ", ".join(f"{name} {metrics[name]:.3f}" for name in [*rewards, "fid"]))
-    if metrics["finding"] != "-":
-        log.warning("evaluate %s: %s: the selecting reward rose, no judge did", round.key, metrics["finding"])
+    scratch = scratch_folder(round.root, "evaluate", round.key, inputs)
+    places = [(row, index) for row in range(len(prompts)) for index in range(settings.images_per_prompt)]
+    units: dict[Path, Batch] = {}
+    for guidance in settings.guidance_scales:
+        reported = guidance == settings.guidance_scale
+        for number, batch in enumerate(batched(places, BATCH)):
+            sampled = [i for i, (row, _) in enumerate(batch) if reported and row < settings.samples]
+            units[scratch / f"guidance-{guidance}-{number:05d}.safetensors"] = Batch(guidance, batch, sampled)
+    return scratch, units
+
+
+def _progress(round: Round, batches: Sequence[Batch]) -> tqdm:
+    processes = distributed.world_size()
+    return tqdm(
+        total=sum(len(batch.places) for batch in batches) // processes,
+        unit="img",
+        desc=f"evaluate {round.key}{f' (1 of {processes} processes)' if processes > 1 else ''}",
+        mininterval=2,
+        disable=distributed.rank() > 0,
+    )
 
 
 def _sample(
-    sampler: Sampler,
-    embeds: PromptEmbeds,
+    round: Round, sampler: Sampler, embeds: Any, prompts: Sequence[Prompt], batch: Batch, progress: tqdm
+) -> torch.Tensor:
+    """Return the batch's images, uint8 [n, 3, height, width]."""
+    settings = round.params.evaluate
+    _, images = sample_images(
+        sampler,
+        embeds,
+        [row for row, _ in batch.places],
+        # no round in the seed: all rounds get the same noise, so that they are compared image by image
+        [derive_seed(round.params.seed, "evaluate", prompts[row].id, index) for row, index in batch.places],
+        settings.model_copy(update={"guidance_scale": batch.guidance}),
+        progress.update,
+    )
+    # in the memory order of decoded images, as in the reference: the same pixels give the same features
+    return images.permute(0, 3, 1, 2)
+
+
+def _save(unit: Path, measured: Measurements, samples: torch.Tensor) -> None:
+    tensors = {f"{field}.{name}": values for field, part in measured._asdict().items() for name, values in part.items()}
+    tensors["samples"] = samples
+    save_with_checksum({name: values.contiguous() for name, values in tensors.items()}, unit)
+
+
+def _load(unit: Path) -> tuple[Measurements, torch.Tensor]:
+    tensors = load_with_checksum(unit)
+    samples = tensors.pop("samples")
+    parts: dict[str, dict[str, torch.Tensor]] = {field: {} for field in Measurements._fields}
+    for key, values in tensors.items():
+        field, _, name = key.partition(".")
+        parts[field][name] = values
+    return Measurements(**parts), samples
+
+
+def _write(
+    round: Round,
     prompts: Sequence[Prompt],
-    guidance: float,
-    params: Params,
-    progress: tqdm,
-) -> Iterator[tuple[torch.Tensor, list[Place]]]:
-    """Yield images uint8 [n, 3, height, width] and their places, in batches of the rewards' size."""
-    settings = params.evaluate
-    places = [(row, index) for row in range(len(prompts)) for index in range(settings.images_per_prompt)]
-    for batch in batched(places, BATCH):
-        _, images = sample_images(
-            sampler,
-            embeds,
-            [row for row, _ in batch],
-            # no round in the seed: all rounds get the same noise, so that they are compared image by image
-            [derive_seed(params.seed, "evaluate", prompts[row].id, index) for row, index in batch],
-            settings.model_copy(update={"guidance_scale": guidance}),
-            progress.update,
-        )
-        # in the memory order of decoded images, as in the reference: the same pixels give the same features
-        yield images.permute(0, 3, 1, 2), [(prompts[row], index) for row, index in batch]
+    batches: Mapping[Path, Batch],
+    references: Mapping[str, Any],
+    base_features: np.ndarray | None,
+    out: Path,
+) -> None:
+    """Compute the metrics from the units, and write all files of the evaluation."""
+    settings = round.params.evaluate
+    rewards = list(round.params.rewards)
+    order = {name: number for number, name in enumerate(sorted(prompt.id for prompt in prompts))}
+    rows: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
+    sweep: dict[str, dict[str, float]] = {}
+    features: list[torch.Tensor] = []
+    for guidance in settings.guidance_scales:
+        accumulator = MetricAccumulator(rewards, references, settings.features, settings.clip_name)
+        for unit, batch in batches.items():
+            if batch.guidance != guidance:
+                continue
+            measured, images = _load(unit)
+            accumulator.update(measured, torch.tensor([order[prompts[row].id] for row, _ in batch.places]))
+            known = [
+                {"prompt_id": prompts[row].id, "prompt": prompts[row].prompt, "index": index}
+                for row, index in batch.places
+            ]
+            scores = {name: values.tolist() for name, values in measured.scores.items()}
+            rows += [
+                row | {"guidance": guidance} | {name: values[i] for name, values in scores.items()}
+                for i, row in enumerate(known)
+            ]
+            cells = encode_images(image.permute(1, 2, 0).numpy() for image in images)
+            samples += [known[i] | {"image": cell} for i, cell in zip(batch.sampled, cells, strict=True)]
+            if guidance == settings.guidance_scale:
+                features.append(measured.features[settings.features])
+        sweep[str(guidance)] = accumulator.compute()
+    parquet.write_table(out / "samples.parquet", samples, SAMPLE_FIELDS)
+    parquet.write_table(out / "per_prompt.parquet", rows, with_rewards(PER_PROMPT_FIELDS, rewards))
+    _write_sweep(out / "guidance.csv", sweep)
+    if base_features is None:
+        save_with_checksum({"features": torch.cat(features)}, out / "features.safetensors")
+        drift = {"drift": 0.0, "drift_kid": 0.0}
+        metrics = headline(sweep, settings.guidance_scale, rewards) | drift | best_of_sweep(sweep, rewards)
+        metrics |= {"verdict": "-", "finding": "-"}
+        write_json(out / "metrics.json", metrics)
+    else:
+        write_json(out / "drift.json", _drift(round, torch.cat(features).numpy(), base_features))
+    _report(round, sweep)
 
 
-def _rows(places: Sequence[Place], scores: Mapping[str, torch.Tensor], guidance: float) -> list[dict[str, Any]]:
-    values = {name: column.tolist() for name, column in scores.items()}
-    return [
-        {"prompt_id": prompt.id, "prompt": prompt.prompt, "index": index}
-        | {name: column[i] for name, column in values.items()}
-        | {"guidance": guidance}
-        for i, (prompt, index) in enumerate(places)
-    ]
+def _report(round: Round, sweep: Mapping[str, Mapping[str, float]]) -> None:
+    reported = sweep[str(round.params.evaluate.guidance_scale)]
+    numbers = ", ".join(f"{name} {reported[name]:.3f}" for name in [*round.params.rewards, "fid"])
+    log.info("evaluate %s: %s", round.key, numbers)
+    for name in round.params.rewards:
+        if missing := sum(int(record.get(f"{name}_missing", 0)) for record in sweep.values()):
+            log.warning("evaluate %s: %s is NaN or infinite for %d images; left out", round.key, name, missing)
 
 
-def _drift(round: Round, features: np.ndarray, scratch: Path) -> dict[str, float]:
-    """Return FID and KID against base's images of the same prompts and noise; base's features are saved for that."""
-    if round.key == BASE:
-        save_with_checksum({"features": torch.from_numpy(features)}, scratch / "features.safetensors")
-        return {"drift": 0.0, "drift_kid": 0.0}
+def _read_base_features(round: Round) -> np.ndarray:
     path = round.base_files.evaluation / "features.safetensors"
     try:
-        base = load_with_checksum(path)["features"].numpy()
+        return load_with_checksum(path)["features"].numpy()
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable ({error}); run `srpo evaluate base`, or `dvc checkout`") from None
+
+
+def _drift(round: Round, features: np.ndarray, base: np.ndarray) -> dict[str, float]:
+    """Return FID and KID against base's images of the same prompts and noise."""
     if base.shape != features.shape:
+        path = round.base_files.evaluation / "features.safetensors"
         raise UserError(f"{path}: {base.shape} features, but this round has {features.shape}; run `srpo evaluate base`")
+    finite = np.isfinite(features).all(axis=1) & np.isfinite(base).all(axis=1)
+    if not finite.all():
+        features, base = features[finite], base[finite]
     return {"drift": frechet_distance(gaussian(features), gaussian(base)), "drift_kid": paired_kid(features, base)}
 
 
-def _judge(round: Round, sweep: Mapping[str, Mapping[str, float]], scores: pl.DataFrame) -> dict[str, Any]:
-    """Return gate.json. Win rates: `best` over base, each at its best guidance; `base`, `parent` at the reported."""
-    base_sweep = read_sweep(round.base_files)
-    reported = round.params.evaluate.guidance_scale
-    columns = ["prompt_id", "index", "guidance", *round.params.rewards]
-    base, parent = (
-        parquet.table(files.evaluation / "per_prompt.parquet", columns)
-        for files in (round.base_files, round.parent_files)
-    )
-    best: dict[str, Estimate] = {}
-    rates: dict[str, Any] = {}
-    for name in round.params.rewards:
-        guidance = float(best_guidance(sweep, name))
-        base_guidance = float(best_guidance(base_sweep, name))
-        best[name] = _win_rate(scores, base, name, guidance, base_guidance)
-        rates[name] = {
-            "best": best[name]._asdict() | {"guidance": guidance, "base_guidance": base_guidance},
-            "base": _win_rate(scores, base, name, reported, reported)._asdict(),
-            "parent": _win_rate(scores, parent, name, reported, reported)._asdict(),
-        }
-    judges, selects = ({name: best[name] for name in round.params.reward_names(role)} for role in ("judge", "select"))
-    return judge_round(round.params.gate, sweep, base_sweep, judges, selects) | {
-        "best_fid": {
-            "guidance": float(best_guidance(sweep, "fid")),
-            "base_guidance": float(best_guidance(base_sweep, "fid")),
-        },
-        "win_rate": rates,
-        "image_stats": image_stat_shifts(sweep, base_sweep),
-    }
-
-
-def _headline(
-    params: Params, reported: Mapping[str, float], drift: Mapping[str, float], gate: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Return metrics.json: few and flat numbers, so that the table of `dvc metrics show` is readable."""
-    names = ["images", *params.rewards, "fid", "kid", "cmmd", "diversity"]
-    metrics = {"guidance": params.evaluate.guidance_scale} | {name: reported[name] for name in names} | drift
-    if gate is None:
-        return metrics | {"verdict": "-", "finding": "-"}
-    for judge in params.reward_names("judge"):
-        rate = gate["win_rate"][judge]["best"]
-        metrics |= {f"{judge}_win_rate": rate["value"], f"{judge}_win_rate_low": rate["low"]}
-    return metrics | {"verdict": gate["verdict"], "finding": gate["finding"] or "-"}
-
-
-def _win_rate(scores: pl.DataFrame, other: pl.DataFrame, name: str, guidance: float, other_guidance: float) -> Estimate:
-    one = _at(scores, guidance)
-    two = _at(other, other_guidance)
-    columns = (table[name].cast(pl.Float32).to_numpy() for table in (one, two))
-    return win_rate(*columns, one["prompt_id"].to_list())
-
-
-def _at(scores: pl.DataFrame, guidance: float) -> pl.DataFrame:
-    return scores.filter((pl.col("guidance") - guidance).abs() < 1e-4).sort("prompt_id", "index")
-
-
-def _samples(images: torch.Tensor, places: Sequence[Place], kept: set[str]) -> list[dict[str, Any]]:
-    chosen = [(image, place) for image, place in zip(images, places, strict=True) if place[0].id in kept]
-    cells = encode_images(image.permute(1, 2, 0).numpy() for image, _ in chosen)
-    return [
-        {"prompt_id": prompt.id, "prompt": prompt.prompt, "index": index, "image": cell}
-        for cell, (_, (prompt, index)) in zip(cells, chosen, strict=True)
-    ]
-
-
-def _write_samples(path: Path, rows: list[dict[str, Any]]) -> None:
-    parquet.write_table(path, rows, SAMPLE_FIELDS)
-
-
-def _write_scores(path: Path, rows: list[dict[str, Any]], rewards: list[str]) -> None:
-    parquet.write_table(path, rows, with_rewards(PER_PROMPT_FIELDS, rewards))
-
-
 def _write_sweep(path: Path, sweep: Mapping[str, Mapping[str, float]]) -> None:
+    names = list(dict.fromkeys(name for record in sweep.values() for name in record))
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=["guidance", *next(iter(sweep.values()))])
+        writer = csv.DictWriter(file, fieldnames=["guidance", *names])
         writer.writeheader()
         writer.writerows({"guidance": guidance} | dict(values) for guidance, values in sweep.items())

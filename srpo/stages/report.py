@@ -10,6 +10,7 @@ import polars as pl
 from srpo.config.loader import Params
 from srpo.data import parquet
 from srpo.data.records import read_gate, read_metrics, read_sweep
+from srpo.data.scores import read_scores
 from srpo.lineage.record import read_lineage
 from srpo.reporting import charts, contact_sheets
 from srpo.reporting.html import chart, embedded_image, numbers, render_page
@@ -90,7 +91,8 @@ def _charts(
 ) -> dict[str, list]:
     """Return by section [(name, SVG data URI)], one chart each, so that a narrow screen can stack them."""
     rewards = {name: spec.role for name, spec in params.rewards.items()}
-    scores, winners = (parquet.table(path, list(rewards)) for path in (files.scores, files.winners))
+    scores = read_scores(files.scores, rewards)
+    winners = parquet.table(files.winners, ["candidate_id"]).join(scores, on="candidate_id", how="left")
     sweeps = {name if name == BASE else f"round {name}": sweep for name, sweep in sweeps.items()}
     path = [list(measured)]
     roles = rewards | dict.fromkeys(SET_MEASURES, "measure")
@@ -121,7 +123,7 @@ def _lineage_rows(files: RoundFiles) -> list[tuple[str, str]]:
 
 def _selection(files: RoundFiles) -> dict[str, Any]:
     """Return the numbers of candidates, prompts and winners, counted in the datasets."""
-    scores = parquet.table(files.scores, ["prompt_id"])
+    scores = read_scores(files.scores, {})
     winners = parquet.table(files.winners, ["candidate_id"])
     return {"candidates": scores.height, "prompts": scores["prompt_id"].n_unique(), "winners": winners.height}
 

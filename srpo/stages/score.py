@@ -1,89 +1,160 @@
-"""Stage `score`: every reward model on every candidate."""
+"""Stage `score`: score every candidate with every reward model.
+
+A unit of work is a shard of candidates. Rewards whose scores are there already, of the same candidates and model, are
+not computed again.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from tqdm import tqdm
 
 from srpo.data import parquet
-from srpo.data.schemas import IDENTITY_FIELDS, SCORE_FIELDS, arrow_schema, with_rewards
-from srpo.rewards.batches import BATCH, batched, is_flat, score_batch, to_tensor
-from srpo.rewards.loading import load_pinned_rewards
-from srpo.rewards.protocol import Reward
+from srpo.data.schemas import IDENTITY_FIELDS, SCORE_FIELDS, with_rewards
+from srpo.data.scores import INVALID, invalid_path, read_source, score_path, write_scores
+from srpo.rewards.batches import BATCH, is_flat, score_batch, to_tensor
+from srpo.rewards.loading import load_pinned_rewards, reward_code
+from srpo.rewards.validated import ValidatedReward
 from srpo.rounds import Round
+from srpo.runtime import distributed
+from srpo.runtime.units import Make, make_units, unfinished
 from srpo.storage.files import publish
+from srpo.storage.hashing import file_digest, value_digest
+from srpo.storage.json_files import read_json, write_json
 from srpo.storage.scratch import scratch_folder
 
-log = logging.getLogger("srpo")
+log = logging.getLogger(__name__)
+PLAN = "plan.json"
 
 
 def score(round: Round) -> None:
-    """Write `rounds/<key>/scores.parquet`: one row a candidate, one float32 column a reward, raw units.
+    """Write `rounds/<key>/scores/`: one file per reward, one row per candidate, float32 in the reward's own units.
 
-    The column `invalid` marks candidates that are no pictures: one flat colour (black is what a half precision
-    VAE makes of NaN), or NaN or infinity in their latents. They are scored all the same and never win. Candidates that
-    were given up early have no picture and no scores, and are marked, too.
+    `invalid` marks candidates that are not images: a single color (black is what a half-precision VAE makes of NaN), or
+    NaN or infinity in their latents. They are scored all the same and never win. Candidates that were stopped early
+    have no image and no scores, and are marked, too.
+
+    Units that an interrupted run finished are kept. With `runtime.processes` above 1 this process starts workers.
 
     Raises:
-        UserError: candidates are missing or damaged, or a reward can't be loaded, raises or answers nonsense.
+        UserError: candidates are missing or damaged, or a reward can't be loaded, raises or returns no scores.
     """
     files = round.files
-    rewards = load_pinned_rewards(round.params, round.root)
-    broken = parquet.nonfinite_latents(files.candidates)
-    schema, counts = arrow_schema(with_rewards(SCORE_FIELDS, rewards)), Counter()
+    files_of = {name: score_path(files.scores, name, spec.role) for name, spec in round.params.rewards.items()}
+    files_of[INVALID] = invalid_path(files.scores)
+    scratch, sources, missing = _plan_of_parent(round) or _plan(round, files_of)
+    units = {scratch / shard.name: shard for shard in parquet.shards(files.candidates)} if missing else {}
 
-    def tables() -> Iterator[pa.Table]:
-        with tqdm(unit="img", desc=f"score {round.key}", mininterval=2) as progress:
-            rows = parquet.read_rows(files.candidates, [*IDENTITY_FIELDS, "prompt", "image"])
-            for part in batched(_scored(rows, rewards, broken, progress.update), parquet.ROW_GROUP_ROWS):
-                table = pa.Table.from_pylist(part, schema=schema)
-                counts["all"] += table.num_rows
-                counts["early"] += table.column(len(IDENTITY_FIELDS)).null_count
-                counts["invalid"] += pc.sum(table["invalid"]).as_py()
-                yield table
+    @contextmanager
+    def load() -> Iterator[Make]:
+        rewards = load_pinned_rewards(round.params, round.root, missing)
+        nonfinite = parquet.nonfinite_latents(files.candidates) if INVALID in missing else set()
+        with tqdm(unit="img", desc=f"score {round.key}", mininterval=2, disable=distributed.rank() > 0) as progress:
 
-    unpublished = scratch_folder(round.root, "score", round.key) / files.scores.name
-    parquet.write_arrow(unpublished, tables())
-    publish(unpublished, files.scores)
-    log.info(
-        "score %s: %d candidates, %d given up early, %d invalid, rewards %s",
-        round.key, counts["all"], counts["early"], counts["invalid"] - counts["early"], ", ".join(rewards),
-    )  # fmt: skip
+            def make(unit: Path) -> None:
+                rows = list(_score_shard(units[unit], rewards, nonfinite, progress))
+                parquet.write_table(unit, rows, with_rewards(SCORE_FIELDS, rewards))
+
+            yield make
+
+    make_units(list(units), ["score", round.key], load, round.params.runtime)
+    if distributed.is_worker():
+        return
+    assert not unfinished(list(units))
+    out = scratch / "scores"
+    shutil.rmtree(out, ignore_errors=True)
+    for name, path in files_of.items():
+        target = out / path.relative_to(files.scores)
+        if name in missing:
+            write_scores(target, name, (table for unit in units for table in parquet.read_batches(unit)), sources[name])
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    for part in sorted(out.iterdir()):
+        publish(part, files.scores / part.name)
+    shutil.rmtree(scratch)
+    _report(round, missing)
 
 
-def _scored(
-    rows: Iterable[Mapping[str, Any]], rewards: Mapping[str, Reward], broken: set[str], on_images: Callable[[int], Any]
+def _plan(round: Round, files_of: Mapping[str, Path]) -> tuple[Path, dict[str, str], list[str]]:
+    """Return the scratch folder, the hash of each column's inputs, and the columns that are missing."""
+    sources = _sources(round)
+    missing = [name for name, path in files_of.items() if read_source(path) != sources[name]]
+    scratch = scratch_folder(round.root, "score", round.key, {name: sources[name] for name in missing})
+    write_json(scratch / PLAN, {"sources": sources, "missing": missing})
+    return scratch, sources, missing
+
+
+def _plan_of_parent(round: Round) -> tuple[Path, dict[str, str], list[str]] | None:
+    """Return in a worker the plan of the process that started it: candidates are hashed once, not by each process."""
+    if distributed.PARENT_VARIABLE not in os.environ:
+        return None
+    (path,) = (round.root / ".srpo" / "scratch").glob(f"score@{round.key}-*/{PLAN}")
+    plan = read_json(path)
+    return path.parent, plan["sources"], plan["missing"]
+
+
+def _sources(round: Round) -> dict[str, str]:
+    """Return by reward, and for `invalid`, the hash of all that the column depends on."""
+    shards = parquet.shards(round.files.candidates)
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        digests = list(pool.map(file_digest, shards))
+    candidates = [[shard.name, value] for shard, value in zip(shards, digests, strict=True)]
+    record = round.base_files.rewards
+    pinned = read_json(record) if record.exists() else {}
+    return {INVALID: value_digest(candidates)} | {
+        name: value_digest([candidates, spec.kind, spec.model, pinned.get(name), reward_code(spec, round.root)])
+        for name, spec in round.params.rewards.items()
+    }
+
+
+def _score_shard(
+    shard: Path, rewards: Mapping[str, ValidatedReward], nonfinite: set[str], progress: tqdm
 ) -> Iterator[dict[str, Any]]:
-    """What scores.parquet says of each candidate, in their order; BATCH pictures are scored at once."""
+    """Yield the scores of each candidate of a shard, in its order; BATCH images are scored at once."""
+    finished = parquet.RowReader(shard).has("latents")
+    texts = [row["prompt"] for row, done in zip(parquet.read_rows(shard, ["prompt"]), finished, strict=True) if done]
+    for reward in rewards.values():
+        reward.prepare(texts[start : start + BATCH] for start in range(0, len(texts), BATCH))
     waiting: list[Mapping[str, Any]] = []
-    finished = 0
-    for row in rows:
+    for row in parquet.read_rows(shard, [*IDENTITY_FIELDS, "prompt", "image"]):
         waiting.append(row)
-        finished += row["image"] is not None
-        if finished == BATCH:
-            yield from _score_rows(waiting, rewards, broken)
-            on_images(finished)
-            waiting, finished = [], 0
-    yield from _score_rows(waiting, rewards, broken)
-    on_images(finished)
+        if sum(other["image"] is not None for other in waiting) == BATCH:
+            yield from _score_rows(waiting, rewards, nonfinite)
+            progress.update(BATCH)
+            waiting = []
+    yield from _score_rows(waiting, rewards, nonfinite)
+    progress.update(sum(row["image"] is not None for row in waiting))
 
 
 def _score_rows(
-    rows: Sequence[Mapping[str, Any]], rewards: Mapping[str, Reward], broken: set[str]
+    rows: list[Mapping[str, Any]], rewards: Mapping[str, ValidatedReward], nonfinite: set[str]
 ) -> list[dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+    scored: dict[str, dict[str, Any]] = {}
     if finished := [row for row in rows if row["image"] is not None]:
         images = to_tensor(row["image"] for row in finished)
         scores = score_batch(rewards, images, [row["prompt"] for row in finished])
         flat = is_flat(images).tolist()
         for i, row in enumerate(finished):
             values = {name: scores[name][i].item() for name in rewards}
-            found[row["candidate_id"]] = values | {"invalid": flat[i] or row["candidate_id"] in broken}
-    given_up = dict.fromkeys(rewards) | {"invalid": True}
-    return [{name: row[name] for name in IDENTITY_FIELDS} | found.get(row["candidate_id"], given_up) for row in rows]
+            scored[row["candidate_id"]] = values | {INVALID: flat[i] or row["candidate_id"] in nonfinite}
+    stopped = dict.fromkeys(rewards) | {INVALID: True}
+    return [{name: row[name] for name in IDENTITY_FIELDS} | scored.get(row["candidate_id"], stopped) for row in rows]
+
+
+def _report(round: Round, computed: list[str]) -> None:
+    names = [name for name in computed if name != INVALID]
+    invalid = parquet.table(invalid_path(round.files.scores), [INVALID])[INVALID]
+    log.info(
+        "score %s: %d candidates, %d of them invalid or stopped early; %s",
+        *(round.key, len(invalid), invalid.sum()),
+        f"scored with {', '.join(names)}" if names else "all scores are up to date",
+    )

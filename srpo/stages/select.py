@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import polars as pl
 
 from srpo.data import parquet
+from srpo.data.scores import read_scores
 from srpo.errors import UserError
 from srpo.rounds import Round
 from srpo.selection.audit import AUDITED_COLUMNS, audit
@@ -34,7 +35,7 @@ def select(round: Round) -> None:
     files = round.files
     settings = round.params.select
     weights = {name: round.params.rewards[name].weight for name in round.params.reward_names("select")}
-    scores = parquet.scan(files.scores, ["candidate_id", "prompt_id", "index", *round.params.rewards, "invalid"])
+    scores = read_scores(files.scores, dict.fromkeys(weights, "select")).lazy()
     valid = scores.filter(pl.col("invalid").not_().fill_null(True)).drop("invalid")
     counts = _counts(scores, weights)
     oddities = odd_scores(valid, weights)
@@ -60,8 +61,8 @@ def select(round: Round) -> None:
     except KeyError:
         raise UserError(f"{files.scores}: does not match the candidates in {files.candidates}; rerun score") from None
     summary: dict[str, float | int | None] = {**counts, "winners": winners.height, **oddities}
-    summary |= {f"candidates_{name}": value for name, value in _means(scores, round.params.rewards).items()}
-    summary |= {f"winners_{name}": value for name, value in _means(winners.lazy(), round.params.rewards).items()}
+    summary |= {f"candidates_{name}": value for name, value in _means(scores, weights).items()}
+    summary |= {f"winners_{name}": value for name, value in _means(winners.lazy(), weights).items()}
     generated = round.params.generate
     if generated.early_rejection:
         summary |= audit(parquet.scan(files.candidates, AUDITED_COLUMNS), scores.collect(), generated)

@@ -6,18 +6,18 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
-from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import ValidationError
 
 from srpo.config.loader import PARAMS_FILE, load_params
 from srpo.config.reward_families import FAMILIES, find_family
 from srpo.config.schema import RewardParams, RuntimeParams
+from srpo.data.image_files import StoredImage, read_image
 from srpo.data.prompts import load_prompts
-from srpo.errors import UserError, one_line
+from srpo.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,8 +27,8 @@ BATCH = 16
 
 
 def score_folder(
-    folder: Path, rewards: Sequence[str], prompts: Path | None, prompt: str | None, out: Path
-) -> pl.DataFrame:
+    folder: Path, rewards: Sequence[str], prompts: Path | None, prompt: str | None, out: Path, strict: bool = False
+) -> list[str]:
     """Score every image in `folder`, write the scores to `out`, print a table of them.
 
     Args:
@@ -37,12 +37,16 @@ def score_folder(
         prompts: prompt file; the image `<id>.png` or `<id>-<number>.png` belongs to its line `<id>`.
         prompt: one prompt for all images, instead of `prompts`.
         out: parquet file; replaced if it exists.
+        strict: an unreadable file is an error; otherwise it is skipped.
+
+    The scores are file, prompt_id (null with `prompt`), prompt, a float32 column per reward, invalid (a single color).
 
     Returns:
-        file, prompt_id (null with `prompt`), prompt, a float32 column per reward, invalid (one flat color).
+        One line per skipped file.
 
     Raises:
-        UserError: no images, an image without prompt or unreadable, an unknown or failing reward.
+        UserError: no readable image, an image without prompt, an unknown or failing reward; with `strict`, an
+            unreadable image.
     """
     if out.is_dir():
         raise UserError(f"--out: {out} is a folder; give the path of a parquet file")
@@ -51,7 +55,7 @@ def score_folder(
     files = find_images(folder)
     rows = match_prompts(files, prompts, prompt)
     specs, runtime = reward_specs(rewards)
-    table = _score(files, rows, specs, runtime)
+    table, skipped = _score(files, rows, specs, runtime, strict)
     out.parent.mkdir(parents=True, exist_ok=True)
     table.write_parquet(out)
     from rich.console import Console
@@ -61,7 +65,7 @@ def score_folder(
     invalid = table["invalid"].sum()
     note = f", {invalid} of one flat color" if invalid else ""
     console.print(f"{table.height} images{note}; all scores: {out}", highlight=False, soft_wrap=True)
-    return table
+    return skipped
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -155,8 +159,13 @@ def summary_table(table: pl.DataFrame, rewards: Sequence[str]) -> Table:
 
 
 def _score(
-    files: list[Path], rows: list[dict[str, str | None]], specs: dict[str, RewardParams], runtime: RuntimeParams
-) -> pl.DataFrame:
+    files: list[Path],
+    rows: list[dict[str, str | None]],
+    specs: dict[str, RewardParams],
+    runtime: RuntimeParams,
+    strict: bool,
+) -> tuple[pl.DataFrame, list[str]]:
+    """Return the scores, and one line per file that is not a readable image."""
     import torch
     from tqdm import tqdm
 
@@ -164,43 +173,39 @@ def _score(
     from srpo.rewards.loading import load_rewards
 
     rewards = load_rewards(specs, runtime, Path.cwd())
-    scored = []
+    scored: list[dict[str, Any]] = []
+    skipped: list[str] = []
     with tqdm(total=len(files), unit="img", desc="score-images", mininterval=2) as progress:
-        for part, pixels in _batches(files):
+        for part, pixels in _batches(files, skipped, strict):
             images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
             members = [rows[i] for i in part]
-            scores = score_batch(rewards, images, [row["prompt"] for row in members])
+            scores = score_batch(rewards, images, [row["prompt"] or "" for row in members])
             columns = {name: values.tolist() for name, values in scores.items()}
             columns["invalid"] = is_flat(images).tolist()
             for place, (i, row) in enumerate(zip(part, members, strict=True)):
                 values = {name: column[place] for name, column in columns.items()}
                 scored.append({"file": files[i].name} | row | values)
             progress.update(len(part))
+    if not scored:
+        raise UserError(f"{skipped[0]} (and {len(skipped) - 1} more): no image of the folder is readable")
     schema = dict.fromkeys(("file", "prompt_id", "prompt"), pl.String) | dict.fromkeys(rewards, pl.Float32)
-    return pl.DataFrame(scored, schema=schema | {"invalid": pl.Boolean})
+    return pl.DataFrame(scored, schema=schema | {"invalid": pl.Boolean}), skipped
 
 
-def _batches(files: list[Path]) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Yield runs of consecutive images of one size, at most 16: their indices, and uint8 [n, height, width, 3]."""
+def _batches(files: list[Path], skipped: list[str], strict: bool) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Yield runs of consecutive images of one size, at most 16: their indices, and uint8 [n, height, width, 3].
+
+    Files that are not readable images are left out, and their errors added to `skipped`; raised if `strict`.
+    """
     for start in range(0, len(files), BATCH):
-        part = range(start, min(start + BATCH, len(files)))
-        images = {i: read_image(files[i]) for i in part}
-        for _, group in groupby(part, key=lambda i: images[i].shape):
+        images: dict[int, np.ndarray] = {}
+        for i in range(start, min(start + BATCH, len(files))):
+            try:
+                images[i] = read_image(StoredImage(str(files[i]), files[i]))
+            except UserError as error:
+                if strict:
+                    raise
+                skipped.append(str(error))
+        for _, group in groupby(images, key=lambda i, images=images: images[i].shape):
             places = list(group)
             yield places, np.stack([images[i] for i in places])
-
-
-def read_image(path: Path) -> np.ndarray:
-    """Return uint8 [height, width, 3], rotated as its EXIF data says, transparent parts on white.
-
-    Raises:
-        UserError: it is not a readable image.
-    """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({one_line(error):.120})") from None

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -28,6 +27,7 @@ from srpo.config.loader import load_params
 from srpo.data import parquet
 from srpo.data.images import encode_image
 from srpo.data.schemas import IMAGE
+from srpo.data.scores import read_scores
 from srpo.storage.json_files import write_json
 from tests.support.hub import build_home
 from tests.support.world import SIZE, write_prompts
@@ -108,7 +108,7 @@ def test_the_round_is_whole(project: Path) -> None:
     folder = project / "rounds" / "001"
     candidates = list(parquet.read_rows(folder / "candidates", ["candidate_id", "guidance", "latents_shape"]))
     assert len(candidates) == 4 * 3 and {row["guidance"] for row in candidates} == {3.0}
-    scores = pl.read_parquet(folder / "scores.parquet")
+    scores = read_scores(folder / "scores", {"pick": "select", "hps": "judge", "clip": "judge"})
     assert all(scores[name].is_finite().all() and scores[name].n_unique() > 1 for name in ("pick", "hps", "clip"))
     assert len(list(parquet.read_rows(folder / "winners", ["pick"]))) == 4
     weights = load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")

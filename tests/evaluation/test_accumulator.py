@@ -24,9 +24,15 @@ class Brightness:
         return images.float().mean(dim=(1, 2, 3))
 
 
-class Undefined(Brightness):
+class Gaps(Brightness):
+    """Undefined for dark images."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+
     def score(self, images: torch.Tensor, prompts) -> torch.Tensor:
-        return super().score(images, prompts) / 0 * 0
+        scores = super().score(images, prompts)
+        return torch.where(scores > self.limit, scores, torch.nan)
 
 
 def coarse(images: torch.Tensor) -> torch.Tensor:
@@ -67,9 +73,42 @@ def test_merged_state_equals_one_accumulator() -> None:
     assert np.array_equal(merged.kid.arrays()[0], coarse(IMAGES).numpy()), "images of the argument come first"
 
 
-def test_nan_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"^rewards\.undefined: NaN"):
-        measure(IMAGES, PROMPTS, {"undefined": Undefined()}, EXTRACTORS)
+def test_nan_is_counted_and_left_out() -> None:
+    limit = float(Brightness().score(IMAGES, PROMPTS).sort().values[1])
+    accumulator = MetricAccumulator(["gaps"], references(), "coarse", "fine")
+    measured = measure(IMAGES, PROMPTS, {"gaps": Gaps(limit)}, EXTRACTORS)
+    accumulator.update(measured, GROUPS)
+    record = accumulator.compute()
+    assert record["gaps_missing"] == 2
+    assert record["gaps"] == pytest.approx(float(Brightness().score(IMAGES, PROMPTS).sort().values[2:].mean()))
+    assert {name: record[name] for name in ("fid", "kid")} == {
+        name: accumulate().compute()[name] for name in ("fid", "kid")
+    }
+
+
+def test_features_that_are_nan_are_left_out() -> None:
+    def odd(images: torch.Tensor) -> torch.Tensor:
+        features = coarse(images)
+        features[5, 2] = torch.nan
+        return features
+
+    accumulator = MetricAccumulator([], references(), "coarse", "fine")
+    extractors = {"coarse": Extractor(odd, None), "fine": Extractor(fine, None)}
+    accumulator.update(measure(IMAGES, PROMPTS, {}, extractors), GROUPS)
+    record, kept = accumulator.compute(), [i for i in range(24) if i != 5]
+    assert record["images"] == 24
+    assert record["kid"] == kid(coarse(IMAGES[kept]).numpy(), references()["coarse"].features, GROUPS[kept]).value
+
+
+def test_a_reward_without_any_score_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"^rewards\.gaps: NaN or infinity for all of 24 images"):
+        measure(IMAGES, PROMPTS, {"gaps": Gaps(256)}, EXTRACTORS)
+
+
+def test_one_image_per_prompt_has_no_diversity() -> None:
+    accumulator = MetricAccumulator([], references(), "coarse", "fine")
+    accumulator.update(measure(IMAGES, PROMPTS, {}, EXTRACTORS), torch.arange(24))
+    assert not [name for name in accumulator.compute() if name.startswith("diversity")]
 
 
 def test_record_holds_the_metrics() -> None:

@@ -57,6 +57,9 @@ def test_win_rate() -> None:
     names = ["a", "b", "c", "d"]
     assert win_rate(one, other, names).value == 0.625
     assert win_rate(one, one, names) == Estimate(0.5, 0.5, 0.5)
+    gaps = np.array([np.nan, 2.0, 3.0, np.inf])
+    assert win_rate(gaps, other, names).value == 0.25, "a tie and a loss"
+    assert win_rate(np.full(4, np.nan), other, names) == Estimate(0.5, 0, 1)
     forth, back = win_rate(one, other, names), win_rate(other, one, names)
     assert (forth.low, forth.high) == pytest.approx((1 - back.high, 1 - back.low))
 
@@ -64,5 +67,5 @@ def test_win_rate() -> None:
 def test_diversity() -> None:
     features = np.array([[1.0, 0], [0, 2], [1, 0], [3, 0], [0, 1]])
     assert diversity(features, ["a", "a", "b", "b", "alone"]).value == pytest.approx((1 + 0) / 2)
-    assert diversity(features, list("abcde")) == Estimate(0, 0, 0)
+    assert diversity(features, list("abcde")) is None
     assert Estimate(2.0, 1.0, 3.0).flat("kid") == {"kid": 2.0, "kid_low": 1.0, "kid_high": 3.0}

@@ -13,11 +13,21 @@ from srpo.config.schema import GateParams
 from srpo.data.metric_keys import IMAGE_STATS
 from srpo.data.records import read_gate, read_metrics
 from srpo.evaluation.bootstrap import Estimate, win_rate
-from srpo.evaluation.gate import HACKING, best_guidance, image_stat_shifts, judge_round, unbacked_gain
+from srpo.evaluation.gate import (
+    HACKING,
+    NO_GAIN,
+    best_guidance,
+    best_of_sweep,
+    image_stat_shifts,
+    judge_round,
+    unbacked_gain,
+)
 from srpo.evaluation.image_stats import image_stats
+from srpo.rewards.validated import ValidatedReward
 from srpo.rounds import Round, RoundFiles
 from srpo.stages.base import pin_base
 from srpo.stages.evaluate import evaluate
+from srpo.stages.gate import gate
 
 UP, EVEN, DOWN = Estimate(0.7, 0.6, 0.8), Estimate(0.5, 0.45, 0.55), Estimate(0.3, 0.2, 0.4)
 
@@ -74,6 +84,33 @@ def test_null_limit_disables_a_rule() -> None:
     found = verdict(worse, max_kid_increase=None, max_image_stat_shift=None)
     assert found["verdict"] == "pass"
     assert not [name for name in found["rules"] if name == "kid_increase" or name.endswith("_shift")]
+
+
+def test_missing_scores_have_a_limit() -> None:
+    judges, selects = {"judge": UP}, {"reward": UP}
+    rules = judge_round(GateParams(), GOOD, BASE, judges, selects, {"judge": 0.1})["rules"]
+    assert rules["judge_missing"] == {"value": 0.1, "sense": "at most", "limit": 0.1, "passed": True}
+    assert judge_round(GateParams(), GOOD, BASE, judges, selects, {"judge": 0.11})["verdict"] == "fail"
+
+
+@pytest.mark.parametrize(("rates", "finding"), [([UP, DOWN], None), ([EVEN, DOWN], NO_GAIN), ([EVEN], NO_GAIN)])
+def test_a_round_that_no_judge_prefers_to_its_parent(rates: list[Estimate], finding: str | None) -> None:
+    over_parent = {f"judge{i}": rate for i, rate in enumerate(rates)}
+    record = judge_round(GateParams(), GOOD, BASE, {"judge": UP}, {"reward": UP}, {}, over_parent)
+    assert (record["verdict"], record["finding"]) == ("pass", finding)
+    hacked = judge_round(GateParams(), GOOD, BASE, {"judge": EVEN}, {"reward": UP}, {}, over_parent)
+    assert hacked["finding"] == HACKING
+
+
+def test_best_of_sweep() -> None:
+    sweep = {"1.0": measures(judge=2.0, fid=9.0), "3.0": measures(judge=3.0, fid=20.0)}
+    assert best_of_sweep(sweep, ["judge"]) == {"judge_best": 3.0, "fid_best": 9.0}
+
+
+def test_without_diversity_there_is_no_rule() -> None:
+    single = {g: {name: v for name, v in values.items() if name != "diversity"} for g, values in GOOD.items()}
+    record = verdict(single)
+    assert record["verdict"] == "pass" and "diversity_ratio" not in record["rules"]
 
 
 def test_best_against_best() -> None:
@@ -142,6 +179,7 @@ def test_saturated_model_is_refused(world: Path, monkeypatch: pytest.MonkeyPatch
     pin_base(Round.of(params, world, "base"))
     module = sys.modules["srpo.stages.evaluate"]
     stand_ins = {"reward": Saturation(), "judge": Indifferent(), "accuracy": Indifferent()}
+    stand_ins = {name: ValidatedReward(name, reward) for name, reward in stand_ins.items()}
     monkeypatch.setattr(module, "load_pinned_rewards", lambda params, root: stand_ins)
     monkeypatch.setattr(module, "require_weights", lambda files: None)  # base's own images, saturated below
     evaluate(Round.of(params, world, "base"))
@@ -154,10 +192,11 @@ def test_saturated_model_is_refused(world: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(module, "sample_images", saturated)
     evaluate(Round.of(params, world, "001"))
-    metrics, gate = read_metrics(RoundFiles(world, "001")), read_gate(RoundFiles(world, "001"))
-    assert gate["win_rate"]["reward"]["best"]["low"] > 0.5
+    gate(Round.of(params, world, "001"))
+    metrics, record = read_metrics(RoundFiles(world, "001")), read_gate(RoundFiles(world, "001"))
+    assert record["win_rate"]["reward"]["best"]["low"] > 0.5
     assert (metrics["verdict"], metrics["finding"]) == ("fail", HACKING)
-    broken = {name for name, rule in gate["rules"].items() if not rule["passed"]}
+    broken = {name for name, rule in record["rules"].items() if not rule["passed"]}
     assert {"unbacked_reward", "saturation_shift"} <= broken
-    assert gate["image_stats"]["saturation"]["z"] > 1
-    assert any(HACKING in record.getMessage() for record in caplog.records)
+    assert record["image_stats"]["saturation"]["z"] > 1
+    assert any(HACKING in line.getMessage() for line in caplog.records)

@@ -15,14 +15,15 @@ from pathlib import Path
 # forked from a clean process that has the imports: this one may have threads, and no thread survives a fork
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.faults.preload"])
-STAGES = ("generate", "score", "select", "train", "evaluate", "report")
+STAGES = ("generate", "score", "select", "train", "evaluate", "gate", "report")
 OUTPUTS = {
-    "base": ["base/adapter", "base/rewards.json", "base/preview.json"],
+    "base": ["base/adapter", "base/rewards.json", "base/selecting.json", "base/preview.json"],
     "generate": ["001/candidates"],
-    "score": ["001/scores.parquet"],
+    "score": ["001/scores/select", "001/scores/judge", "001/scores/invalid.parquet"],
     "select": ["001/winners"],
     "train": ["001/adapter", "001/training.csv"],
     "evaluate": ["001/evaluation"],
+    "gate": ["001/evaluation/gate.json", "001/evaluation/metrics.json"],
     "report": ["001/report"],
 }
 

@@ -189,7 +189,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "a round of two lines": (["score", "a\nb"], r"rounds.a\nb: no such round"),
     "candidates of base": (["generate", "base"], "rounds.base: no such round"),
     "scores before candidates": (["score", "001"], "rounds/001/candidates"),
-    "winners before scores": (["select", "001"], "rounds/001/scores.parquet"),
+    "winners before scores": (["select", "001"], "rounds/001/scores/invalid.parquet"),
     "training before winners": (["train", "001"], "rounds/001/winners"),
     "a round before its parent": (["generate", "002"], "rounds/001/adapter"),
     "an evaluation before training": (["evaluate", "001"], "rounds/001/adapter"),
@@ -274,8 +274,9 @@ def scores(**columns: float) -> Change:
     def change(root: Path) -> None:
         import polars as pl
 
-        path = root / "rounds" / "001" / "scores.parquet"
-        pl.read_parquet(path).with_columns(**{n: pl.lit(v, pl.Float32) for n, v in columns.items()}).write_parquet(path)
+        for name, value in columns.items():
+            path = root / "rounds/001/scores/select" / f"{name}.parquet"
+            pl.read_parquet(path).with_columns(pl.lit(value, pl.Float32).alias(name)).write_parquet(path)
 
     return change
 
@@ -289,6 +290,7 @@ def removed(name: str) -> Change:
     return lambda root: (root / name).unlink()
 
 
+SCORES = "rounds/001/scores/select/reward.parquet"
 SHARD = "rounds/001/candidates/shard-00000.parquet"
 LINEAGE, METRICS = "rounds/001/adapter/lineage.json", "rounds/001/evaluation/metrics.json"
 SWEEP, CURVE = "rounds/base/evaluation/guidance.csv", "rounds/001/training.csv"
@@ -297,12 +299,12 @@ CAMPAIGN: dict[str, tuple[list[str], Change, str]] = {
     "scores not a number": (["select", "001"], scores(reward=float("nan")), "rounds.001.select: no winner is left"),
     "scores infinite": (["select", "001"], scores(reward=float("inf")), "rounds.001.select: no winner is left"),
     "a margin no winner has": (["select", "001"], param("select/min_margin", 1e9), "rounds.001.select: no winner"),
-    "scores a text": (["select", "001"], content("rounds/001/scores.parquet", "x"), "rounds/001/scores.parquet: not"),
-    "scores cut": (["select", "001"], cut("rounds/001/scores.parquet"), "rounds/001/scores.parquet: not a readable"),
+    "scores a text": (["select", "001"], content(SCORES, "x"), f"{SCORES}: not"),
+    "scores cut": (["select", "001"], cut(SCORES), f"{SCORES}: not a readable"),
     "a reward without scores": (
         ["select", "001"],
-        param("rewards/other", {"kind": "own:Mean", "role": "judge"}),
-        "rounds/001/scores.parquet: has no column 'other'",
+        param("rewards/other", {"kind": "own:Mean", "role": "select"}),
+        "rounds/001/scores/select/other.parquet: no parquet file there",
     ),
     "candidates cut": (["select", "001"], cut(SHARD), f"{SHARD}: not a readable parquet file"),
     "a shard gone": (["select", "001"], removed(SHARD), "does not match the candidates"),

@@ -15,7 +15,7 @@ import pytest
 from srpo.errors import BlockedError, environment_error_message
 from tests.faults.helpers import OUTPUTS, command_of, contents, oddities, run, take_away
 
-STAGES = ("generate", "score", "select", "train", "evaluate", "report")
+STAGES = ("generate", "score", "select", "train", "evaluate", "gate", "report")
 
 
 @contextlib.contextmanager

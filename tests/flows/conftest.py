@@ -53,16 +53,17 @@ if trouble.exists():
         print("hanging", os.getpid(), loader.pid, flush=True); time.sleep(120)
 folder = pathlib.Path("rounds", key)
 outs = {{
-    "base": ["adapter/lineage.json", "rewards.json", "preview.json"],
-    "generate": ["candidates/x"], "score": ["scores.parquet"],
+    "base": ["adapter/lineage.json", "rewards.json", "selecting.json", "preview.json"],
+    "generate": ["candidates/x"], "score": ["scores/select/x", "scores/judge/x", "scores/invalid.parquet"],
     "select": ["winners/x"], "train": ["adapter/x", "training.csv"], "report": ["report/index.html"],
     "evaluate": ["evaluation/per_prompt.parquet", "evaluation/samples.parquet", "evaluation/guidance.csv",
-                 "evaluation/features.safetensors" if key == "base" else "evaluation/gate.json"],
+                 "evaluation/features.safetensors" if key == "base" else "evaluation/drift.json"],
+    "gate": ["evaluation/gate.json"],
 }}[stage]
 for out in outs:
     (folder / out).parent.mkdir(parents=True, exist_ok=True)
     (folder / out).write_text(stage + key)
-if stage == "evaluate":
+if stage == "gate" or (stage, key) == ("evaluate", "base"):
     metrics = dict.fromkeys(["reward", "judge", "accuracy", "fid", "kid", "diversity"], 1.0) | {{"verdict": "pass"}}
     (folder / "evaluation/metrics.json").write_text(json.dumps(metrics))
 note("spans.txt", "end ")
@@ -148,5 +149,5 @@ def ran(workspace: Path) -> list[str]:
 
 def stages(*keys: str) -> list[str]:
     """All stages of these rounds, in order."""
-    names = ("generate", "score", "select", "train", "evaluate", "report")
+    names = ("generate", "score", "select", "train", "evaluate", "gate", "report")
     return [f"{name}@{key}" for key in keys for name in names]

@@ -50,7 +50,7 @@ def test_custom_class_scores_a_round(world: Path) -> None:
     pin_base(Round.of(params, world, "base"))
     generate(Round.of(params, world, "001"))
     score(Round.of(params, world, "001"))
-    table = pl.read_parquet(RoundFiles(world, "001").scores)
+    table = pl.read_parquet(RoundFiles(world, "001").scores / "judge/accuracy.parquet")
     cells = [row["image"] for row in parquet.read_rows(RoundFiles(world, "001").candidates, ["image"])]
     assert table["accuracy"].to_list() == pytest.approx([float(decode_images([cell]).mean() / 255) for cell in cells])
     assert '"revision": "v1"' in (world / "rounds" / "base" / "rewards.json").read_text()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from srpo.config.loader import Params, load_params
 from srpo.config.schema import GenerateParams
 from srpo.data import parquet
+from srpo.data.scores import read_scores
 from srpo.errors import UserError
 from srpo.rounds import Round, RoundFiles
 from srpo.selection.audit import audit, is_audited, survivors
@@ -89,7 +90,7 @@ def test_rejected_candidates_have_null_scores(params: Params, world: Path) -> No
     rows = candidates(rules, world)
     score(Round.of(rules, world, "001"))
     files = RoundFiles(world, "001")
-    scores = pl.read_parquet(files.scores)
+    scores = read_scores(files.scores, {"reward": "select"})
     gone = {row["candidate_id"] for row in rows if row["image"] is None}
     assert 0 < len(gone) < 20 and {row["audited"] for row in rows} == {True, False}
     assert set(scores.filter(pl.col("invalid"))["candidate_id"]) == gone
@@ -223,21 +224,21 @@ def test_report_and_mlflow_show_the_audit(tmp_path: Path) -> None:
 
     from srpo.stages.report import report
     from srpo.tracking.records import round_record
-    from tests.support.campaign import build_campaign
+    from tests.support.campaign import build_campaign, write_score_files
 
     build_campaign(tmp_path, ("001",))
     raw = YAML(typ="safe").load((tmp_path / "params.yaml").read_text())
     raw["generate"]["early_rejection"] = {"reward": "reward", "checkpoints": [{"step": 3, "keep": 3}]}
     write_json(tmp_path / "params.yaml", raw)
     files, params = RoundFiles(tmp_path, "001"), load_params(tmp_path / "params.yaml")
-    scores = pl.read_parquet(files.scores)
+    scores = read_scores(files.scores, {name: spec.role for name, spec in params.rewards.items()})
     loser_ids = pl.scan_parquet(parquet.shards(files.winners)).select("loser_id").collect()["loser_id"]
     winner_ids = pl.scan_parquet(parquet.shards(files.winners)).select("candidate_id").collect()["candidate_id"]
     gone = ~pl.col("candidate_id").is_in(pl.concat([loser_ids, winner_ids]).to_list())
     names = list(params.rewards)
     scores = scores.with_columns(pl.when(gone).then(None).otherwise(pl.col(names)).name.keep())
     assert scores["reward"].null_count()
-    scores.write_parquet(files.scores)
+    write_score_files(params, files, scores.to_dicts())
     path = files.winners / "selection.json"
     told = {"rejection_regret": 0.125, "rejection_regret_share": None, "rejection_rank_correlation_3": 0.625}
     write_json(path, json.loads(path.read_text()) | told)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import pytest
 
 from srpo.config.loader import Params
@@ -18,7 +17,7 @@ from srpo.errors import UserError
 from srpo.rounds import Round, RoundFiles
 from srpo.stages.select import select
 from srpo.storage.scratch import scratch_folder
-from tests.support.campaign import build_campaign
+from tests.support.campaign import build_campaign, write_score_files
 
 KEY = "001"
 
@@ -46,9 +45,7 @@ def write_round(root: Path, rewards: dict[str, list[float | None]], params: Para
             scores.append(identity | dict.fromkeys(params.rewards, value) | {"invalid": False})
     parquet.write_table(files.candidates / "shard-00000.parquet", rows[:3], CANDIDATE_FIELDS)
     parquet.write_table(files.candidates / "shard-00001.parquet", rows[3:], CANDIDATE_FIELDS)
-    fields = {"candidate_id": pa.string(), "prompt_id": pa.string(), "index": pa.int32()}
-    fields |= dict.fromkeys(params.rewards, pa.float32()) | {"invalid": pa.bool_()}
-    parquet.write_table(files.scores, scores, fields)
+    write_score_files(params, files, scores)
     return rows
 
 
@@ -108,6 +105,6 @@ def test_scores_of_other_candidates_are_an_error(campaign, lost: int) -> None:
     (files.candidates / "shard-00001.parquet").unlink()
     kept = [row for i, row in enumerate(rows) if i != lost]
     parquet.write_table(files.candidates / "shard-00000.parquet", kept, CANDIDATE_FIELDS)
-    with pytest.raises(UserError, match=r"scores\.parquet: does not match"):
+    with pytest.raises(UserError, match=r"scores: does not match.*rerun score"):
         select(Round.of(params, root, KEY))
     assert not files.winners.exists()

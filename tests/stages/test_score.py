@@ -14,6 +14,7 @@ from srpo.config.loader import Params, load_params
 from srpo.data import parquet
 from srpo.data.images import encode_image
 from srpo.data.schemas import CANDIDATE_FIELDS
+from srpo.data.scores import read_scores
 from srpo.errors import UserError
 from srpo.rewards.batches import is_flat
 from srpo.rounds import Round, RoundFiles
@@ -21,12 +22,17 @@ from srpo.stages.base import pin_base
 from srpo.stages.generate import generate
 from srpo.stages.score import score
 from srpo.stages.select import select
+from tests.support.campaign import write_score_files
 
 
 @pytest.fixture
 def params(world: Path) -> Params:
     pin_base(Round.of(load_params(), world, "base"))
     return load_params()
+
+
+def table_of(params: Params, files: RoundFiles) -> pl.DataFrame:
+    return read_scores(files.scores, {name: spec.role for name, spec in params.rewards.items()})
 
 
 def spoil(candidates: Path, change) -> None:
@@ -60,7 +66,7 @@ def test_invalid_candidates_never_win(params: Params, world: Path, caplog) -> No
     with caplog.at_level("INFO", logger="srpo"):
         score(Round.of(params, world, "001"))
         select(Round.of(params, world, "001"))
-    table = pl.read_parquet(files.scores)
+    table = table_of(params, files)
     assert set(table.filter("invalid")["candidate_id"]) == set(first[:3])
     assert table["reward"].is_finite().all(), "invalid candidates are scored all the same"
     winners = pl.read_parquet(parquet.shards(files.winners), columns=["candidate_id", "loser_id"])
@@ -73,10 +79,10 @@ def test_odd_rewards_are_counted(params: Params, world: Path, caplog) -> None:
     files = RoundFiles(world, "001")
     generate(Round.of(params, world, "001"))
     score(Round.of(params, world, "001"))
-    table = pl.read_parquet(files.scores)
+    table = table_of(params, files)
     reward = pl.when(pl.col("prompt_id") == "train-0000").then(1.0).otherwise(pl.col("reward"))
     reward = pl.when(pl.col("prompt_id") == "train-0001").then(float("nan")).otherwise(reward)
-    table.with_columns(reward.cast(pl.Float32).alias("reward")).write_parquet(files.scores)
+    write_score_files(params, files, table.with_columns(reward.cast(pl.Float32).alias("reward")).to_dicts())
     select(Round.of(params, world, "001"))
     summary = json.loads((files.winners / "selection.json").read_text())
     assert (summary["prompts"], summary["winners"]) == (4, 3)

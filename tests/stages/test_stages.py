@@ -18,6 +18,7 @@ from srpo.rounds import Round, RoundFiles
 from srpo.sampling.sampler import Sampler
 from srpo.stages.base import pin_base
 from srpo.stages.evaluate import evaluate
+from srpo.stages.gate import gate
 from srpo.stages.generate import generate
 from srpo.stages.report import report
 from srpo.stages.score import score
@@ -84,11 +85,12 @@ def test_evaluation_pairs_base_and_round(params: Params, world: Path) -> None:
     evaluate(Round.of(params, world, "base"))
     run_round(params, world, "001")
     evaluate(Round.of(params, world, "001"))
+    gate(Round.of(params, world, "001"))
     base, tuned = read_metrics(RoundFiles(world, "base")), read_metrics(RoundFiles(world, "001"))
     assert base["verdict"] == "-" and tuned["verdict"] in ("pass", "fail")
     assert read_sweep(RoundFiles(world, "001")).keys() == {"1.0", "2.0"}
     assert not any(isinstance(value, dict | list) for value in tuned.values()), "dvc metrics show wants it flat"
-    gate, sweep = read_gate(RoundFiles(world, "001")), read_sweep(RoundFiles(world, "001"))["2.0"]
+    record, sweep = read_gate(RoundFiles(world, "001")), read_sweep(RoundFiles(world, "001"))["2.0"]
     assert {
         "judge_win_rate",
         "accuracy_win_rate",
@@ -96,11 +98,13 @@ def test_evaluation_pairs_base_and_round(params: Params, world: Path) -> None:
         "kid_increase",
         "diversity_ratio",
         "unbacked_reward",
-    } < set(gate["rules"])
+    } < set(record["rules"])
     assert (
-        gate["verdict"] == tuned["verdict"] == ("pass" if all(r["passed"] for r in gate["rules"].values()) else "fail")
+        record["verdict"]
+        == tuned["verdict"]
+        == ("pass" if all(r["passed"] for r in record["rules"].values()) else "fail")
     )
-    assert tuned["judge_win_rate_low"] == gate["win_rate"]["judge"]["best"]["low"]
+    assert tuned["judge_win_rate_low"] == record["win_rate"]["judge"]["best"]["low"]
     assert all(tuned[name] == sweep[name] for name in ("images", "judge", "fid", "kid", "cmmd", "diversity"))
     assert base["drift"] == base["drift_kid"] == 0 < tuned["drift"]
     keys = ["prompt_id", "index", "guidance"]
@@ -112,11 +116,11 @@ def test_evaluation_pairs_base_and_round(params: Params, world: Path) -> None:
     assert tables[0].height == 2 * 2 * 2
 
     report(Round.of(params, world, "001"))  # their own tests are about a drawn campaign; this is a real one
-    record = round_record(Round.of(params, world, "001"))
-    assert {"fid", "judge_win_rate", "sweep/kid"} <= {name for name, _, _ in record.evaluation}
-    assert {"train/loss"} <= {name for name, _, _ in record.training}
-    assert record.tags["srpo.verdict"] == tuned["verdict"]
-    assert {"report/index.html", "report/winners.png", "report/tuned.png", "lineage.json"} <= set(record.artifacts)
+    run = round_record(Round.of(params, world, "001"))
+    assert {"fid", "judge_win_rate", "sweep/kid"} <= {name for name, _, _ in run.evaluation}
+    assert {"train/loss"} <= {name for name, _, _ in run.training}
+    assert run.tags["srpo.verdict"] == tuned["verdict"]
+    assert {"report/index.html", "report/winners.png", "report/tuned.png", "lineage.json"} <= set(run.artifacts)
 
 
 def test_a_round_that_is_base_is_even_with_it(params: Params, world: Path) -> None:
@@ -125,16 +129,17 @@ def test_a_round_that_is_base_is_even_with_it(params: Params, world: Path) -> No
     untrained = make_trainable_unet(Sampler(params).unet, round, with_reference=False, dtype=torch.float32)
     untrained.save(RoundFiles(world, "001").adapter)  # a LoRA starts as no change
     evaluate(Round.of(params, world, "001"))
-    base, same, gate = (
+    gate(Round.of(params, world, "001"))
+    base, same, record = (
         read_metrics(RoundFiles(world, "base")),
         read_metrics(RoundFiles(world, "001")),
         read_gate(RoundFiles(world, "001")),
     )
     assert same["drift_kid"] == 0 and same["drift"] < 1e-6 and same["fid"] == base["fid"]
-    for rates in gate["win_rate"].values():
+    for rates in record["win_rate"].values():
         assert all((rate["value"], rate["low"], rate["high"]) == (0.5, 0.5, 0.5) for rate in rates.values())
-    assert (gate["verdict"], gate["finding"]) == ("pass", None)
-    assert all(look["z"] == 0 for look in gate["image_stats"].values())
+    assert (record["verdict"], record["finding"]) == ("pass", "no better than its parent")
+    assert all(look["z"] == 0 for look in record["image_stats"].values())
 
 
 def test_evaluation_does_not_depend_on_batch_size_or_cache(params: Params, world: Path, monkeypatch) -> None:

@@ -19,7 +19,8 @@ from srpo.data import parquet
 from srpo.data.images import encode_image
 from srpo.data.metric_keys import IMAGE_STATS
 from srpo.data.records import read_sweep
-from srpo.data.schemas import CANDIDATE_FIELDS, IDENTITY_FIELDS, IMAGE
+from srpo.data.schemas import CANDIDATE_FIELDS, IMAGE, SCORE_FIELDS, arrow_schema, with_rewards
+from srpo.data.scores import invalid_path, score_path, write_scores
 from srpo.evaluation.bootstrap import Estimate
 from srpo.evaluation.gate import best_guidance, image_stat_shifts, judge_round
 from srpo.lineage.record import WEIGHTS_FILE, read_lineage
@@ -174,8 +175,15 @@ def _write_candidates(params: Params, root: Path, key: str, size: int) -> None:
     for number, start in enumerate(range(0, len(rows), 2 * CANDIDATES)):
         shard = files.candidates / f"shard-{number:05d}.parquet"
         parquet.write_table(shard, rows[start : start + 2 * CANDIDATES], CANDIDATE_FIELDS)
-    fields = IDENTITY_FIELDS | dict.fromkeys(params.rewards, pa.float32()) | {"invalid": pa.bool_()}
-    parquet.write_table(files.scores, scores, fields)
+    write_score_files(params, files, scores)
+
+
+def write_score_files(params: Params, files: RoundFiles, rows: list[dict]) -> None:
+    """Write scores/ from rows with the candidates' identity, every reward and `invalid`."""
+    table = pa.Table.from_pylist(rows, schema=arrow_schema(with_rewards(SCORE_FIELDS, params.rewards)))
+    for name, spec in params.rewards.items():
+        write_scores(score_path(files.scores, name, spec.role), name, [table], "test")
+    write_scores(invalid_path(files.scores), "invalid", [table], "test")
 
 
 def write_dvc_lock(params: Params, root: Path, rounds: tuple[str, ...]) -> None:
@@ -183,14 +191,16 @@ def write_dvc_lock(params: Params, root: Path, rounds: tuple[str, ...]) -> None:
     stages = {}
     for key in rounds:
         folder, parent = f"rounds/{key}", f"rounds/{params.rounds[key].parent}/adapter"
-        candidates, scores, winners = (f"{folder}/{name}" for name in ("candidates", "scores.parquet", "winners"))
-        adapter, gate = f"{folder}/adapter", f"{folder}/evaluation/gate.json"
+        candidates, scores, winners = (f"{folder}/{name}" for name in ("candidates", "scores/select", "winners"))
+        adapter, sweep = f"{folder}/adapter", f"{folder}/evaluation/guidance.csv"
+        gate = f"{folder}/evaluation/gate.json"
         sides = {
             "generate": ([params.prompts.train, parent], [candidates]),
             "score": ([candidates], [scores]),
             "select": ([candidates, scores], [winners]),
             "train": ([winners, parent], [adapter]),
-            "evaluate": ([adapter], [gate]),
+            "evaluate": ([adapter], [sweep]),
+            "gate": ([sweep], [gate]),
         }
         for stage, (deps, outs) in sides.items():
             stages[f"{stage}@{key}"] = {

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from srpo import cli
-from srpo.tools.score_images import read_image
 from tests.support.world import SIZE, write_prompts
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (6, SIZE, SIZE, 3), dtype=np.uint8)
@@ -94,14 +93,19 @@ def test_revision_follows_the_last_at_sign(tmp_path: Path, monkeypatch: pytest.M
     assert found[2][0] == "xswu/HPSv2" and len(found[2][1]) == 40
 
 
-def test_rotated_and_transparent_images(tmp_path: Path) -> None:
-    image = Image.fromarray(PIXELS[0][:, :16])
-    exif = image.getexif()
-    exif[0x0112] = 6  # the camera lay on its side
-    image.save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(read_image(tmp_path / "turned.png"), np.rot90(PIXELS[0][:, :16], -1))
-    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (read_image(tmp_path / "clear.png") == 255).all()
+def test_unreadable_images_are_skipped(folder: Path, world: Path, capfd: pytest.CaptureFixture) -> None:
+    whole = (folder / "eval-0000.png").read_bytes()
+    (folder / "eval-0000-1.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "eval-0000-2.png").write_text("no image")
+    assert run(folder, "--prompt", "a red circle", "--reward", "judge") == 1
+    assert pl.read_parquet("image-scores.parquet").height == 5
+    shown = capfd.readouterr().err
+    assert "eval-0000-1.png: not a readable image" in shown and "eval-0000-2.png: not a readable image" in shown
+    assert "srpo: error: 2 files are not readable images; all others are scored" in shown
+    Path("image-scores.parquet").unlink()
+    assert run(folder, "--prompt", "a red circle", "--reward", "judge", "--strict") == 2
+    assert "eval-0000-1.png: not a readable image" in capfd.readouterr().err.strip().splitlines()[-1]
+    assert not Path("image-scores.parquet").exists()
 
 
 BAD = {
