@@ -43,7 +43,7 @@ DECODE_SECONDS = 0.054  # PNG to a tensor
 STATISTICS_SECONDS = 0.052  # saturation, contrast, edges and color entropy
 HASH_BYTES_PER_SECOND = 0.5e9  # MD5 by DVC
 COPY_BYTES_PER_SECOND = 1e9  # into DVC's cache where it holds copies
-SHARED_STAGES = ("generate", "train")  # that run in runtime.processes
+SHARED_STAGES = ("generate", "score", "train", "evaluate")  # that run in runtime.processes
 # Dense bf16 peaks in TFLOP/s from the manufacturers' data sheets; the first name contained in the device's name counts.
 PEAKS = {
     "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10G": 70.0,
