@@ -277,12 +277,14 @@ def table() -> None:
     params, root = _project()
     from rich.console import Console
 
-    from srpo.reporting.table import addresses, campaign_rows, render
+    from srpo.reporting.table import addresses, campaign_rows, findings, render
 
     rows, console = campaign_rows(root, params), Console()
     if not rows:
         raise UserError("rounds/: no round is evaluated yet; `make demo` or `dvc repro` runs them")
     console.print(render(rows))
+    for line in findings(rows):
+        console.print(line, highlight=False)
     for name, value in addresses(params, rows[-1]["round"]).items():
         console.print(f"{name + ':':9} {value}", highlight=False, soft_wrap=True)
 

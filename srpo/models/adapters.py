@@ -240,7 +240,7 @@ def make_trainable_unet(
         start = with_adapter(unet, folder).to(device) if folder else unet
         return FullUNet(start, with_reference=with_reference, dtype=dtype)
     model = LoraUNet(unet, settings.rank, list(settings.target_modules), round.params.seed)
-    if file:
+    if file and folder:
         check_weights(folder)
         try:
             model.load(file, with_reference=with_reference)

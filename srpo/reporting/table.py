@@ -59,7 +59,7 @@ def addresses(params: Params, key: str) -> dict[str, str]:
 
 
 def render(rows: list[dict[str, Any]]) -> Table:
-    """Return the rows as a table for the terminal; `-` where a value is missing."""
+    """Return the rows as a table for the terminal, without the gate's findings; `-` where a value is missing."""
     from rich import box
     from rich.table import Table
 
@@ -75,8 +75,14 @@ def render(rows: list[dict[str, Any]]) -> Table:
         words = name in ("round", "verdict")
         table.add_column(name, justify="left" if words else "right", no_wrap=name != "verdict")
     for row in rows:
-        table.add_row(*(show(value) for value in row.values()))
+        cells = row | {"verdict": row["verdict"].partition(":")[0]}
+        table.add_row(*(show(value) for value in cells.values()))
     return table
+
+
+def findings(rows: list[dict[str, Any]]) -> list[str]:
+    """Return what the gate found, one line per round with a finding."""
+    return [f"{row['round']}: {row['verdict'].partition(': ')[2]}" for row in rows if ": " in row["verdict"]]
 
 
 def show(value: Any) -> str:

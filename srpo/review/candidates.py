@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from srpo.data import parquet
 from srpo.data.prompts import load_prompts
+from srpo.data.scores import read_scores
 from srpo.errors import MissingFile, UserError
 from srpo.rounds import Round
 from srpo.storage.hashing import value_digest
 
-HELD_ROW_GROUPS = 8  # about 32 MB each
-
 
 class Images:
-    """The images of a parquet dataset by their place, as they are stored. Some row groups are held in memory."""
+    """The images of a parquet dataset by their place, as they are stored."""
 
     def __init__(self, path: Path) -> None:
         """Read the footers.
@@ -30,9 +27,8 @@ class Images:
         Raises:
             UserError: a file is damaged, or there is none.
         """
-        self._places = parquet.Places(path)
+        self._rows = parquet.RowReader(path)
         self._lock = threading.Lock()
-        self._group = lru_cache(HELD_ROW_GROUPS)(self._read_group)
 
     def bytes_at(self, place: int) -> bytes | None:
         """Return an encoded image, or None for a candidate that has none.
@@ -41,18 +37,12 @@ class Images:
             IndexError: there is no such place.
             UserError: the file is damaged.
         """
-        starts = self._places.starts
-        if not 0 <= place < starts[-1]:
+        if not 0 <= place < self._rows.num_rows:
             raise IndexError(place)
-        group = int(np.searchsorted(starts, place, side="right")) - 1
-        with self._lock:  # several requests for one group read it once
-            table = self._group(group)
-        cell = table["image"][place - int(starts[group])].as_py()
+        with self._lock:  # requests come from several threads
+            table = next(self._rows.take(np.array([place]), ["image"]))
+        cell = table["image"][0].as_py()
         return cell["bytes"] if cell else None
-
-    def _read_group(self, group: int) -> pa.Table:
-        start, end = self._places.starts[group : group + 2]
-        return next(self._places.take(np.arange(start, end), ["image"]))
 
 
 def load_candidates(round: Round) -> pl.DataFrame:
@@ -72,7 +62,8 @@ def load_candidates(round: Round) -> pl.DataFrame:
     table = table.with_columns(finished=finished).drop("steps", "stopped_at")
     rewards = list(round.params.rewards)
     if files.scores.exists():
-        scores = parquet.table(files.scores, ["candidate_id", *rewards, "invalid"])
+        roles = {name: spec.role for name, spec in round.params.rewards.items()}
+        scores = read_scores(files.scores, roles).drop("prompt_id", "index")
         table = table.join(scores, on="candidate_id", how="left", maintain_order="left")
     else:
         table, rewards = table.with_columns(invalid=pl.lit(False)), []

@@ -8,6 +8,7 @@ import polars as pl
 
 from srpo.data import parquet
 from srpo.data.records import read_metrics
+from srpo.data.scores import read_scores
 from srpo.evaluation.bootstrap import Estimate
 from srpo.review.agreement import (
     human_win_rate,
@@ -108,7 +109,7 @@ def pick_tables(round: Round) -> list[Table]:
     tables = [Table("Picks", note, ["rater", "prompts", "all bad", "seconds"], rows)]
     if not round.files.scores.exists():
         return tables
-    scores = parquet.table(round.files.scores, ["candidate_id", *round.params.rewards])
+    scores = read_scores(round.files.scores, {name: spec.role for name, spec in round.params.rewards.items()})
     shown = {row["candidate_id"] for pick in picks for row in pick["shown"]}
     scores = scores.filter(pl.col("candidate_id").is_in(shown))
     rows = []

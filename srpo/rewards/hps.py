@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -39,7 +40,8 @@ class HpsV2(ClipReward):
         source = Source(model, revision)
         state = load_state(source, self.FAMILY.file)
         with loading(source):
-            clip = clip_from_open_clip(state.get("state_dict", state))
+            nested: Any = state.get("state_dict", state)  # a training checkpoint holds them one level down
+            clip = clip_from_open_clip(nested)
         words = sibling_or_default(source, "tokenizer_config.json", Source(*CLIP_H_TOKENIZER[:2]))
         with loading(words):
             tokenizer = AutoTokenizer.from_pretrained(words.model, revision=words.revision, trust_remote_code=False)

@@ -6,6 +6,7 @@ wait until they fill a micro-batch, so that the device stays busy; at the end al
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,7 +70,7 @@ class EarlyRejection:
         while any(self.queues):
             segment = self._next_segment()
             batch, (latents, images) = self.sampler.run_with_oom_backoff(
-                self.queues[segment], lambda batch, segment=segment: self._run(batch, segment)
+                self.queues[segment], functools.partial(self._run, segment)
             )
             for candidate, latent, image in zip(batch, latents, images, strict=True):
                 candidate.latents = latent
@@ -86,13 +87,13 @@ class EarlyRejection:
         full = [i for i, queue in enumerate(self.queues) if len(queue) >= self.sampler.batch_size]
         return full[-1] if full else next(i for i, queue in enumerate(self.queues) if queue)
 
-    def _run(self, batch: list[Candidate], segment: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run(self, segment: int, batch: list[Candidate]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return latents at the segment's end, and pixels: previews at a checkpoint, images at the end."""
         settings = self.settings
         start = self.stops[segment - 1] if segment else 0
         rows = [candidate.row for candidate in batch]
         if segment:
-            latents = torch.stack([candidate.latents for candidate in batch])
+            latents = torch.stack([candidate.latents for candidate in batch if candidate.latents is not None])
         else:
             generators = seeded(candidate.seed for candidate in batch)
             latents = self.sampler.noise(generators, settings.height, settings.width)
@@ -106,6 +107,7 @@ class EarlyRejection:
         if segment == len(self.stops) - 1:
             latents = latents.half()
             return latents, self.sampler.decode(latents)
+        assert clean is not None, "schedulers without history give the expected clean latents"
         size = [max(1, side // self.rules.preview_scale) for side in clean.shape[-2:]]
         return latents, self.sampler.decode(torch.nn.functional.interpolate(clean, size, mode="area"))
 

@@ -153,7 +153,7 @@ def summary_table(table: pl.DataFrame, rewards: Sequence[str]) -> Table:
             summary.add_row(name, *["-"] * 6)
             continue
         column = finite[name].cast(pl.Float64)
-        numbers = (column.mean(), column.std(ddof=0), column.min(), column.max())
+        numbers: list[Any] = [column.mean(), column.std(ddof=0), column.min(), column.max()]
         summary.add_row(name, *(f"{value:.3f}" for value in numbers), finite["file"][0], finite["file"][-1])
     return summary
 
@@ -206,6 +206,6 @@ def _batches(files: list[Path], skipped: list[str], strict: bool) -> Iterator[tu
                 if strict:
                     raise
                 skipped.append(str(error))
-        for _, group in groupby(images, key=lambda i, images=images: images[i].shape):
-            places = list(group)
-            yield places, np.stack([images[i] for i in places])
+        for _, group in groupby(images.items(), key=lambda item: item[1].shape):
+            same_size = dict(group)
+            yield list(same_size), np.stack(list(same_size.values()))
