@@ -66,7 +66,7 @@ def test_a_killed_evaluation_repeats_one_unit(
     real, sampled = module.sample_images, []
 
     def dies_in_the_last(*arguments, **options):
-        sampled.append(options["guidance_scale"])
+        sampled.append(arguments[4].guidance_scale)
         if len(sampled) == 8:
             raise KeyboardInterrupt
         return real(*arguments, **options)
@@ -84,7 +84,7 @@ def test_other_settings_start_over(params: Params, world: Path, small_batches, m
     real, sampled = module.sample_images, []
 
     def dies_in_the_third(*arguments, **options):
-        sampled.append(options["num_inference_steps"])
+        sampled.append(arguments[4].num_inference_steps)
         if len(sampled) == 3:
             raise KeyboardInterrupt
         return real(*arguments, **options)
