@@ -72,6 +72,7 @@ def run(project: Path, runs: Path, arm: str, seed: int, rounds: int, steps: int 
 
     from srpo.stages.base import pin_base
     from srpo.stages.evaluate import evaluate
+    from srpo.stages.gate import gate
     from srpo.stages.generate import generate
     from srpo.stages.score import score
     from srpo.stages.select import select
@@ -103,7 +104,9 @@ def run(project: Path, runs: Path, arm: str, seed: int, rounds: int, steps: int 
             shutil.copytree(files.candidates, known, copy_function=os.link)
         if not (files.folder / "methods.json").exists():
             examined = params.evaluate.model_copy(update={"guidance_scales": [2.0, 3.0]})
-            evaluate(Round.of(params.model_copy(update={"seed": 0, "evaluate": examined}), root, key))
+            evaluated = Round.of(params.model_copy(update={"seed": 0, "evaluate": examined}), root, key)
+            evaluate(evaluated)
+            gate(evaluated)
             _note(params, root, key, files.adapter)
 
 

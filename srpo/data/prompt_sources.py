@@ -109,7 +109,7 @@ def _read_hub(source: str, column: str, tags: Sequence[str], split: str) -> Iter
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{source}: reading from the Hub needs `pip install datasets`") from None
+        raise UserError(f"{source}: reading from the Hub needs the package datasets; pip install 'srpo[hub]'") from None
     try:
         rows = datasets.load_dataset(name, split=split, revision=revision or None, streaming=True)
         names = rows.column_names or list(next(iter(rows)))

@@ -50,7 +50,8 @@ def headline(sweep: Mapping[str, Mapping[str, float]], guidance: float, rewards:
     """
     record = sweep[str(guidance)]
     names = [name for name in ("images", *rewards, *IMAGE_SET_METRICS) if name in record]
-    return {"guidance": guidance} | {name: None if math.isnan(record[name]) else record[name] for name in names}
+    metrics = {name: None if math.isnan(record[name]) else record[name] for name in names}
+    return {"guidance": guidance} | metrics | {"images": int(record["images"])}
 
 
 def read_gate(files: HasEvaluation) -> dict[str, Any]:

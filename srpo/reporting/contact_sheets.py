@@ -130,7 +130,7 @@ def save_contact_sheet(pairs: Sequence[Pair], title: str, left: str, right: str,
             axis.set_axis_off()
         for axis, pair in zip(axes.flat, pairs, strict=False):
             # a prompt may hold anything: dollar signs are no formula, and its line breaks are spaces
-            prompt = textwrap.fill(pair.prompt, 52, max_lines=2, placeholder=" …")
+            prompt = textwrap.fill(pair.prompt, 44, max_lines=2, placeholder=" …")
             axis.set_title(prompt, fontsize=9, parse_math=False)
             axis.imshow(_side_by_side(thumbnail(pair.left), thumbnail(pair.right)))
             for x, lines in ((0.25, pair.left_lines), (0.75, pair.right_lines)):

@@ -48,8 +48,8 @@ PRELOAD = (
     "torch", "diffusers:StableDiffusionXLPipeline", "diffusers:UNet2DConditionModel", "diffusers:AutoencoderKL",
     "diffusers:EulerDiscreteScheduler", "diffusers:DDPMScheduler", "transformers:CLIPTextModel",
     "transformers:CLIPTextModelWithProjection", "transformers:CLIPTokenizer", "transformers:CLIPModel",
-    "transformers:CLIPProcessor", "transformers:CLIPImageProcessor", "peft",
-    "srpo.stages.generate", "srpo.stages.score", "srpo.stages.train", "srpo.stages.evaluate",
+    "transformers:CLIPProcessor", "transformers:CLIPImageProcessor", "peft", "torchmetrics",
+    "srpo.stages.generate", "srpo.stages.score", "srpo.stages.train", "srpo.stages.evaluate", "srpo.stages.gate",
     "srpo.rewards.clip", "srpo.rewards.templates",
 )  # fmt: skip
 

@@ -204,8 +204,8 @@ def prediction_type_mismatch(
     if error(best) < min(MAX_FITTING_ERROR, own / 2):
         return (
             f"its scheduler says prediction_type {schedule.prediction_type}, but its UNet predicts"
-            f" {best.prediction_type} (error {error(best):.2g}, not {own:.2g}); correct prediction_type in its"
-            " scheduler_config.json"
+            f" {best.prediction_type} (error {error(best):.2g}, not {own:.2g}); set prediction_type in"
+            " model.scheduler_config"
         )
     return None
 
