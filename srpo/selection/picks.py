@@ -73,7 +73,7 @@ def check_images(picks: Mapping[str, Pick], candidates: Path) -> None:
     """
     sought = {pick.picked: pick for pick in picks.values() if pick.picked}
     places = parquet.find_candidates(candidates, pl.Series(list(sought), dtype=pl.String))
-    for table in parquet.RowReader(candidates).take(places["place"].to_numpy(), ["candidate_id", "image"]):
+    for table in parquet.RowReader(candidates).take(places["row"].to_numpy(), ["candidate_id", "image"]):
         for row in table.to_pylist():
             pick = sought[row["candidate_id"]]
             if row["image"] and hashlib.sha256(row["image"]["bytes"]).hexdigest() == pick.image:

@@ -16,13 +16,14 @@ from pathlib import Path
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.faults.preload"])
 STAGES = ("generate", "score", "select", "train", "evaluate", "gate", "report")
+EVALUATION = ("per_prompt.parquet", "samples.parquet", "drift.json", "guidance.csv")
 OUTPUTS = {
     "base": ["base/adapter", "base/rewards.json", "base/selecting.json", "base/preview.json"],
     "generate": ["001/candidates"],
     "score": ["001/scores/select", "001/scores/judge", "001/scores/invalid.parquet"],
     "select": ["001/winners"],
     "train": ["001/adapter", "001/training.csv"],
-    "evaluate": ["001/evaluation"],
+    "evaluate": [f"001/evaluation/{name}" for name in EVALUATION],
     "gate": ["001/evaluation/gate.json", "001/evaluation/metrics.json"],
     "report": ["001/report"],
 }
