@@ -79,7 +79,7 @@ def test_the_command_prints_who_agrees_with_whom(campaign: Path, open_review, ca
     assert run(["votes", "001"]) == 0
     assert "Nobody has compared" in capsys.readouterr().out
     client = open_review()
-    scores = pl.read_parquet(campaign / "rounds/001/scores.parquet")
+    scores = pl.read_parquet(campaign / "rounds/001/scores/judge/judge.parquet")
     best = scores.sort("judge").group_by("prompt_id").last()
     for row in best.iter_rows(named=True):
         pick(client, row["prompt_id"], row["candidate_id"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import polars as pl
@@ -168,7 +169,7 @@ def test_browse_filters_and_sorts(campaign: Path, open_review) -> None:
     def shown(**query: str) -> list[str]:
         return re.findall(r"Enlarge (train-\d+-\d)", client.get("/browse", params=query).text)
 
-    scores = pl.read_parquet(campaign / "rounds/001/scores.parquet").sort("judge", descending=True)
+    scores = pl.read_parquet(campaign / "rounds/001/scores/judge/judge.parquet").sort("judge", descending=True)
     assert len(shown()) == 20
     assert shown(text="RED circle") == [f"train-0001-{i}" for i in range(4)]
     assert len(shown(show="winners")) == 5 and shown(show="invalid") == []
@@ -180,7 +181,7 @@ def test_browse_filters_and_sorts(campaign: Path, open_review) -> None:
 
 
 def test_a_round_without_scores_can_be_picked(campaign: Path, open_review) -> None:
-    (campaign / "rounds/001/scores.parquet").unlink()
+    shutil.rmtree(campaign / "rounds/001/scores")
     client = open_review()
     assert pick(client, "train-0000", "train-0000-1").status_code == 200
     assert client.get("/browse").status_code == client.get("/results").status_code == 200
