@@ -14,6 +14,7 @@ from srpo.config.loader import Params, load_params
 from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.lineage.record import WEIGHTS_FILE, read_lineage
 from srpo.models.adapters import make_trainable_unet
+from srpo.reporting.table import verdict
 from srpo.rounds import Round, RoundFiles
 from srpo.sampling.sampler import Sampler
 from srpo.stages.base import pin_base
@@ -119,7 +120,7 @@ def test_evaluation_pairs_base_and_round(params: Params, world: Path) -> None:
     run = round_record(Round.of(params, world, "001"))
     assert {"fid", "judge_win_rate", "sweep/kid"} <= {name for name, _, _ in run.evaluation}
     assert {"train/loss"} <= {name for name, _, _ in run.training}
-    assert run.tags["srpo.verdict"] == tuned["verdict"]
+    assert run.tags["srpo.verdict"] == verdict(tuned)
     assert {"report/index.html", "report/winners.png", "report/tuned.png", "lineage.json"} <= set(run.artifacts)
 
 
