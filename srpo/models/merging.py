@@ -12,18 +12,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 def surviving_share(unet: UNet2DConditionModel, dtype: torch.dtype) -> float:
     """Return how much of the change that the active LoRA makes would survive in weights of this dtype.
 
-    A change smaller than half the distance between neighboring numbers vanishes. The share is the projection of the
-    rounded change on the exact one, <r, c> / <c, c>, over all changed weights: 1 is all of it. The UNet stays as it is.
+    A change smaller than half the distance between neighboring numbers vanishes, or becomes too large by chance. The
+    share is 1 - |r - c|^2 / |c|^2, at least 0, of the rounded change r and the exact change c of all weights: 1 is all
+    of it. The UNet stays as it is.
     """
-    kept = 0.0
+    lost = 0.0
     total = 0.0
     for layer, name in _merged_one_by_one(unet):
         weight = layer.get_base_layer().weight.data
         change = layer.get_delta_weight(name)
         rounded = (weight + change).to(dtype).float() - weight.to(dtype).float()
-        kept += float((rounded * change).sum(dtype=torch.float64))
-        total += float((change * change).sum(dtype=torch.float64))
-    return kept / total if total else 1.0
+        lost += float((rounded - change).square().sum(dtype=torch.float64))
+        total += float(change.square().sum(dtype=torch.float64))
+    return max(0.0, 1 - lost / total) if total else 1.0
 
 
 def merge_lora(unet: UNet2DConditionModel) -> None:

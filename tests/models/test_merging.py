@@ -56,7 +56,7 @@ def test_a_large_change_is_merged_in_float32(params: Params, tmp_path: Path, cap
     for name, value in merged.items():
         exact = before[name].float() + changes[name] if name in changes else before[name]
         assert torch.equal(value, exact.to(torch.bfloat16)), name
-    assert "merged into bfloat16 weights; 99." in caplog.text or "merged into bfloat16 weights; 100." in caplog.text
+    assert "merged into bfloat16 weights; " in caplog.text and "kept beside" not in caplog.text
 
 
 def test_a_small_change_stays_beside_the_weights(
@@ -86,6 +86,6 @@ def test_a_small_change_stays_beside_the_weights(
     exact = write_adapter(params, tmp_path / "again", 0.0005)[f"{layer}.weight"]
     assert torch.allclose(lora, exact, rtol=0.05, atol=exact.abs().max().item() / 50)
     stored = weights[f"{layer}.base_layer.weight"].float()
-    lost = merged.state_dict()[f"{layer}.weight"].float() - stored
-    assert ((lost * exact).sum() / exact.square().sum()).item() < 0.6
+    rounded = merged.state_dict()[f"{layer}.weight"].float() - stored
+    assert (rounded - exact).norm() > 0.7 * exact.norm(), "merged, most of it is lost"
     assert torch.isfinite(predict(beside)).all()

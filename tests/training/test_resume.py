@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,13 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from mlflow import MlflowClient
 
-from srpo import cli
 from srpo.config.loader import Params, load_params
 from srpo.rounds import Round, RoundFiles
 from srpo.stages.train import train
+from tests.faults.helpers import start
 from tests.training.helpers import contents, with_runtime, with_train, write_train
 
 REPO = Path(__file__).parents[2]
@@ -140,30 +138,18 @@ def test_edits_that_change_no_result_keep_checkpoints(params: Params, root: Path
     assert all(found[name] == undisturbed[name] for name in found if name != "lineage.json")
 
 
-def start_train() -> multiprocessing.Process:
-    """`srpo train 001` in a process of its own, forked so that it need not import everything again."""
-
-    def command() -> None:
-        torch.set_num_threads(1)  # the pool of threads did not come along
-        raise SystemExit(cli.run(["train", "001"]))
-
-    process = multiprocessing.get_context("fork").Process(target=command)
-    process.start()
-    return process
-
-
-def test_sigkill(root: Path, capfd: pytest.CaptureFixture) -> None:
+def test_sigkill(root: Path, tmp_path: Path) -> None:
     """The command itself, killed by the kernel's hardest signal after its 2nd, 6th and 11th step."""
     files = RoundFiles(root, "001")
     write_train(root, steps=16)
     text = (root / "params.yaml").read_text()
     (root / "params.yaml").write_text(text.replace("runtime:\n", "runtime:\n  checkpoint_every: 1\n"))
-    process = start_train()
+    process = start(root, "train", "001")
     process.join()
     assert process.exitcode == 0
     undisturbed = contents(files)
     for at in (2, 6, 11):
-        process, deadline = start_train(), time.monotonic() + 120
+        process, deadline = start(root, "train", "001"), time.monotonic() + 120
         pattern = "train@001-*/state-{:06d}.safetensors"
         while not list((root / ".srpo" / "scratch").glob(pattern.format(at))) and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -171,10 +157,10 @@ def test_sigkill(root: Path, capfd: pytest.CaptureFixture) -> None:
         process.join()
         assert process.exitcode == -signal.SIGKILL
     assert contents(files) == undisturbed, "a killed training changed what was published"
-    capfd.readouterr()
-    process = start_train()
+    log = tmp_path / "train.log"
+    process = start(root, "train", "001", log=log)
     process.join()
-    assert process.exitcode == 0 and "train 001: resuming after step" in capfd.readouterr().err
+    assert process.exitcode == 0 and "train 001: resuming after step" in log.read_text()
     assert contents(files) == undisturbed
 
     client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
