@@ -52,7 +52,7 @@ REDUCED: dict[str, Any] = {
     "runtime.checkpoint_every": 2,
 }
 VAE_SNAPSHOTS = "models--madebyollin--sdxl-vae-fp16-fix/snapshots"
-ROUND = ("generate 001", "score 001", "select 001", "train 001", "evaluate 001", "report 001")
+ROUND = ("generate 001", "score 001", "select 001", "train 001", "evaluate 001", "gate 001", "report 001")
 # one process for all stages: their imports are most of the time
 RUN = """
 import sys

@@ -100,7 +100,7 @@ def test_nobody_decides_in_time(project: Path, prefect_server, monkeypatch, caps
         monkeypatch.setattr(module.prefect_server, "ensure_server", contextlib.nullcontext)
         module.main(round="001", wait_hours=1 / 3600)
     assert error.value.code == 2 and aliases(project) == {}
-    assert "srpo: error: round 001: nobody decided within 0.000277778 hours" in capsys.readouterr().err
+    assert "srpo: error: round 001: no decision within 0.000277778 hours" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_two_runners_share_a_round(clones: tuple[Path, Path]) -> None:
     assert len(candidates) > 1 and all((a / path).exists() for path in candidates)
     assert not any((b / path).exists() for path in candidates), "the trainer pulled candidates"
     assert sorted(path.name for path in (b / "rounds" / "001").iterdir()) == ["adapter", "training.csv", "winners"]
-    there = flow(a, "evaluate", "report")
+    there = flow(a, "evaluate", "gate", "report")
     assert "evaluate@001" in there and (a / "rounds/001/report/index.html").exists()
 
     run(b, "git", "pull", "-q")
