@@ -34,7 +34,8 @@ def test_round_without_adapter_is_one_line(tmp_path: Path) -> None:
 def test_round_hashes_are_the_locks_outputs(tmp_path: Path) -> None:
     build_campaign(tmp_path, rounds=("001",), size=8)
     hashes = round_hashes(tmp_path, "001")
-    assert set(hashes) == {"candidates", "scores.parquet", "winners", "adapter", "evaluation.gate.json"}
+    evaluation = {"evaluation.gate.json", "evaluation.guidance.csv"}
+    assert set(hashes) == {"candidates", "scores.select", "winners", "adapter"} | evaluation
     assert hashes["winners"] == dvc_digest(tmp_path / "rounds" / "001" / "winners")
 
 
