@@ -165,8 +165,9 @@ def test_sigkill(root: Path, tmp_path: Path) -> None:
 
     client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
     experiment = client.get_experiment_by_name(load_params().tracking.experiment).experiment_id
-    runs = client.search_runs([experiment], "tags.`srpo.round` = '001'")
-    (run,) = (run for run in runs if run.info.status == "FINISHED")
-    points = client.get_metric_history(run.info.run_id, "loss")
-    assert sorted(point.step for point in points) == list(range(1, 17)), "steps are missing or there twice"
-    assert run.info.status == "FINISHED"
+    runs = client.search_runs([experiment], "tags.`srpo.round` = '001'", order_by=["attributes.start_time"])
+    assert [run.info.status for run in runs] == ["FINISHED"] * 2, "a killed training is one run"
+    for run in runs:
+        points = client.get_metric_history(run.info.run_id, "train/loss")
+        assert sorted(point.step for point in points) == list(range(1, 17)), "steps are missing or there twice"
+    assert [run.data.tags["srpo.current"] for run in runs] == ["false", "true"]
