@@ -24,6 +24,7 @@ from srpo.rounds import Round, RoundFiles
 from srpo.sampling.sampler import Sampler, sample_images
 from srpo.stages.base import pin_base
 from srpo.stages.evaluate import evaluate
+from srpo.stages.gate import gate
 from srpo.stages.generate import generate
 from srpo.stages.score import score
 from srpo.stages.select import select
@@ -49,6 +50,7 @@ def project(shared_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
             stage(Round.of(load_params(), root, "001"))
         for key in ("base", "001"):
             evaluate(Round.of(load_params(), root, key))
+        gate(Round.of(load_params(), root, "001"))
         # three steps hardly move a LoRA: make it one that can be seen
         adapter = RoundFiles(root, "001").adapter
         torch.manual_seed(0)

@@ -129,13 +129,13 @@ def test_edits_that_change_no_result_keep_checkpoints(params: Params, root: Path
         file.write("\nADDED = 1\n")
     loop = package / "training" / "loop.py"
     loop.write_text(loop.read_text().replace('"""The training loop: ', '"""A training loop, with another docstring: '))
-    environment = os.environ | {"PYTHONPATH": str(package.parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(package.parent)}
     command = [sys.executable, "-m", "srpo", "train", "001"]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "train 001: resuming after step 3" in done.stderr
     found = contents(files)
     assert found.keys() == undisturbed.keys()
-    assert all(found[name] == undisturbed[name] for name in found if name != "lineage.json")
+    assert [name for name in found if found[name] != undisturbed[name]] in ([], ["lineage.json"])
 
 
 def test_sigkill(root: Path, tmp_path: Path) -> None:
