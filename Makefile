@@ -47,4 +47,4 @@ docs: env
 	$(BIN)/mkdocs serve
 
 clean:
-	rm -rf rounds .srpo mlflow.db mlartifacts dvc.lock site
+	rm -rf rounds .srpo mlflow.db mlartifacts dvc.lock .srpo-project site

@@ -19,8 +19,9 @@ from srpo.errors import UserError
 from srpo.lineage.dvc_lock import LOCK_FILE, parse_dvc_lock, read_dvc_lock
 from srpo.lineage.lock_merge import dump_dvc_lock
 from srpo.storage.git import git
+from srpo.storage.project import IDENTITY_FILE
 
-SOURCES = ("params.yaml", "dvc.yaml", "data.dvc")  # they define stages, so other runners need them
+SOURCES = ("params.yaml", "dvc.yaml", "data.dvc", IDENTITY_FILE)  # other runners need the same
 ATTEMPTS = 20
 _one_at_a_time = threading.Lock()
 
@@ -56,13 +57,19 @@ def fast_forward() -> None:
     """Fast-forward to the upstream branch. Entries of dvc.lock that are only in this clone stay.
 
     Raises:
-        UserError: this clone has changes or commits that upstream does not have, or Git can't reach it.
+        UserError: this clone has changes or commits that upstream does not have, or an identity that is not in Git, or
+            Git can't reach it.
     """
     with _locked():
         branch = _fetch()
         if changed := _git("diff", "--name-only", "HEAD", "--", *SOURCES).split():
             raise UserError(
                 f"{changed[0]} has uncommitted changes; commit and `git push` them before a run that pushes"
+            )
+        if not _git("ls-files", "--", IDENTITY_FILE).strip():
+            raise UserError(
+                f"{IDENTITY_FILE} is not in Git, so each runner would be its own project; commit and `git push` it,"
+                " or delete it and `git pull` if another clone has"
             )
         if _git("rev-list", f"{branch}..HEAD").strip():
             raise UserError(f"this branch has commits that are not in {branch}; `git pull --rebase`, then `git push`")

@@ -32,6 +32,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(["git", "init", "-q", "-b", "main", str(first)], check=True)
     for file in ("dvc.yaml", "params.yaml", ".gitignore"):
         shutil.copy(REPO / file, first)
+    (first / ".srpo-project").write_text("shared-1\n")
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True, cwd=first)
     git(first, "add", ".")
     git(first, "commit", "-qm", "first")
@@ -121,6 +122,16 @@ def test_unpushed_changes_are_an_error(clones, monkeypatch, file: str, commit: b
         git(a, "commit", "-qam", "mine")
     monkeypatch.chdir(a)
     with pytest.raises(UserError, match=message):
+        git_sync.fast_forward()
+
+
+def test_identity_outside_git_is_an_error(clones, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, _ = clones
+    git(a, "rm", "-q", "--cached", ".srpo-project")
+    git(a, "commit", "-qm", "no identity")
+    git(a, "push", "-q")
+    monkeypatch.chdir(a)
+    with pytest.raises(UserError, match=r"\.srpo-project is not in Git, so each runner would be its own project"):
         git_sync.fast_forward()
 
 

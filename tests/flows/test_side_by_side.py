@@ -94,7 +94,8 @@ def artifact(key: str) -> tuple[float, str]:
     return float(found.data), found.description
 
 
-def test_progress_artifact(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_artifact(prefect_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the project whose identity is in the artifact's key
     calls = []
     update = progress.update_progress_artifact
     monkeypatch.setattr(progress, "update_progress_artifact", lambda *args: (calls.append(args), update(*args)))

@@ -44,6 +44,7 @@ def clones(world: Path, s3: str, prefect_server: str, tmp_path: Path, monkeypatc
     dvc(world, "remote", "add", "-q", "--default", "store", f"s3://{BUCKET}/store")
     dvc(world, "remote", "modify", "-q", "store", "endpointurl", s3)
     shutil.copy(REPO / ".gitignore", world)
+    (world / ".srpo-project").write_text("shared-1\n")
     dvc(world, "add", "-q", "data")
     dvc(world, "push", "-q")
     run(world, "git", "add", ".")

@@ -100,6 +100,7 @@ CHANGES: dict[str, tuple[str, Any, list[str]]] = {
         ["base", "generate@001", "score@001", "select@001", *AFTER_SELECT],
     ),
     "other hardware": ("runtime.batch_size", 1, []),
+    "another campaign in MLflow": ("tracking.campaign", "second", []),
 }
 
 
