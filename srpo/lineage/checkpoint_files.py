@@ -23,6 +23,11 @@ LARGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 UNET_INPUT = "model.diffusion_model.input_blocks.0.0.weight"
 SIZE_EMBEDDING = "model.diffusion_model.label_emb.0.0.weight"
 SECOND_TEXT_ENCODER = "conditioner.embedders.1.model.ln_final.weight"
+EDM_WEIGHTS = "a base of the EDM kind has loss weights of its own; set it to null"
+# tensors that mark one-file checkpoints of the EDM kind: Playground v2.5's, and those of CosXL
+EDM_MEAN, EDM_STD = "edm_mean", "edm_std"
+EDM_SIGMA_MAX, EDM_SIGMA_MIN = "edm_vpred.sigma_max", "edm_vpred.sigma_min"
+EDM_SCALING_FACTOR = 0.5  # of Playground v2.5's latents, beside their mean and standard deviation
 REFINER_CONDITIONING = 2560  # the base's is 2816
 OTHER_MODELS = {
     "joint_blocks.": "Stable Diffusion 3",
@@ -32,7 +37,9 @@ OTHER_MODELS = {
 }
 
 
-def check_checkpoint(key: str, path: Path, variant: str | None = None, own_vae: bool = True) -> None:
+def check_checkpoint(
+    key: str, path: Path, variant: str | None = None, own_vae: bool = True, scheduler: str | None = None
+) -> None:
     """Check that a local base model is complete and of a supported kind.
 
     Args:
@@ -40,6 +47,7 @@ def check_checkpoint(key: str, path: Path, variant: str | None = None, own_vae: 
         path: a pipeline's folder in diffusers' layout, or one `.safetensors` file in Stability's layout.
         variant: of the weight files, such as fp16; parts that lack it are read without.
         own_vae: whether its VAE is needed.
+        scheduler: the class of diffusers that samples instead of its own.
 
     Raises:
         UserError: a file is missing, damaged or a Git-LFS pointer, or the model is of another kind.
@@ -48,6 +56,9 @@ def check_checkpoint(key: str, path: Path, variant: str | None = None, own_vae: 
         _check_single_file(key, path)
     else:
         _check_folder(key, path, variant, own_vae)
+    if scheduler and is_edm(scheduler) != is_edm_checkpoint(path):
+        kind = "is of the EDM kind" if is_edm_checkpoint(path) else "is not of the EDM kind"
+        raise UserError(f"model.scheduler: {path} {kind}, so {scheduler} can't sample from it; take another one")
 
 
 def unsupported(scheduler: Mapping[str, Any], unet: Mapping[str, Any]) -> str | None:
@@ -55,12 +66,10 @@ def unsupported(scheduler: Mapping[str, Any], unet: Mapping[str, Any]) -> str | 
     name = scheduler.get("_class_name", "")
     if name.startswith("FlowMatch"):
         return f"its {name} is for flow matching, which is not supported"
-    if name.startswith("EDM"):
-        return f"its {name} needs EDM preconditioning, which training does not support"
     if name not in SCHEDULERS:
         return f"its scheduler {name or 'without a name'} is not supported"
     prediction = scheduler.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction", "sample"):
+    if prediction not in (("epsilon", "v_prediction") if is_edm(name) else ("epsilon", "v_prediction", "sample")):
         return f"its prediction_type {prediction!r} is not supported"
     if unet.get("in_channels", 4) != 4:
         return f"its UNet takes {unet['in_channels']} channels, as for inpainting, which is not supported"
@@ -69,6 +78,18 @@ def unsupported(scheduler: Mapping[str, Any], unet: Mapping[str, Any]) -> str | 
     if unet.get("time_cond_proj_dim"):
         return "its UNet takes the guidance scale as an input, which is not supported"
     return None
+
+
+def is_edm(scheduler: str) -> bool:
+    """Return whether a class of diffusers' schedulers is for EDM's preconditioning (Karras et al., 2022)."""
+    return scheduler.startswith("EDM")
+
+
+def is_edm_checkpoint(path: Path) -> bool:
+    """Return whether a local base, a folder or one file that `check_checkpoint` has passed, is of the EDM kind."""
+    if path.is_file():
+        return not read_header(path).keys().isdisjoint((EDM_MEAN, EDM_SIGMA_MAX))
+    return is_edm(_scheduler_config("model.base", path)["_class_name"])
 
 
 def weights_variant(folder: Path, part: str, variant: str | None) -> str | None:
@@ -116,8 +137,6 @@ def _check_single_file(key: str, file: Path) -> None:
     if file.suffix != ".safetensors":
         raise UserError(f"{key}: {file} is not a .safetensors file; only safetensors are loaded")
     header = _header(key, file)
-    if any(name.startswith("edm_") for name in header):
-        raise UserError(f"{key}: {file} needs EDM preconditioning, which training does not support; {REMEDY}")
     if UNET_INPUT not in header:
         kind = next((kind for part, kind in OTHER_MODELS.items() if any(part in name for name in header)), "no SDXL")
         raise UserError(f"{key}: {file} holds {kind}; name a whole checkpoint in Stability's layout, or a folder")
@@ -140,9 +159,7 @@ def _check_folder(key: str, folder: Path, variant: str | None, own_vae: bool) ->
         raise UserError(f"{key}: {folder}: its unet is a {index['unet'][1]}, not a {UNET_CLASS}; {REMEDY}")
     if index.get("text_encoder", [None])[0] is None and "text_encoder_2" in index:
         raise UserError(f"{key}: {folder} is SDXL's refiner; name the base model")
-    scheduler = _read_config(key, folder / "scheduler" / "scheduler_config.json")
-    scheduler = {"_class_name": index.get("scheduler", [None, ""])[1]} | scheduler
-    reason = unsupported(scheduler, _read_config(key, folder / "unet" / "config.json"))
+    reason = unsupported(_scheduler_config(key, folder), _read_config(key, folder / "unet" / "config.json"))
     if reason:
         raise UserError(f"{key}: {folder}: {reason}; {REMEDY}")
     if variant and not any(_weight_files(folder / part, stem, variant) for part, stem in WEIGHTS.items()):
@@ -162,6 +179,13 @@ def _check_folder(key: str, folder: Path, variant: str | None, own_vae: bool) ->
             if not file.is_file():
                 raise UserError(f"{key}: {folder} holds no {part}/{file.name}; bring the whole model there")
             _header(key, file)
+
+
+def _scheduler_config(key: str, folder: Path) -> dict[str, Any]:
+    """Return the scheduler's configuration, with the class of model_index.json where it names none."""
+    index = _read_config(key, folder / "model_index.json")
+    config = _read_config(key, folder / "scheduler" / "scheduler_config.json")
+    return {"_class_name": index.get("scheduler", [None, ""])[1]} | config
 
 
 def _header(key: str, file: Path) -> dict[str, Any]:

@@ -9,7 +9,15 @@ import re
 from collections.abc import Mapping
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+
+from srpo.lineage.checkpoint_files import EDM_MEAN, EDM_SCALING_FACTOR, EDM_SIGMA_MAX, EDM_SIGMA_MIN, EDM_STD
 
 State = Mapping[str, torch.Tensor]
 UNET = "model.diffusion_model."
@@ -60,17 +68,29 @@ OPEN_CLIP_NAMES = {
 
 
 def to_original_layout(pipeline: StableDiffusionXLPipeline) -> dict[str, torch.Tensor]:
-    """Return all tensors by their original names, with the markers of v-prediction and zero terminal SNR."""
+    """Return all tensors by their original names, with the markers of v-prediction, zero terminal SNR and EDM."""
     state = {UNET + _unet_name(pipeline.unet, name): value for name, value in pipeline.unet.state_dict().items()}
     state |= {VAE + name: value for name, value in _vae_state(pipeline.vae).items()}
     state |= {TEXT + _text_name(name): value for name, value in pipeline.text_encoder.state_dict().items()}
     state |= {TEXT_2 + name: value for name, value in _open_clip_state(pipeline.text_encoder_2.state_dict()).items()}
     config = pipeline.scheduler.config
-    if config.get("prediction_type") == "v_prediction":
+    if isinstance(pipeline.scheduler, EDMEulerScheduler | EDMDPMSolverMultistepScheduler):
+        state |= _edm_markers(pipeline)
+    elif config.get("prediction_type") == "v_prediction":
         state["v_pred"] = torch.tensor([])
     if config.get("rescale_betas_zero_snr"):
         state["ztsnr"] = torch.tensor([])
     return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def _edm_markers(pipeline: StableDiffusionXLPipeline) -> dict[str, torch.Tensor]:
+    """Return what programs know an EDM base by: the limits of sigma for v, the latents' statistics for epsilon."""
+    config, vae = pipeline.scheduler.config, pipeline.vae.config
+    if config.prediction_type == "v_prediction":
+        return {EDM_SIGMA_MAX: torch.tensor(config.sigma_max), EDM_SIGMA_MIN: torch.tensor(config.sigma_min)}
+    mean = torch.tensor(vae.latents_mean or [0.0] * 4).view(1, -1, 1, 1)
+    std = torch.tensor(vae.latents_std or [1.0] * 4).view(1, -1, 1, 1)
+    return {EDM_MEAN: mean, EDM_STD: std * EDM_SCALING_FACTOR / vae.scaling_factor}
 
 
 def _replace(name: str, names: Mapping[str, str]) -> str:

@@ -39,7 +39,7 @@ def load_pipeline(model: ModelParams, dtype: torch.dtype, **parts: None) -> Stab
         loaded["vae"] = load_vae(model, dtype)
     with user_error(f"model.base: can't load {model.base!r} as an SDXL pipeline"):
         path = _local(model, loaded)
-        check_checkpoint("model.base", path, model.variant, own_vae="vae" not in loaded)
+        check_checkpoint("model.base", path, model.variant, "vae" not in loaded, model.scheduler)
         if path.is_file():
             pipeline = load_single_file(path, dtype, **loaded)
         else:

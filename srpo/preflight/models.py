@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from srpo.config.loader import Params
 from srpo.config.reward_families import FAMILIES
-from srpo.config.schema import INCEPTION, ModelParams
+from srpo.config.schema import INCEPTION
 from srpo.errors import UserError
-from srpo.lineage.checkpoint_files import check_checkpoint
+from srpo.lineage.checkpoint_files import EDM_WEIGHTS, check_checkpoint, is_edm_checkpoint
 from srpo.lineage.identity import COMMIT, HUB_ID
 from srpo.preflight import CheckResult
 
@@ -35,7 +35,7 @@ def check_models(params: Params, root: Path) -> list[CheckResult]:
     unreachable = False
     for model in _required_models(params, root):
         if model.key == "model.base" and (root / model.source).exists():
-            result = _check_local_base(params.model, root)
+            result = _check_local_base(params, root)
         else:
             result = _check_model(model, root, unreachable)
         unreachable = unreachable or UNREACHABLE in result.text
@@ -82,13 +82,16 @@ def _required_models(params: Params, root: Path) -> Iterator[RequiredModel]:
             yield RequiredModel(f"rewards.{name} needs", source, revision, (file,))
 
 
-def _check_local_base(model: ModelParams, root: Path) -> CheckResult:
+def _check_local_base(params: Params, root: Path) -> CheckResult:
     """Check a local base as generate and train do, by its configuration and the headers of its files."""
+    model = params.model
     path = root / model.base
     try:
-        check_checkpoint("model.base", path, model.variant, own_vae=not model.vae)
+        check_checkpoint("model.base", path, model.variant, not model.vae, model.scheduler)
     except UserError as error:
         return CheckResult("model.base", "fail", str(error).removeprefix("model.base: ").replace(f"{root}/", ""))
+    if params.train.snr_gamma is not None and is_edm_checkpoint(path):
+        return CheckResult("train.snr_gamma", "fail", EDM_WEIGHTS)
     return CheckResult("model.base", "ok", f"{model.base}, a local {'folder' if path.is_dir() else 'file'}")
 
 

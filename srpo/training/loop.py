@@ -230,47 +230,49 @@ class TrainingLoop:
             clean = torch.cat([clean, batch.losers])
             noise, levels, text = (torch.cat([value, value]) for value in (noise, levels, text))
         noisy = self.schedule.noised(clean, noise, levels)
+        timesteps = self.schedule.timesteps(levels)
         reference = None
         if self.loss.pairs:
             with torch.no_grad(), self.model.reference() as reference_unet:
-                reference = self._predict(reference_unet, noisy, levels, text)
-        predicted = self._predict(unet, noisy, levels, text)
+                reference = self._predict(reference_unet, noisy, timesteps, text)
+        predicted = self._predict(unet, noisy, timesteps, text)
         target = self.schedule.target(clean, noise, levels).to(self.device)
         weight = self.schedule.weight(batch.levels, self.settings.snr_gamma).to(self.device)
         loss = (self.loss.function(predicted, reference, target, weight) * batch.weights.to(self.device)).sum()
         return loss, {} if reference is None else pair_metrics(predicted.detach(), reference, target)
 
     def _predict(
-        self, unet: torch.nn.Module, noisy: torch.Tensor, levels: torch.Tensor, text: torch.Tensor
+        self, unet: torch.nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
     ) -> torch.Tensor:
         embeds = self.embeds[text.tolist()]
         conditions = {"text_embeds": embeds.pooled, "time_ids": self.time_ids.expand(len(noisy), -1)}
         mixed = self.settings.method == "full" and self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=mixed):
             x = noisy.to(self.device, self.dtype)
-            timesteps = self.schedule.timesteps(levels).to(self.device)
-            predicted = unet(x, timesteps, embeds.tokens, added_cond_kwargs=conditions, return_dict=False)
+            predicted = unet(
+                x, timesteps.to(self.device), embeds.tokens, added_cond_kwargs=conditions, return_dict=False
+            )
         return predicted[0].float()
 
     @torch.no_grad()
     def _check_prediction_type(self) -> None:
-        """Predict some noised winners and compare with the targets of all prediction types.
+        """Predict some noised winners and compare with the targets of all schedules and prediction types.
 
         Raises:
-            UserError: another prediction type than the scheduler's fits the UNet.
+            UserError: others than the scheduler's fit the UNet.
         """
         indices = torch.arange(min(NUM_PROBES, len(self.winners)))
         clean = self.winners.latents(indices).float()
-        generator = torch.Generator().manual_seed(derive_seed(*self.seed, "probe"))
-        noise = torch.randn(clean.shape, generator=generator)
-        levels = self.schedule.spread_levels(len(indices))
-        noisy = self.schedule.noised(clean, noise, levels)
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(derive_seed(*self.seed, "probe")))
         size = self.runtime.train_batch_size or self.settings.batch_size
-        parts = zip(
-            *(value.split(size) for value in (noisy, levels, self.winners.prompt_indices[indices])), strict=True
-        )
-        predicted = torch.cat([self._predict(self.model.unet, *part).cpu() for part in parts])
-        if problem := prediction_type_mismatch(self.schedule, predicted, clean, noise, levels):
+
+        def predict(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+            parts = zip(
+                *(value.split(size) for value in (noisy, timesteps, self.winners.prompt_indices[indices])), strict=True
+            )
+            return torch.cat([self._predict(self.model.unet, *part).cpu() for part in parts])
+
+        if problem := prediction_type_mismatch(self.schedule, predict, clean, noise):
             raise UserError(f"model.base: {problem}")
 
     def _save_last_good(self, state: TrainingState, folder: Path) -> str:

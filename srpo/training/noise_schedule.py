@@ -6,7 +6,9 @@ EDM's preconditioning (Karras et al., 2022, arXiv:2206.00364). Flow matching is 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +16,14 @@ from diffusers import DDPMScheduler, EDMDPMSolverMultistepScheduler, EDMEulerSch
 from torch import Tensor
 
 from srpo.errors import UserError
+from srpo.lineage.checkpoint_files import EDM_WEIGHTS
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 EDM_PREDICTION_TYPES = ("epsilon", "v_prediction")
-EDM_LOG_SIGMA_MEAN = -1.2  # table 1 of the EDM paper
+SDXL_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+EDM_LOG_SIGMA_MEAN = -1.2  # table 1 of the EDM paper, for data with a standard deviation of 0.5
 EDM_LOG_SIGMA_STD = 1.2
+EDM_PAPER_SIGMA_DATA = 0.5
 MAX_FITTING_ERROR = 0.5
 
 
@@ -29,6 +34,11 @@ class NoiseSchedule(ABC):
     """
 
     prediction_type: str
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Return the prediction type, with the family where that is not DDPM."""
 
     @abstractmethod
     def draw_levels(self, count: int, generator: torch.Generator) -> Tensor:
@@ -56,7 +66,7 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def alternatives(self) -> list[NoiseSchedule]:
-        """Return this schedule with every other prediction type."""
+        """Return every other schedule that a UNet may have been trained with, by family and prediction type."""
 
 
 class DiscreteSchedule(NoiseSchedule):
@@ -66,6 +76,11 @@ class DiscreteSchedule(NoiseSchedule):
         self._scheduler = scheduler
         self._num_timesteps: int = scheduler.config.num_train_timesteps
         self.prediction_type: str = scheduler.config.prediction_type
+
+    @property
+    def name(self) -> str:
+        """Return the prediction type."""
+        return self.prediction_type
 
     def draw_levels(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw uniform timesteps."""
@@ -101,9 +116,12 @@ class DiscreteSchedule(NoiseSchedule):
         return clipped / (snr + 1) if self.prediction_type == "v_prediction" else clipped
 
     def alternatives(self) -> list[NoiseSchedule]:
-        """Return this schedule with every other prediction type."""
+        """Return this schedule with every other prediction type, and EDM's."""
         others = (name for name in PREDICTION_TYPES if name != self.prediction_type)
-        return [DiscreteSchedule(DDPMScheduler.from_config(self._scheduler.config, prediction_type=n)) for n in others]
+        return [
+            *(DiscreteSchedule(DDPMScheduler.from_config(self._scheduler.config, prediction_type=n)) for n in others),
+            *(EdmSchedule(EDMEulerScheduler(prediction_type=name)) for name in EDM_PREDICTION_TYPES),
+        ]
 
 
 class EdmSchedule(NoiseSchedule):
@@ -116,14 +134,21 @@ class EdmSchedule(NoiseSchedule):
     def __init__(self, scheduler: EDMEulerScheduler) -> None:
         self._scheduler = scheduler
         self.prediction_type: str = scheduler.config.prediction_type
+        # in units of the data, so that the ratio of signal to noise is the paper's
+        self._log_sigma_mean = EDM_LOG_SIGMA_MEAN + math.log(scheduler.config.sigma_data / EDM_PAPER_SIGMA_DATA)
+
+    @property
+    def name(self) -> str:
+        """Return the prediction type and the family."""
+        return f"{self.prediction_type} of EDM"
 
     def draw_levels(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw log-normal sigmas."""
-        return torch.exp(EDM_LOG_SIGMA_MEAN + EDM_LOG_SIGMA_STD * torch.randn(count, generator=generator))
+        return torch.exp(self._log_sigma_mean + EDM_LOG_SIGMA_STD * torch.randn(count, generator=generator))
 
     def spread_levels(self, count: int) -> Tensor:
         """Return sigmas from the median to two standard deviations above."""
-        return torch.exp(EDM_LOG_SIGMA_MEAN + EDM_LOG_SIGMA_STD * torch.linspace(0, 2, count))
+        return torch.exp(self._log_sigma_mean + EDM_LOG_SIGMA_STD * torch.linspace(0, 2, count))
 
     def noised(self, clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
         """Return (clean + sigma * noise) / sqrt(sigma^2 + sigma_data^2)."""
@@ -150,13 +175,16 @@ class EdmSchedule(NoiseSchedule):
             UserError: `snr_gamma` is set.
         """
         if snr_gamma is not None:
-            raise UserError("train.snr_gamma: a base of the EDM kind has weights of its own; set it to null")
+            raise UserError(f"train.snr_gamma: {EDM_WEIGHTS}")
         return torch.ones(len(levels))
 
     def alternatives(self) -> list[NoiseSchedule]:
-        """Return this schedule with the other sign of c_out."""
+        """Return this schedule with the other sign of c_out, and DDPM's with SDXL's betas."""
         others = (name for name in EDM_PREDICTION_TYPES if name != self.prediction_type)
-        return [EdmSchedule(EDMEulerScheduler.from_config(self._scheduler.config, prediction_type=n)) for n in others]
+        return [
+            *(EdmSchedule(EDMEulerScheduler.from_config(self._scheduler.config, prediction_type=n)) for n in others),
+            *(DiscreteSchedule(DDPMScheduler(prediction_type=name, **SDXL_BETAS)) for name in PREDICTION_TYPES),
+        ]
 
 
 def make_noise_schedule(scheduler: Any) -> NoiseSchedule:
@@ -187,27 +215,40 @@ def make_noise_schedule(scheduler: Any) -> NoiseSchedule:
 
 
 def prediction_type_mismatch(
-    schedule: NoiseSchedule, predicted: Tensor, clean: Tensor, noise: Tensor, levels: Tensor
+    schedule: NoiseSchedule, predict: Callable[[Tensor, Tensor], Tensor], clean: Tensor, noise: Tensor
 ) -> str | None:
-    """Return what is wrong if the UNet's predictions fit another prediction type than the schedule's, else None.
+    """Return what is wrong if the UNet was trained with another schedule or prediction type than this one, else None.
 
     An error is relative to that of predicting zero. Another type fits if its error is below 0.5 and below half of the
     schedule's own; a UNet that has learned nothing has an error of 1 for all.
+
+    Args:
+        predict: (UNet's input, timesteps) to the UNet's prediction, called once per family of schedules.
+        clean: latents, float32 [n, channels, h, w], as is `noise`.
     """
+    predicted: dict[type[NoiseSchedule], Tensor] = {}
 
     def error(candidate: NoiseSchedule) -> float:
+        family = type(candidate)
+        levels = candidate.spread_levels(len(clean))
+        if family not in predicted:
+            predicted[family] = predict(candidate.noised(clean, noise, levels), candidate.timesteps(levels))
         target = candidate.target(clean, noise, levels)
-        return float((predicted - target).pow(2).mean() / target.pow(2).mean())
+        return float((predicted[family] - target).pow(2).mean() / target.pow(2).mean())
 
-    best = min(schedule.alternatives(), key=error)
     own = error(schedule)
-    if error(best) < min(MAX_FITTING_ERROR, own / 2):
-        return (
-            f"its scheduler says prediction_type {schedule.prediction_type}, but its UNet predicts"
-            f" {best.prediction_type} (error {error(best):.2g}, not {own:.2g}); set prediction_type in"
-            " model.scheduler_config"
-        )
-    return None
+    errors = {candidate.name: (error(candidate), candidate) for candidate in schedule.alternatives()}
+    name, (lowest, best) = min(errors.items(), key=lambda item: item[1][0])
+    if lowest >= min(MAX_FITTING_ERROR, own / 2):
+        return None
+    if isinstance(best, type(schedule)):
+        remedy = "set prediction_type in model.scheduler_config"
+    else:
+        remedy = "give the base the scheduler/scheduler_config.json that it was trained with"
+    return (
+        f"its scheduler says prediction_type {schedule.name}, but its UNet predicts {name}"
+        f" (error {lowest:.2g}, not {own:.2g}); {remedy}"
+    )
 
 
 def _per_sample(levels: Tensor) -> Tensor:

@@ -102,8 +102,8 @@ def flow_matching() -> None:
     edit(SCHEDULER, _class_name="FlowMatchEulerDiscreteScheduler")
 
 
-def edm() -> None:
-    edit(SCHEDULER, _class_name="EDMEulerScheduler")
+def edm_sample() -> None:
+    edit(SCHEDULER, _class_name="EDMEulerScheduler", prediction_type="sample")
 
 
 def inpainting() -> None:
@@ -128,7 +128,7 @@ def another_prediction() -> None:
         (lfs_pointer, "a Git-LFS pointer"),
         (half_of_the_file, "cut off after"),
         (flow_matching, "is for flow matching"),
-        (edm, "needs EDM preconditioning"),
+        (edm_sample, "its prediction_type 'sample' is not supported"),
         (inpainting, "takes 9 channels"),
         (stable_diffusion_1, "as in Stable Diffusion 1.5 and 2"),
         (refiner, "is SDXL's refiner"),
@@ -148,7 +148,6 @@ def original(**shapes: list[int]) -> dict[str, torch.Tensor]:
         "input": "model.diffusion_model.input_blocks.0.0.weight",
         "size": "model.diffusion_model.label_emb.0.0.weight",
         "text": "conditioner.embedders.1.model.ln_final.weight",
-        "edm": "edm_mean",
         "flux": "model.diffusion_model.double_blocks.0.img_attn.proj.weight",
     }
     return {names[name]: torch.zeros(shape) for name, shape in shapes.items()}
@@ -161,7 +160,6 @@ def original(**shapes: list[int]) -> dict[str, torch.Tensor]:
         ({"input": [8, 4, 3, 3]}, "Stable Diffusion 1.5 or 2"),
         ({"input": [8, 4, 3, 3], "size": [8, 2560]}, "refiner"),
         ({"input": [8, 4, 3, 3], "size": [8, 2816]}, "no text encoders"),
-        ({"input": [8, 4, 3, 3], "size": [8, 2816], "text": [8], "edm": [4]}, "EDM"),
         ({"flux": [8, 8]}, "Flux"),
     ],
 )
@@ -182,3 +180,18 @@ def test_another_scheduler_keeps_the_noise_schedule(world: Path) -> None:
     assert torch.equal(other.scheduler.alphas_cumprod, own.alphas_cumprod)
     with pytest.raises(UserError, match=r"model\.scheduler_config: .* has no option 'karras'"):
         load_pipeline(model(scheduler_config={"karras": True}), torch.float32)
+
+
+@pytest.mark.parametrize("own", ["EulerDiscreteScheduler", "EDMEulerScheduler"])
+def test_an_edm_scheduler_is_for_edm_bases(world: Path, own: str) -> None:
+    options = {"sigma_min": 0.002, "sigma_max": 80.0} if own.startswith("EDM") else {}
+    edit(SCHEDULER, _class_name=own, **options)
+    is_edm = own.startswith("EDM")
+    for name in ("EulerDiscreteScheduler", "EDMDPMSolverMultistepScheduler"):
+        if name.startswith("EDM") == is_edm:
+            assert check_state(scheduler=name) == "ok"
+            assert type(load_pipeline(model(scheduler=name), torch.float32).scheduler).__name__ == name
+        else:
+            assert check_state(scheduler=name) == "fail"
+            with pytest.raises(UserError, match=r"^model\.scheduler: data/base is .*of the EDM kind"):
+                load_pipeline(model(scheduler=name), torch.float32)

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -60,6 +65,22 @@ def test_marker_keys_set_the_prediction_type(pipeline: StableDiffusionXLPipeline
     config = load_single_file(file, torch.float32, Path("data/base")).scheduler.config
     assert (config.prediction_type, config.rescale_betas_zero_snr) == ("v_prediction", True)
     assert config.timestep_spacing == "trailing"
+
+
+def test_edm_comes_back_from_its_marker_keys(pipeline: StableDiffusionXLPipeline, file: Path) -> None:
+    mean, std = [0.1, -0.2, 0.3, 0.0], [1.5, 2.0, 0.5, 1.0]
+    pipeline.vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=0.5)
+    pipeline.scheduler = EDMDPMSolverMultistepScheduler()
+    save_file(to_original_layout(pipeline), file)
+    loaded = load_single_file(file, torch.float32, Path("data/base"))
+    assert isinstance(loaded.scheduler, EDMDPMSolverMultistepScheduler)
+    assert (loaded.scheduler.config.sigma_data, loaded.scheduler.config.prediction_type) == (0.5, "epsilon")
+    assert loaded.vae.config.latents_mean == pytest.approx(mean)
+    assert loaded.vae.config.latents_std == pytest.approx(std) and loaded.vae.config.scaling_factor == 0.5
+    pipeline.scheduler = EDMEulerScheduler(prediction_type="v_prediction", sigma_max=120.0, sigma_data=1.0)
+    save_file(to_original_layout(pipeline), file)
+    config = load_single_file(file, torch.float32, Path("data/base")).scheduler.config
+    assert (config.prediction_type, config.sigma_max, config.sigma_data) == ("v_prediction", 120.0, 1.0)
 
 
 def test_clip_tokenizer_has_the_published_ids() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from diffusers import (
@@ -10,12 +12,14 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
     UniPCMultistepScheduler,
 )
 
 from srpo.errors import UserError
-from srpo.training.noise_schedule import make_noise_schedule, prediction_type_mismatch
+from srpo.training.noise_schedule import NoiseSchedule, make_noise_schedule, prediction_type_mismatch
 
+Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 SHAPE = (3, 4, 2, 2)
 DISCRETE = ["epsilon", "v_prediction", "sample"]
 EDM = ["epsilon", "v_prediction"]
@@ -89,18 +93,42 @@ def test_other_kinds_of_bases_are_refused() -> None:
         make_noise_schedule(UniPCMultistepScheduler(prediction_type="flow_prediction"))
 
 
+def trained(schedule: NoiseSchedule, clean: torch.Tensor, noise: torch.Tensor) -> Predict:
+    """Return a UNet that was trained well with this schedule, and predicts nothing for other noise levels."""
+    levels = schedule.spread_levels(3)
+    known = schedule.timesteps(levels)
+
+    def predict(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        if torch.equal(timesteps.float(), known.float()):
+            return 0.9 * schedule.target(clean, noise, levels)
+        return torch.zeros(SHAPE)
+
+    return predict
+
+
+@pytest.mark.parametrize("told", [DDPMScheduler(), EDMEulerScheduler()])
+@pytest.mark.parametrize("real", DISCRETE)
+def test_the_other_family_is_recognized(told: SchedulerMixin, real: str) -> None:
+    other = DDPMScheduler if isinstance(told, EDMEulerScheduler) else EDMEulerScheduler
+    if other is EDMEulerScheduler and real not in EDM:
+        pytest.skip("EDM has no such prediction type")
+    clean, noise = drawn()
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    options = betas if other is DDPMScheduler else {}
+    unet = trained(make_noise_schedule(other(prediction_type=real, **options)), clean, noise)
+    problem = prediction_type_mismatch(make_noise_schedule(told), unet, clean, noise)
+    assert problem and f"but its UNet predicts {real}" in problem and "scheduler_config.json" in problem
+
+
 @pytest.mark.parametrize(
     ("kind", "types"), [(DDPMScheduler, DISCRETE), (EDMEulerScheduler, EDM)], ids=["discrete", "edm"]
 )
 def test_a_wrong_prediction_type_is_recognized(kind: type, types: list[str]) -> None:
     clean, noise = drawn()
     schedules = {name: make_noise_schedule(kind(prediction_type=name)) for name in types}
-    levels = schedules[types[0]].spread_levels(3)
     for told, schedule in schedules.items():
         for real, other in schedules.items():
-            predicted = 0.9 * other.target(clean, noise, levels)
-            problem = prediction_type_mismatch(schedule, predicted, clean, noise, levels)
+            problem = prediction_type_mismatch(schedule, trained(other, clean, noise), clean, noise)
             assert (problem is None) == (told == real)
-            assert problem is None or f"says prediction_type {told}, but its UNet predicts {real}" in problem
-        untrained = torch.zeros(SHAPE)
-        assert prediction_type_mismatch(schedule, untrained, clean, noise, levels) is None
+            assert problem is None or f"says prediction_type {schedule.name}, but its UNet predicts {real}" in problem
+        assert prediction_type_mismatch(schedule, lambda noisy, timesteps: torch.zeros(SHAPE), clean, noise) is None
