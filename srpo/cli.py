@@ -103,17 +103,12 @@ def base() -> None:
 
 
 @app.command()
-def generate(
-    key: RoundKey,
-    shards: Annotated[
-        str | None, typer.Option(hidden=True, help="only these shards, distributed over all workers")
-    ] = None,
-) -> None:
+def generate(key: RoundKey) -> None:
     """Sample N candidate images per train prompt."""
     with _round(key, "generate") as round:
         from srpo.stages.generate import generate
 
-        generate(round, None if shards is None else [int(number) for number in shards.split(",")])
+        generate(round)
 
 
 @app.command()

@@ -40,13 +40,15 @@ def make_units(
     """
     if distributed.is_parent(runtime) and unfinished(units):
         distributed.run(lambda: command, min(runtime.processes, len(unfinished(units))), attempts=ATTEMPTS)
-        return
     with ExitStack() as stack:
         make: Make | None = None
         for unit in claimed(units):
             if make is None:
                 make = stack.enter_context(load())
             make(unit)
+    if not distributed.is_worker():  # the folder may be published
+        for unit in units:
+            _lock(unit).unlink(missing_ok=True)
 
 
 def unfinished(units: Sequence[Path]) -> list[Path]:
@@ -60,8 +62,12 @@ def claimed(units: Sequence[Path]) -> Iterator[Path]:
 
     for unit in unfinished(units):
         try:
-            with FileLock(unit.with_name(f".{unit.name}.lock"), blocking=False):
+            with FileLock(_lock(unit), blocking=False):
                 if not unit.exists():
                     yield unit
         except Timeout:
             continue
+
+
+def _lock(unit: Path) -> Path:
+    return unit.with_name(f".{unit.name}.lock")

@@ -1,16 +1,15 @@
 """Stage `generate`: N candidates for every train prompt, from the parent round's model.
 
-The prompts are divided into shards. Any process may make a shard, and finished shards survive an interruption.
+A unit of work is one shard of the prompts, which becomes one parquet file.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -24,6 +23,7 @@ from srpo.lineage.record import check_base, require_weights
 from srpo.models.tokenizer import load_tokenizer, text_read, warn_of_cut_prompts
 from srpo.rounds import Round
 from srpo.runtime import distributed
+from srpo.runtime.units import Make, make_units, unfinished
 from srpo.selection.audit import is_audited
 from srpo.storage.files import publish
 from srpo.storage.hashing import derive_seed, digest
@@ -34,50 +34,38 @@ if TYPE_CHECKING:
     from srpo.sampling.sampler import Sampler
 
 log = logging.getLogger(__name__)
-WRITES_IN_FLIGHT = 2  # shards that wait to be written while the device makes the next one
 
 
-class Shard(NamedTuple):
-    """Some of the prompts, and the parquet file of their candidates."""
-
-    prompts: list[Prompt]
-    path: Path
-
-
-def generate(round: Round, numbers: Sequence[int] | None = None) -> None:
+def generate(round: Round) -> None:
     """Write `rounds/<key>/candidates/`, one parquet shard per `prompts_per_shard` prompts.
 
     Shards that an interrupted run finished are kept. With `runtime.processes` above 1 this process starts workers that
-    share the unfinished shards.
-
-    Args:
-        numbers: of a worker only: the numbers of the shards that all workers share.
+    share the others.
 
     Raises:
         UserError: bad prompt files, or a model that can't be loaded or used.
     """
     scratch, shards = _plan(round)
 
-    def unfinished() -> list[int]:
-        return [number for number, shard in enumerate(shards) if not shard.path.exists()]
+    @contextmanager
+    def load() -> Iterator[Make]:
+        sampler, rejection = _load_models(round)
+        # the redirection keeps log lines out of the bar
+        with logging_redirect_tqdm(), _progress(round, unfinished(list(shards)), shards) as progress:
 
-    if distributed.is_parent(round.params.runtime) and unfinished():
-        distributed.run(
-            lambda: ["generate", round.key, "--shards", ",".join(map(str, unfinished()))],
-            min(round.params.runtime.processes, len(unfinished())),
-            attempts=3,
-        )
-    else:
-        shared = range(len(shards)) if numbers is None else numbers
-        own = [shards[number] for number in shared[distributed.rank() :: distributed.world_size()]]
-        if todo := [shard for shard in own if not shard.path.exists()]:
-            _make(round, todo)
+            def make(unit: Path) -> None:
+                candidates = _sample(round, shards[unit], sampler, rejection, progress.update)
+                _write(round, unit, shards[unit], candidates)
+
+            yield make
+
+    make_units(list(shards), ["generate", round.key], load, round.params.runtime)
     if not distributed.is_worker():
         publish(scratch, round.files.candidates)
 
 
-def _plan(round: Round) -> tuple[Path, list[Shard]]:
-    """Check the inputs, and return the scratch folder and all shards in it, finished or not."""
+def _plan(round: Round) -> tuple[Path, dict[Path, list[Prompt]]]:
+    """Check the inputs, and return the scratch folder and the prompts of all shards in it, finished or not."""
     params = round.params
     settings = params.generate
     prompts = load_prompts(round.root / params.prompts.train)
@@ -98,32 +86,20 @@ def _plan(round: Round) -> tuple[Path, list[Shard]]:
     scratch = scratch_folder(round.root, "generate", round.key, inputs)
     size = settings.prompts_per_shard
     parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    return scratch, [
-        Shard(part, scratch / f"shard-{number:05d}-of-{len(parts):05d}.parquet") for number, part in enumerate(parts)
-    ]
+    return scratch, {
+        scratch / f"shard-{number:05d}-of-{len(parts):05d}.parquet": part for number, part in enumerate(parts)
+    }
 
 
-def _make(round: Round, shards: Sequence[Shard]) -> None:
-    """Sample and write these shards. A thread encodes and writes images, so that the device need not wait."""
-    sampler, rejection = _load_models(round)
+def _progress(round: Round, units: Sequence[Path], shards: Mapping[Path, Sequence[Prompt]]) -> tqdm:
     processes = distributed.world_size()
-    progress = tqdm(
-        total=sum(len(shard.prompts) for shard in shards) * round.params.generate.candidates_per_prompt,
+    return tqdm(
+        total=sum(len(shards[unit]) for unit in units) * round.params.generate.candidates_per_prompt // processes,
         unit="img",
         desc=f"generate {round.key}{f' (1 of {processes} processes)' if processes > 1 else ''}",
         mininterval=2,
         disable=distributed.rank() > 0,
     )
-    writes: deque[Future[None]] = deque()
-    # the redirection keeps log lines out of the bar
-    with logging_redirect_tqdm(), progress, ThreadPoolExecutor(1, thread_name_prefix="srpo-writer") as writer:
-        for shard in shards:
-            candidates = _sample(round, shard.prompts, sampler, rejection, progress.update)
-            if len(writes) == WRITES_IN_FLIGHT:
-                writes.popleft().result()
-            writes.append(writer.submit(_write, round, shard, candidates))
-        for write in writes:
-            write.result()
 
 
 def _load_models(round: Round) -> tuple[Sampler, EarlyRejection | None]:
@@ -182,16 +158,16 @@ def _seeded(round: Round, prompt: Prompt, row: int, index: int) -> Candidate:
     return Candidate(row, index, derive_seed(seed, round.key, prompt.id, index), audited=audited)
 
 
-def _write(round: Round, shard: Shard, candidates: Sequence[Candidate]) -> None:
+def _write(round: Round, unit: Path, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> None:
     cells = iter(encode_images(candidate.image for candidate in candidates if candidate.image is not None))
     rows = [
-        _row(round, shard.prompts[candidate.row], candidate, None if candidate.image is None else next(cells))
+        _row(round, prompts[candidate.row], candidate, None if candidate.image is None else next(cells))
         for candidate in candidates
     ]
-    parquet.write_table(shard.path, rows, CANDIDATE_FIELDS)
+    parquet.write_table(unit, rows, CANDIDATE_FIELDS)
     rejected = sum(candidate.image is None for candidate in candidates)
     suffix = f", {rejected} of them rejected early" if rejected else ""
-    log.info("generate %s: wrote %s, %d candidates%s", round.key, shard.path.name, len(rows), suffix)
+    log.info("generate %s: wrote %s, %d candidates%s", round.key, unit.name, len(rows), suffix)
 
 
 def _row(round: Round, prompt: Prompt, candidate: Candidate, cell: dict[str, Any] | None) -> dict[str, Any]:
