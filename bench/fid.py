@@ -34,7 +34,7 @@ from srpo.evaluation.metrics import FrechetDistance
 from srpo.evaluation.reference import load_reference
 from srpo.rewards.batches import BATCH, batched, to_tensor
 
-SIZE = 256  # pixels of a picture's side
+SIZE = 256  # pixels of an image's side
 
 
 def timed(function: Callable[[], float]) -> tuple[float, float]:

@@ -3,7 +3,7 @@
     python -m bench.generate [--prompts 35] [--repeats 3]
 
 Run it in the project's folder; it uses params.yaml's model and generate settings. Both load the model, sample the same
-number of pictures of the same prompts, and write them to disk (parquet with latents, and PNG files). The table gives
+number of images of the same prompts, and write them to disk (parquet with latents, and PNG files). The table gives
 the best of the repeats, which take turns.
 """
 
@@ -30,7 +30,7 @@ from srpo.stages.generate import generate
 
 
 def by_hand(params: Params, root: Path) -> None:
-    """Prompt after prompt through `StableDiffusionXLPipeline`, each picture a PNG file."""
+    """Prompt after prompt through `StableDiffusionXLPipeline`, each image a PNG file."""
     settings, device = params.generate, pick_device(params.runtime)
     pipeline = load_pipeline(params.model, pick_dtype(params.runtime, device)).to(device)
     for prompt in load_prompts(root / params.prompts.train):
@@ -79,7 +79,7 @@ def main() -> None:
     first = min(next(iter(seconds.values())))
     device = pick_device(params.runtime).type
     table = Table(title=f"{count} candidates, {params.generate.num_inference_steps} steps, on {device}")
-    for column in ("way", "seconds", "pictures/s", "times as fast"):
+    for column in ("way", "seconds", "images/s", "times as fast"):
         table.add_column(column, justify="left" if column == "way" else "right")
     for name, found in seconds.items():
         table.add_row(name, f"{min(found):.2f}", f"{count / min(found):.1f}", f"{first / min(found):.2f}")

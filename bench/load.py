@@ -3,7 +3,7 @@
     python -m bench.load [--plot docs/images/load.png] [10000 100000 1000000]
 
 Each size is a drawn round (tests/campaign.py) with synthetic candidates, 8 a prompt, 8 x 8 pixels, scored by three
-rewards that are the mean of a colour: this measures what the stages do around models and pictures. Each stage is a
+rewards that are the mean of a color: this measures what the stages do around models and images. Each stage is a
 process of its own, imports included; memory is its peak resident set. `select` writes the winners.
 """
 
@@ -31,8 +31,8 @@ KEY, PER_PROMPT = "001", 8
 STAGES = ("score", "select", "report")
 
 
-class Colour:
-    """The mean of a colour, 0 (red), 1 or 2."""
+class Color:
+    """The mean of a color, 0 (red), 1 or 2."""
 
     def __init__(self, model: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> None:
         self.channel = int(model)
@@ -46,13 +46,13 @@ def make_project(root: Path, candidates: int) -> None:
     build_campaign(root, rounds=(KEY,))
     raw = json.loads((root / PARAMS_FILE).read_text(encoding="utf-8"))
     for channel, reward in enumerate(raw["rewards"].values()):
-        reward |= {"kind": "bench.load:Colour", "model": str(channel)}
+        reward |= {"kind": "bench.load:Color", "model": str(channel)}
     (root / PARAMS_FILE).write_text(json.dumps(raw), encoding="utf-8")
     files, rng = RoundFiles(root, KEY), np.random.default_rng(0)
     for path in files.candidates.iterdir():
         path.unlink()
-    pictures = [rng.integers(0, 255, (8, 8, 3), dtype=np.uint8) for _ in range(997)]
-    synthetic.write_candidates(files, candidates // PER_PROMPT, PER_PROMPT, pictures)
+    images = [rng.integers(0, 255, (8, 8, 3), dtype=np.uint8) for _ in range(997)]
+    synthetic.write_candidates(files, candidates // PER_PROMPT, PER_PROMPT, images)
 
 
 def plot(sizes: list[int], found: dict[str, list[Usage]], path: Path) -> None:

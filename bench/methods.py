@@ -119,7 +119,7 @@ def _base(params: Params, root: Path, pin_base, evaluate) -> None:
 
 
 def _note(params: Params, root: Path, key: str, adapter: Path) -> None:
-    """What metrics.json says, the sweep's best accuracy, and the diversity among right pictures."""
+    """What metrics.json says, the sweep's best accuracy, and the diversity among right images."""
     files = RoundFiles(root, key)
     found = json.loads((files.evaluation / "metrics.json").read_text())
     sweep = pl.read_csv(files.evaluation / "guidance.csv")
@@ -130,7 +130,7 @@ def _note(params: Params, root: Path, key: str, adapter: Path) -> None:
 
 
 def diversity_among_right(params: Params, root: Path, adapter: Path, images_per_prompt: int = 8) -> float:
-    """Mean pairwise pixel RMS (0 to 1) of a prompt's pictures that show it, mean over prompts with two or more.
+    """Mean pairwise pixel RMS (0 to 1) of a prompt's images that show it, mean over prompts with two or more.
 
     A model's plain diversity is mostly its mistakes when it errs often; this one mistakes do not raise.
     """
@@ -186,7 +186,7 @@ def _data(project: Path, runs: Path, tuning: bool) -> Path:
         return project / "data"
     folder = runs / "data"
     if not folder.exists():
-        from demo.make import write_pictures, write_prompts
+        from demo.make import write_images, write_prompts
         from demo.scenes import all_scenes, render
 
         partial = runs / "data.partial"
@@ -195,7 +195,7 @@ def _data(project: Path, runs: Path, tuning: bool) -> Path:
         scenes, order = all_scenes(), np.random.default_rng(3).permutation(360)
         held_out, rng = [scenes[i] for i in order[200:260]], np.random.default_rng(5)
         write_prompts(partial / "prompts" / "eval.jsonl", held_out, "tuning")
-        write_pictures(
+        write_images(
             partial / "reference" / "reference.parquet",
             [(scene, render(scene, rng)) for scene in held_out for _ in range(6)],
         )

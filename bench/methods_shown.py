@@ -1,4 +1,4 @@
-"""What bench.methods found, as a table and as a picture."""
+"""What bench.methods found, as a table and as a plot."""
 
 from __future__ import annotations
 

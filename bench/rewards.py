@@ -1,8 +1,8 @@
-"""Preparing pictures for a reward: this project's tensors against the PIL processor that a user would run otherwise.
+"""Preparing images for a reward: this project's tensors against the PIL processor that a user would run otherwise.
 
     python -m bench.rewards [--images 32] [--size 1024] [--repeats 5]
 
-Both start from the same decoded uint8 pictures and end in the same float32 batch. A reward's forward pass is the
+Both start from the same decoded uint8 images and end in the same float32 batch. A reward's forward pass is the
 same either way and left out. The table gives the best of the repeats, and how far apart the two batches are.
 """
 
@@ -42,7 +42,7 @@ def best(function: Callable[[], torch.Tensor], repeats: int) -> tuple[float, tor
 
 
 def by_hand(pixels: list[np.ndarray]) -> torch.Tensor:
-    """PIL and numpy, picture by picture, as the reward models' own repositories do it."""
+    """PIL and numpy, image by image, as the reward models' own repositories do it."""
     mean, std = np.array(OPENAI_MEAN, np.float32), np.array(OPENAI_STD, np.float32)
     prepared = [
         (np.asarray(Image.fromarray(one).resize((224, 224), Image.Resampling.BICUBIC), np.float32) / 255 - mean) / std
@@ -73,8 +73,8 @@ def main() -> None:
     }
     found = {name: best(way, arguments.repeats) for name, way in ways.items()}
     first, reference = next(iter(found.values()))
-    table = Table(title=f"{arguments.images} pictures {arguments.size}x{arguments.size} to 224x224")
-    for column in ("way", "ms a picture", "times as fast", "largest difference"):
+    table = Table(title=f"{arguments.images} images {arguments.size}x{arguments.size} to 224x224")
+    for column in ("way", "ms an image", "times as fast", "largest difference"):
         table.add_column(column, justify="left" if column == "way" else "right")
     for name, (seconds, batch) in found.items():
         off = (batch.cpu() - reference).abs().amax(dim=(0, 2, 3)) * torch.tensor(OPENAI_STD) * 255

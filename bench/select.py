@@ -2,8 +2,8 @@
 
     python -m bench.select [--candidates 10000000] [--per-prompt 8]
 
-Makes scores and candidate shards in the project's own schema, with two selecting rewards. Pictures are 1 x 1
-pixel and latents 16 numbers: this measures tables, not disks full of pictures. Three child processes run on them one
+Makes scores and candidate shards in the project's own schema, with two selecting rewards. Images are 1 x 1
+pixel and latents 16 numbers: this measures tables, not disks full of images. Three child processes run on them one
 after another: `srpo select`, whole; its choice alone, which reads scores and no candidates; and pandas (`groupby`,
 `transform`, `idxmax`) for that same choice. Memory is each child's peak resident set; CPU seconds say more
 than seconds on a machine that others use, too.

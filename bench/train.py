@@ -5,7 +5,7 @@
 Run it in the project's folder; it uses params.yaml's model and train settings. One candidate of each prompt stands for
 its winner. Both train the same LoRA on the same winners for the same number of steps of the same size at the same
 learning rates, and save it. The plain script does in every step what `train_text_to_image_lora_sdxl.py` does: read
-pictures, encode them with the VAE, encode their captions with both text encoders. The table gives the best of the
+images, encode them with the VAE, encode their captions with both text encoders. The table gives the best of the
 repeats, which take turns: of the whole, model loading and saving included, and of the median
 step.
 """
@@ -45,7 +45,7 @@ from srpo.stages.generate import generate
 from srpo.stages.train import train
 
 
-class Pictures(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset):
     """A folder of PNG files, each with its caption in a text file."""
 
     def __init__(self, folder: Path) -> None:
@@ -77,7 +77,7 @@ def by_hand(params: Params, root: Path, on_step: Callable[[], None]) -> None:
     counts = {"num_warmup_steps": settings.warmup_steps, "num_training_steps": settings.steps}
     rates = get_scheduler(settings.lr_schedule, optimizer, **counts)
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
-    loader = torch.utils.data.DataLoader(Pictures(root / "pictures"), settings.batch_size, shuffle=True, drop_last=True)
+    loader = torch.utils.data.DataLoader(Images(root / "images"), settings.batch_size, shuffle=True, drop_last=True)
     step, size = 0, [params.generate.height, params.generate.width]
     unet.train()
     while step < settings.steps:
@@ -118,15 +118,15 @@ def by_srpo(params: Params, root: Path, on_step: Callable[[], None]) -> None:
 def write_winners(params: Params, root: Path) -> None:
     """The first candidate of each prompt as its winner, for `train` and as files."""
     key = next(iter(params.rounds))
-    files, pictures = RoundFiles(root, key), root / "pictures"
+    files, images = RoundFiles(root, key), root / "images"
     generate(Round.of(params, root, key))
     rows = [row | {"weight": 1.0} for row in parquet.read_rows(files.candidates) if row["index"] == 0]
     fields = CANDIDATE_FIELDS | {"weight": pa.float32()}
     parquet.write_table(files.winners / "shard-00000.parquet", rows, fields)
-    pictures.mkdir()
+    images.mkdir()
     for row in rows:
-        (pictures / f"{row['prompt_id']}.png").write_bytes(row["image"]["bytes"])
-        (pictures / f"{row['prompt_id']}.txt").write_text(row["prompt"], encoding="utf-8")
+        (images / f"{row['prompt_id']}.png").write_bytes(row["image"]["bytes"])
+        (images / f"{row['prompt_id']}.txt").write_text(row["prompt"], encoding="utf-8")
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""How the tiny world in data/ was made: pictures, captions, a small SDXL, two small CLIPs. Not needed to run srpo."""
+"""How the tiny world in data/ was made: images, captions, a small SDXL, two small CLIPs. Not needed to run srpo."""

@@ -41,21 +41,21 @@ def make_vae() -> AutoencoderKL:
     )
 
 
-def train_vae(pictures: np.ndarray, *, steps: int, batch_size: int = 16) -> AutoencoderKL:
+def train_vae(images: np.ndarray, *, steps: int, batch_size: int = 16) -> AutoencoderKL:
     """Reconstruction (L1 and L2) with a light KL term; sets `scaling_factor` so that latents have unit variance.
 
     Args:
-        pictures: uint8 [n, 64, 64, 3].
+        images: uint8 [n, 64, 64, 3].
     """
     torch.manual_seed(1)
     vae, rng = make_vae().train(), np.random.default_rng(1)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in tqdm(range(steps), desc="vae", mininterval=10):
-        images = _unit(pictures[rng.integers(0, len(pictures), batch_size)])
-        posterior = vae.encode(images).latent_dist
+        batch = _unit(images[rng.integers(0, len(images), batch_size)])
+        posterior = vae.encode(batch).latent_dist
         decoded = vae.decode(posterior.sample()).sample
-        loss = functional.mse_loss(decoded, images) + 0.1 * functional.l1_loss(decoded, images)
+        loss = functional.mse_loss(decoded, batch) + 0.1 * functional.l1_loss(decoded, batch)
         loss = loss + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
         optimizer.zero_grad()
         loss.backward()
@@ -63,15 +63,15 @@ def train_vae(pictures: np.ndarray, *, steps: int, batch_size: int = 16) -> Auto
         optimizer.step()
         schedule.step()
     vae.eval()
-    latents = encode(vae, pictures[:1024])
+    latents = encode(vae, images[:1024])
     vae.register_to_config(scaling_factor=float(vae.config.scaling_factor / latents.std()))
     return vae
 
 
 @torch.inference_mode()
-def encode(vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
+def encode(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
     """Latent means times the scaling factor, float32 [n, 4, 8, 8]."""
-    parts = [vae.encode(_unit(pictures[i : i + 64])).latent_dist.mean for i in range(0, len(pictures), 64)]
+    parts = [vae.encode(_unit(images[i : i + 64])).latent_dist.mean for i in range(0, len(images), 64)]
     return torch.cat(parts).clone() * vae.config.scaling_factor
 
 
@@ -196,5 +196,5 @@ def _average(averaged: dict[str, torch.nn.Module], parts: dict[str, torch.nn.Mod
         torch._foreach_lerp_(list(averaged[name].parameters()), list(part.parameters()), 1 - decay)
 
 
-def _unit(pictures: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+def _unit(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -17,7 +17,7 @@ PROJECTION = 32
 
 
 def train_clip(
-    pictures: np.ndarray,
+    images: np.ndarray,
     labels: np.ndarray,
     captions: list[str],
     tokenizer: CLIPTokenizer,
@@ -32,8 +32,8 @@ def train_clip(
     """Write a CLIPModel and its CLIPProcessor to `out`, in half precision.
 
     Args:
-        pictures: uint8 [n, 64, 64, 3].
-        labels: int [n], which of `captions` is true of each picture.
+        images: uint8 [n, 64, 64, 3].
+        labels: int [n], which of `captions` is true of each image.
         captions: all captions; a batch is contrasted against every one of them.
     """
     torch.manual_seed(seed)
@@ -51,9 +51,9 @@ def train_clip(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     for _ in tqdm(range(steps), desc=f"clip {out.name}", mininterval=10):
-        picks = rng.integers(0, len(pictures), batch_size)
-        images = _spoiled(torch.from_numpy(pictures[picks]).permute(0, 3, 1, 2).float() / 255)
-        output = model(input_ids=tokens, pixel_values=(images - mean) / std)
+        picks = rng.integers(0, len(images), batch_size)
+        batch = _spoiled(torch.from_numpy(images[picks]).permute(0, 3, 1, 2).float() / 255)
+        output = model(input_ids=tokens, pixel_values=(batch - mean) / std)
         loss = functional.cross_entropy(output.logits_per_image, torch.from_numpy(labels[picks]))
         optimizer.zero_grad()
         loss.backward()
@@ -66,6 +66,6 @@ def train_clip(
 
 
 def _spoiled(images: torch.Tensor) -> torch.Tensor:
-    """Noise of a random strength on every picture: a reward must read pictures that are not quite right."""
+    """Noise of a random strength on every image: a reward must read images that are not quite right."""
     strength = 0.25 * torch.rand(len(images), 1, 1, 1)
     return (images + strength * torch.randn_like(images)).clamp(0, 1)

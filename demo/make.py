@@ -25,31 +25,31 @@ WRONG = 0.15  # per part of a caption: about four captions in ten name something
 class Effort:
     """How much of everything."""
 
-    pictures_per_scene: int = 24
+    images_per_scene: int = 24
     vae_steps: int = 3000
     clip_steps: int = 1200
     base_steps: int = 7000
 
 
-QUICK = Effort(pictures_per_scene=1, vae_steps=5, clip_steps=5, base_steps=5)
+QUICK = Effort(images_per_scene=1, vae_steps=5, clip_steps=5, base_steps=5)
 
 
 def make_world(out: Path, effort: Effort = Effort()) -> None:
-    """Write prompts, templates, reference pictures, reward, judge and base under `out`. What is there is kept."""
+    """Write prompts, templates, reference images, reward, judge and base under `out`. What is there is kept."""
     scenes, rng = all_scenes(), np.random.default_rng(0)
     train, held_out = split(scenes)
     write_prompts(out / "prompts" / "train.jsonl", train, "train")
     write_prompts(out / "prompts" / "eval.jsonl", held_out, "eval")
-    write_pictures(out / "templates.parquet", [(scene, render(scene)) for scene in scenes])
+    write_images(out / "templates.parquet", [(scene, render(scene)) for scene in scenes])
     reference = [(scene, render(scene, rng)) for scene in held_out for _ in range(6)]
-    write_pictures(out / "reference" / "reference.parquet", reference)
-    labels = np.repeat(np.arange(len(scenes)), effort.pictures_per_scene)
-    pictures = np.stack([render(scenes[label], rng) for label in labels])
-    _train_models(out, effort, scenes, labels, pictures, rng)
+    write_images(out / "reference" / "reference.parquet", reference)
+    labels = np.repeat(np.arange(len(scenes)), effort.images_per_scene)
+    images = np.stack([render(scenes[label], rng) for label in labels])
+    _train_models(out, effort, scenes, labels, images, rng)
 
 
 def split(scenes: list[Scene]) -> tuple[list[Scene], list[Scene]]:
-    """140 scenes to train on and 60 others to judge by; every colour, shape and place is in both."""
+    """140 scenes to train on and 60 others to judge by; every color, shape and place is in both."""
     order = np.random.default_rng(3).permutation(len(scenes))
     return [scenes[i] for i in order[:140]], [scenes[i] for i in order[140:200]]
 
@@ -64,14 +64,14 @@ def write_prompts(path: Path, scenes: list[Scene], prefix: str) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_pictures(path: Path, pictures: list[tuple[Scene, np.ndarray]]) -> None:
+def write_images(path: Path, images: list[tuple[Scene, np.ndarray]]) -> None:
     """A parquet file with columns image and prompt."""
-    rows = [{"image": encode_image(pixels), "prompt": scene.caption} for scene, pixels in pictures]
+    rows = [{"image": encode_image(pixels), "prompt": scene.caption} for scene, pixels in images]
     parquet.write_table(path, rows, {"image": IMAGE, "prompt": pa.string()})
 
 
 def _train_models(
-    out: Path, effort: Effort, scenes: list[Scene], labels: np.ndarray, pictures: np.ndarray, rng: np.random.Generator
+    out: Path, effort: Effort, scenes: list[Scene], labels: np.ndarray, images: np.ndarray, rng: np.random.Generator
 ) -> None:
     from diffusers import AutoencoderKL
 
@@ -83,15 +83,15 @@ def _train_models(
     tokenizer = make_tokenizer(captions, out / "work" / "tokenizer")
     vae_folder = out / "work" / "vae"
     if not vae_folder.exists():
-        train_vae(pictures, steps=effort.vae_steps).save_pretrained(vae_folder)
+        train_vae(images, steps=effort.vae_steps).save_pretrained(vae_folder)
     vae = AutoencoderKL.from_pretrained(vae_folder).eval()
     vae.register_to_config(_name_or_path="")  # else this machine's path goes into the shipped config
-    latents = encode(vae, pictures)
+    latents = encode(vae, images)
     # different seeds and sizes, so that what fools one need not fool the other
     for name, seed, width, layers in (("reward", 11, 48, 2), ("judge", 12, 80, 3)):
         if not (out / name).exists():
             train_clip(
-                pictures, labels, captions, tokenizer, out / name,
+                images, labels, captions, tokenizer, out / name,
                 seed=seed, width=width, layers=layers, steps=effort.clip_steps,
             )  # fmt: skip
     if not (out / "base").exists():
@@ -100,7 +100,7 @@ def _train_models(
 
 
 def _show(out: Path):
-    """At a checkpoint: log the exact judge's accuracy on train prompts and keep a sheet of pictures."""
+    """At a checkpoint: log the exact judge's accuracy on train prompts and keep a sheet of images."""
     import torch
     from PIL import Image
 

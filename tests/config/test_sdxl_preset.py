@@ -76,17 +76,17 @@ def reduced(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`srpo init --preset sdxl`, reduced, with prompts and reference pictures, run through round 001 offline."""
+    """`srpo init --preset sdxl`, reduced, with prompts and reference images, run through round 001 offline."""
     root = tmp_path_factory.mktemp("sdxl") / "project"
     assert cli.run(["init", "--preset", "sdxl", str(root)]) == 0
     whole = load_params(root / "params.yaml")
     reduced(root / "params.yaml")
     shutil.rmtree(root / "data")
-    texts = [f"{count} {colour} fox" for count in ("one", "two") for colour in ("red", "white", "old", "sad")]
+    texts = [f"{count} {color} fox" for count in ("one", "two") for color in ("red", "white", "old", "sad")]
     write_prompts(root / whole.prompts.train, texts[:4], "train")
     write_prompts(root / whole.prompts.eval, texts[4:], "eval")
-    pictures = np.random.default_rng(0).integers(0, 255, (12, SIZE, SIZE, 3), dtype=np.uint8)
-    rows = [{"image": encode_image(pixels)} for pixels in pictures]
+    images = np.random.default_rng(0).integers(0, 255, (12, SIZE, SIZE, 3), dtype=np.uint8)
+    rows = [{"image": encode_image(pixels)} for pixels in images]
     for number in range(2):
         part = root / whole.evaluate.reference / f"part-{number}.parquet"
         parquet.write_table(part, rows[6 * number : 6 * number + 6], {"image": IMAGE})
@@ -120,7 +120,7 @@ def test_the_round_is_whole(project: Path) -> None:
     assert (folder / "report" / "index.html").stat().st_size > 10_000
 
 
-def test_the_presets_vae_made_the_pictures(project: Path) -> None:
+def test_the_presets_vae_made_the_images(project: Path) -> None:
     params = load_params(project / "params.yaml")
     snapshots = Path(json.loads((project / "environment.json").read_text())["HF_HOME"], "hub", VAE_SNAPSHOTS)
     vae = AutoencoderKL.from_pretrained(snapshots / params.model.vae_revision)

@@ -1,4 +1,4 @@
-"""The tiny world: its pictures say what its captions say, and a minute-size run makes every part of it."""
+"""The tiny world: its images say what its captions say, and a minute-size run makes every part of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from demo.make import QUICK, make_world, split
-from demo.scenes import COLOURS, POSITIONS, SHAPES, all_scenes, miscaptioned, render
+from demo.scenes import COLORS, POSITIONS, SHAPES, all_scenes, miscaptioned, render
 
 REPO = Path(__file__).parents[2]
 
@@ -30,7 +30,7 @@ def quick_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_no_two_scenes_share_a_caption_or_a_picture() -> None:
+def test_no_two_scenes_share_a_caption_or_an_image() -> None:
     scenes = all_scenes()
     assert len({scene.caption for scene in scenes}) == len({render(scene).tobytes() for scene in scenes}) == 360
 
@@ -39,7 +39,7 @@ def test_both_prompt_sets_hold_every_part_of_the_world() -> None:
     train, held_out = split(all_scenes())
     assert not set(train) & set(held_out)
     for scenes in (train, held_out):
-        assert {scene.colour for scene in scenes} == set(COLOURS)
+        assert {scene.color for scene in scenes} == set(COLORS)
         assert {scene.shape for scene in scenes} == set(SHAPES)
         assert {scene.position for scene in scenes} == set(POSITIONS)
 
@@ -53,18 +53,18 @@ def test_wrong_captions_are_scattered() -> None:
     assert len(told) > 50 and max(told.values()) < 200
 
 
-def test_the_exact_judge_reads_pictures_of_the_world(quick_world: Path) -> None:
+def test_the_exact_judge_reads_images_of_the_world(quick_world: Path) -> None:
     """Its errors are the noise of the accuracy that the campaign reports."""
     from srpo.rewards.templates import TemplateReward
 
     judge = TemplateReward(str(quick_world / "templates.parquet"), None, torch.device("cpu"))
     rng, scenes = np.random.default_rng(1), all_scenes()
-    pictures = torch.from_numpy(np.stack([render(scene, rng) for scene in scenes])).permute(0, 3, 1, 2)
-    noisy = (pictures + 20 * torch.randn(pictures.shape, generator=torch.manual_seed(0))).clamp(0, 255).byte()
+    images = torch.from_numpy(np.stack([render(scene, rng) for scene in scenes])).permute(0, 3, 1, 2)
+    noisy = (images + 20 * torch.randn(images.shape, generator=torch.manual_seed(0))).clamp(0, 255).byte()
     captions = [scene.caption for scene in scenes]
-    assert judge.score(pictures, captions).mean() > 0.99
+    assert judge.score(images, captions).mean() > 0.99
     assert judge.score(noisy, captions).mean() > 0.98
-    assert judge.score(pictures, captions[1:] + captions[:1]).mean() < 0.01
+    assert judge.score(images, captions[1:] + captions[:1]).mean() < 0.01
 
 
 def test_the_models_are_in_the_formats_that_srpo_reads(quick_world: Path) -> None:

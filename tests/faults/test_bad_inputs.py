@@ -200,18 +200,18 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "an init of no preset": (["init", "new", "--preset", "../sdxl"], "--preset: no preset '../sdxl'"),
     "an init in a file": (["init", "params.yaml"], "params.yaml"),
     "scores under a file": (
-        ["score-images", "pictures", "--prompt", "x", "--reward", "own:Mean", "--out", "params.yaml/x/y"],
+        ["score-images", "images", "--prompt", "x", "--reward", "own:Mean", "--out", "params.yaml/x/y"],
         "params.yaml is a file",
     ),
-    "a reward without a name": (["score-images", "pictures", "--prompt", "x", "--reward", "=x"], "--reward: "),
-    "a reward of no model": (["score-images", "pictures", "--prompt", "x", "--reward", "templates="], "--reward: "),
+    "a reward without a name": (["score-images", "images", "--prompt", "x", "--reward", "=x"], "--reward: "),
+    "a reward of no model": (["score-images", "images", "--prompt", "x", "--reward", "templates="], "--reward: "),
 }
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_that_can_not_be(name: str, world: Path, capfd: pytest.CaptureFixture) -> None:
     argv, expected = COMMANDS[name]
-    content("pictures/a.png", b"")(world)
+    content("images/a.png", b"")(world)
     assert cli.run(["base"]) == 0
     refused(world, argv, expected, capfd)
 
@@ -232,24 +232,24 @@ def bomb(side: int = 60_000) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-# files that score-images meets as pictures (tests/test_score_images.py has a dozen more)
-PICTURES: dict[str, Change] = {
-    "nothing": content("pictures/a.png", b""),
-    "a text": content("pictures/a.png", "no picture"),
-    "a drawing": content("pictures/a.png", "<svg xmlns='http://www.w3.org/2000/svg'/>"),
-    "a bomb": content("pictures/a.png", bomb()),
-    "a pickle": content("pictures/a.png", b"\x80\x04cos\nsystem\n(S'true'\ntR."),
-    "a folder": lambda root: (root / "pictures" / "a.png").mkdir(parents=True),
-    "a link to nowhere": lambda root: ((root / "pictures").mkdir(), (root / "pictures/a.png").symlink_to("nowhere")),
+# files that score-images meets as images (tests/test_score_images.py has a dozen more)
+IMAGES: dict[str, Change] = {
+    "nothing": content("images/a.png", b""),
+    "a text": content("images/a.png", "no image"),
+    "a drawing": content("images/a.png", "<svg xmlns='http://www.w3.org/2000/svg'/>"),
+    "a bomb": content("images/a.png", bomb()),
+    "a pickle": content("images/a.png", b"\x80\x04cos\nsystem\n(S'true'\ntR."),
+    "a folder": lambda root: (root / "images" / "a.png").mkdir(parents=True),
+    "a link to nowhere": lambda root: ((root / "images").mkdir(), (root / "images/a.png").symlink_to("nowhere")),
 }
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_bad_pictures(name: str, world: Path, capfd: pytest.CaptureFixture) -> None:
-    PICTURES[name](world)
+@pytest.mark.parametrize("name", IMAGES)
+def test_bad_images(name: str, world: Path, capfd: pytest.CaptureFixture) -> None:
+    IMAGES[name](world)
     (world / "own.py").write_text(MEAN)
-    argv = ["score-images", "pictures", "--prompt", "x", "--reward", "own:Mean"]
-    refused(world, argv, "pictures/a.png: not a readable image", capfd)
+    argv = ["score-images", "images", "--prompt", "x", "--reward", "own:Mean"]
+    refused(world, argv, "images/a.png: not a readable image", capfd)
 
 
 @pytest.fixture(scope="module")

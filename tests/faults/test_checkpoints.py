@@ -150,7 +150,7 @@ REWARDS: dict[str, tuple[str, Change, str]] = {
         "rewards.aesthetic: can't load",
     ),
     "templates that are a pickle": ("templates=evil.parquet", hostile("evil.parquet"), "rewards.templates: "),
-    "templates without pictures": ("templates=data/prompts/eval.jsonl", lambda root: None, "rewards.templates: "),
+    "templates without images": ("templates=data/prompts/eval.jsonl", lambda root: None, "rewards.templates: "),
     "a model of its own code": (
         "vqascore=data/reward",
         coded("data/reward/config.json", model_type="evil", auto_map={"AutoConfig": "evil.Evil"}),
@@ -169,10 +169,10 @@ def test_a_bad_reward_model(name: str, world: Path, capfd: pytest.CaptureFixture
     from PIL import Image
 
     reward, change, expected = REWARDS[name]
-    (world / "pictures").mkdir()
-    Image.radial_gradient("L").save(world / "pictures" / "a.png")
+    (world / "images").mkdir()
+    Image.radial_gradient("L").save(world / "images" / "a.png")
     change(world)
-    refused(world, ["score-images", "pictures", "--prompt", "x", "--reward", reward], expected, capfd)
+    refused(world, ["score-images", "images", "--prompt", "x", "--reward", reward], expected, capfd)
     assert not list(world.rglob(MARK)), "its code ran"
 
 

@@ -146,9 +146,9 @@ def test_flat_previews_have_no_score(params: Params, world: Path) -> None:
     from srpo.sampling.sampler import Sampler
 
     reward = load_reward(params.rewards["reward"], world, torch.device("cpu"))
-    pictures = torch.randint(0, 255, (3, 32, 32, 3), dtype=torch.uint8)
-    pictures[1] = 7
-    scores = EarlyRejection(Sampler(params), with_rules(params).generate, reward)._scores(pictures, "a red circle")
+    images = torch.randint(0, 255, (3, 32, 32, 3), dtype=torch.uint8)
+    images[1] = 7
+    scores = EarlyRejection(Sampler(params), with_rules(params).generate, reward)._scores(images, "a red circle")
     assert [score == score for score in scores] == [True, False, True]
 
 

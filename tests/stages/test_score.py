@@ -1,4 +1,4 @@
-"""Stage score: candidates that are no pictures are marked, counted and never win."""
+"""Stage score: candidates that are no images are marked, counted and never win."""
 
 from __future__ import annotations
 

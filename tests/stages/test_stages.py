@@ -153,7 +153,7 @@ def test_evaluation_does_not_depend_on_batch_size_or_cache(params: Params, world
     assert found[0] == found[1] == content(files.evaluation)
 
 
-def test_evaluation_holds_one_batch_of_pictures(params: Params, world: Path, monkeypatch) -> None:
+def test_evaluation_holds_one_batch_of_images(params: Params, world: Path, monkeypatch) -> None:
     module, asked = sys.modules["srpo.stages.evaluate"], []
     monkeypatch.setattr(module, "BATCH", 3)
     real = module.sample_images

@@ -41,7 +41,7 @@ def build_campaign(root: Path, rounds: tuple[str, ...] = ("001", "002"), size: i
 
     Args:
         rounds: which of the tree have run.
-        size: pixels of a picture's side.
+        size: pixels of an image's side.
     """
     root.mkdir(parents=True, exist_ok=True)
     params = _write_params(root)
@@ -137,7 +137,7 @@ def write_evaluation(params: Params, root: Path, key: str, size: int = 16, shift
     places = [(i, index) for i in range(len(PROMPTS)) for index in range(2)]
     fields = {"prompt_id": pa.string(), "prompt": pa.string(), "index": pa.int32()}
     known = [{"prompt_id": f"eval-{i:04d}", "prompt": PROMPTS[i], "index": index} for i, index in places]
-    samples = [row | {"image": _picture(i, 0.2 + 0.3 * depth, size, "eval", index)} for row, (i, index)
+    samples = [row | {"image": _image(i, 0.2 + 0.3 * depth, size, "eval", index)} for row, (i, index)
                in zip(known, places, strict=True)]  # fmt: skip
     parquet.write_table(files.evaluation / "samples.parquet", samples, fields | {"image": IMAGE})
     scores = [row | {"guidance": float(guidance)} | {name: values[name] for name in params.rewards}
@@ -167,7 +167,7 @@ def _write_candidates(params: Params, root: Path, key: str, size: int) -> None:
             identity = {"candidate_id": f"train-{i:04d}-{index}", "prompt_id": f"train-{i:04d}", "index": index}
             rows.append(
                 identity
-                | {"prompt": prompt, "seed": index, "image": _picture(i, quality, size, key, index)}
+                | {"prompt": prompt, "seed": index, "image": _image(i, quality, size, key, index)}
                 | {"latents": bytes(8), "latents_shape": [1, 2, 2], "steps": 12, "guidance": 3.0}
             )
             judged = {name: quality - 0.1 * j * quality**2 for j, name in enumerate(params.rewards)}
@@ -210,12 +210,12 @@ def write_dvc_lock(params: Params, root: Path, rounds: tuple[str, ...]) -> None:
     write_json(root / "dvc.lock", {"schema": "2.0", "stages": stages})
 
 
-def _picture(prompt: int, quality: float, size: int, *seed: str | int) -> dict:
-    """A coloured disc (even prompts) or square in noise: the better, the clearer."""
+def _image(prompt: int, quality: float, size: int, *seed: str | int) -> dict:
+    """A colored disc (even prompts) or square in noise: the better, the clearer."""
     y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
     shape = (x**2 + y**2 < 0.5) if prompt % 2 == 0 else np.maximum(abs(x), abs(y)) < 0.6
-    colour = np.array([(220, 60, 50), (60, 160, 80), (60, 90, 210)][prompt % 3])
-    clean = np.where(shape[..., None], colour, 240)
+    color = np.array([(220, 60, 50), (60, 160, 80), (60, 90, 210)][prompt % 3])
+    clean = np.where(shape[..., None], color, 240)
     noise = _generator(prompt, *seed).integers(0, 255, (size, size, 3))
     quality = min(1.0, quality)
     return encode_image((quality * clean + (1 - quality) * noise).astype(np.uint8))

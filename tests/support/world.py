@@ -30,7 +30,7 @@ from srpo.data.images import encode_image
 from srpo.data.schemas import IMAGE
 
 REPO = Path(__file__).parents[2]
-COLOURS, SHAPES = ["red", "green", "blue"], ["circle", "square"]
+COLORS, SHAPES = ["red", "green", "blue"], ["circle", "square"]
 SIZE, LENGTH = 32, 16
 
 
@@ -46,12 +46,12 @@ def build_world(root: Path) -> Path:
         processor = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
         CLIPProcessor(image_processor=processor, tokenizer=tokenizer).save_pretrained(data / name)
     shutil.rmtree(root / "vocab")
-    texts = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    texts = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
     write_prompts(data / "prompts" / "train.jsonl", texts[:4], "train")
     write_prompts(data / "prompts" / "eval.jsonl", texts[4:], "eval")
-    pictures = np.random.default_rng(0).integers(0, 255, (12, SIZE, SIZE, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 255, (12, SIZE, SIZE, 3), dtype=np.uint8)
     fields = {"image": IMAGE, "prompt": pa.string()}
-    rows = [{"image": encode_image(pixels), "prompt": texts[i % 6]} for i, pixels in enumerate(pictures)]
+    rows = [{"image": encode_image(pixels), "prompt": texts[i % 6]} for i, pixels in enumerate(images)]
     parquet.write_table(data / "reference" / "reference.parquet", rows, fields)
     parquet.write_table(data / "templates.parquet", rows[:6], fields)
     shutil.copy(REPO / "dvc.yaml", root)
