@@ -48,6 +48,11 @@ class ModelParams(Section):
         None, min_length=1, description="another VAE, such as madebyollin/sdxl-vae-fp16-fix; null uses the base's"
     )
     vae_revision: str | None = Field(None, description="Hub revision of `vae`")
+    long_prompts: Literal["cut", "chunk"] = Field(
+        "cut",
+        description="prompts longer than the 77 tokens that the text encoders read: cut them off, or encode them in"
+        " chunks of 75 tokens",
+    )
     scheduler: SchedulerName | None = Field(
         None, description="class of diffusers' scheduler to sample with; null is the base's own"
     )

@@ -61,6 +61,13 @@ def negative_prompts(prompts: Sequence[Prompt], default: str | None) -> list[str
     return [default if prompt.negative_prompt is None else prompt.negative_prompt for prompt in prompts]
 
 
+def named_texts(prompts: Sequence[Prompt], negative_prompt: str | None) -> list[tuple[str, str]]:
+    """Return every text that the text encoders read, with the prompt's id: prompts and negative prompts."""
+    negatives = [(f"{prompt.id}'s negative_prompt", prompt.negative_prompt) for prompt in prompts]
+    texts = [*((prompt.id, prompt.prompt) for prompt in prompts), *negatives, ("negative_prompt", negative_prompt)]
+    return [(name, text) for name, text in texts if text]
+
+
 def check_disjoint(
     train: Sequence[Prompt],
     evaluation: Sequence[Prompt],

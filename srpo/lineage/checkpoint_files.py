@@ -164,6 +164,9 @@ def _check_folder(key: str, folder: Path, variant: str | None, own_vae: bool) ->
         raise UserError(f"{key}: {folder}: {reason}; {REMEDY}")
     if variant and not any(_weight_files(folder / part, stem, variant) for part, stem in WEIGHTS.items()):
         raise UserError(f"model.variant: {folder} has no file of the variant {variant!r}; leave the key out")
+    for part in ("tokenizer", "tokenizer_2"):
+        if not any((folder / part / name).exists() for name in ("tokenizer.json", "vocab.json")):
+            raise UserError(f"{key}: {folder} holds no {part}/vocab.json; bring the whole model there")
     for part, stem in WEIGHTS.items():
         if part == "vae" and not own_vae:
             continue

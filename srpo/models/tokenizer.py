@@ -10,13 +10,13 @@ import gzip
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srpo.config.schema import ModelParams
-from srpo.data.prompts import Prompt
 from srpo.errors import user_error
+from srpo.rounds import Round
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -24,10 +24,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 CONFIG = Path(__file__).parent / "sdxl"
 TOKENS = 77
+NUM_SPECIAL_TOKENS = 2
 
 
-def load_tokenizer(model: ModelParams, root: Path) -> CLIPTokenizer:
+def load_tokenizer(model: ModelParams, root: Path, *, local_only: bool = False) -> CLIPTokenizer:
     """Load the tokenizer of the base's text encoders, from the Hub where the base is there.
+
+    Args:
+        local_only: look for it in folders and in the Hub's cache only.
 
     Raises:
         UserError: it can't be loaded.
@@ -39,31 +43,51 @@ def load_tokenizer(model: ModelParams, root: Path) -> CLIPTokenizer:
         from transformers import CLIPTokenizer
 
         source = str(path) if path.exists() else model.base
-        return CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", revision=model.revision)
+        options = {"revision": model.revision, "local_files_only": local_only}
+        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **options)
+        if len(tokenizer) <= NUM_SPECIAL_TOKENS:  # transformers makes one without words where it finds no files
+            raise ValueError("it has no tokenizer")
+        return tokenizer
 
 
-def text_read(tokenizer: CLIPTokenizer) -> Callable[[str], str | None]:
+def num_tokens(tokenizer: CLIPTokenizer, text: str) -> int:
+    """Return the number of a text's tokens, with start and end."""
+    return len(tokenizer(text, verbose=False).input_ids)
+
+
+def token_limit(tokenizer: CLIPTokenizer) -> int:
+    """Return how many tokens the text encoders read at once, with start and end."""
+    return min(tokenizer.model_max_length, TOKENS)
+
+
+def text_read(model: ModelParams, tokenizer: CLIPTokenizer) -> Callable[[str], str | None]:
     """Return a function that gives the tokens of a text that are read, or None for a text that is not cut."""
-    limit = min(tokenizer.model_max_length, TOKENS)
+    limit = token_limit(tokenizer)
 
     def read(text: str) -> str | None:
         tokens = tokenizer(text, truncation=True, max_length=limit + 1).input_ids
         return " ".join(map(str, tokens[: limit - 1])) if len(tokens) > limit else None
 
-    return read
+    return read if model.long_prompts == "cut" else lambda text: None
 
 
-def warn_of_cut_prompts(stage: str, prompts: Sequence[Prompt], tokenizer: CLIPTokenizer) -> None:
-    """Log once how many of these prompts the text encoders do not read to their end."""
-    read = text_read(tokenizer)
-    cut = [prompt.id for prompt in prompts if read(prompt.prompt) is not None]
+def warn_of_cut_prompts(stage: str, prompts: Iterable[tuple[str, str]], round: Round) -> None:
+    """Log once how many of these prompts the text encoders do not read to their end.
+
+    Args:
+        prompts: name and text of each.
+    """
+    model = round.params.model
+    tokenizer = load_tokenizer(model, round.root)
+    read = text_read(model, tokenizer)
+    names = [(name, read(text) is not None) for name, text in prompts]
+    cut = [name for name, is_cut in names if is_cut]
     if cut:
-        limit = min(tokenizer.model_max_length, TOKENS)
         log.warning(
-            "%s: %d of %d prompts are longer than the %d tokens that the text encoders read, such as %s; the rest of"
-            " them is cut off",
-            stage, len(cut), len(prompts), limit, cut[0],
-        )  # fmt: skip
+            "%s %s: %d of %d prompts are longer than the %d tokens that the text encoders read, such as %s; the rest of"
+            " them is cut off (model.long_prompts: chunk reads them to the end)",
+            *(stage, round.key, len(cut), len(names), token_limit(tokenizer), cut[0]),
+        )
 
 
 def clip_tokenizer(pad_token: str) -> CLIPTokenizer:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from srpo.config.loader import Params
-from srpo.config.schema import INCEPTION, MIN_REFERENCE_IMAGES
+from srpo.config.schema import INCEPTION, MIN_REFERENCE_IMAGES, ModelParams
 from srpo.data.prompts import Prompt, check_disjoint, load_prompts, normalize
 from srpo.errors import UserError
+from srpo.models.tokenizer import load_tokenizer, num_tokens, text_read, token_limit
 from srpo.preflight import CheckResult
-from srpo.preflight.models import find_base_file
 
-CLIP_TOKENS = 77
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
 FEW_PROMPTS = 100
 FID_IMAGES = 10_000
-
-Tokenizer = tuple[Callable[[str], int], int]  # counts a prompt's tokens; the most that the model reads
 
 
 def check_prompts(params: Params, root: Path) -> tuple[list[CheckResult], tuple[int, int] | None]:
@@ -26,7 +27,7 @@ def check_prompts(params: Params, root: Path) -> tuple[list[CheckResult], tuple[
         One result per file, and one for the two together if both are readable; the numbers of train and eval prompts,
         or None if a file is not readable.
     """
-    tokenizer = _load_tokenizer(params, root)
+    tokenizer = _find_tokenizer(params, root)
     results: list[CheckResult] = []
     files: list[list[Prompt]] = []
     for name, path in params.prompts.model_dump().items():
@@ -35,12 +36,13 @@ def check_prompts(params: Params, root: Path) -> tuple[list[CheckResult], tuple[
         except UserError as error:
             results.append(CheckResult(f"prompts.{name}", "fail", str(error)))
         else:
-            results.append(_check_texts(f"prompts.{name}", prompts, tokenizer))
+            results.append(_check_texts(f"prompts.{name}", prompts, params.model, tokenizer))
             files.append(prompts)
     if len(files) < 2:
         return results, None
     train, held_out = files
-    return [*results, _check_disjoint(train, held_out)], (len(train), len(held_out))
+    read = text_read(params.model, tokenizer) if tokenizer else lambda text: None
+    return [*results, _check_disjoint(train, held_out, read)], (len(train), len(held_out))
 
 
 def check_reference(params: Params, root: Path) -> CheckResult:
@@ -60,21 +62,24 @@ def check_reference(params: Params, root: Path) -> CheckResult:
     return CheckResult(key, "ok", f"{count} images")
 
 
-def _check_texts(key: str, prompts: Sequence[Prompt], tokenizer: Tokenizer | None) -> CheckResult:
+def _check_texts(
+    key: str, prompts: Sequence[Prompt], model: ModelParams, tokenizer: CLIPTokenizer | None
+) -> CheckResult:
     duplicates = len(prompts) - len({normalize(prompt.prompt) for prompt in prompts})
     warnings, notes = [], []
     if duplicates:
         warnings.append(f"{duplicates} duplicate texts: remove them")
     if tokenizer:
-        count_tokens, limit = tokenizer
-        counts = [(prompt.id, count_tokens(prompt.prompt)) for prompt in prompts]
+        limit = token_limit(tokenizer)
+        counts = [(prompt.id, num_tokens(tokenizer, prompt.prompt)) for prompt in prompts]
         too_long = [(name, tokens) for name, tokens in counts if tokens > limit]
         if too_long:
             name, tokens = too_long[0]
-            warnings.append(
-                f"{len(too_long)} longer than the {limit} tokens that CLIP reads, the rest is ignored:"
-                f" {name} has {tokens}"
-            )
+            found = f"{len(too_long)} longer than the {limit} tokens that CLIP reads"
+            if model.long_prompts == "cut":
+                warnings.append(f"{found}, the rest is cut off (model.long_prompts): {name} has {tokens}")
+            else:
+                notes.append(f"{found}, encoded in chunks: {name} has {tokens}")
         else:
             notes.append(f"none longer than {limit} tokens")
     else:
@@ -85,24 +90,19 @@ def _check_texts(key: str, prompts: Sequence[Prompt], tokenizer: Tokenizer | Non
     return CheckResult(key, "warn" if warnings else "ok", text)
 
 
-def _load_tokenizer(params: Params, root: Path) -> Tokenizer | None:
-    """Load the base model's tokenizer, which counts start and end tokens, too; None if it is not on this machine."""
-    file = find_base_file(params, root, "tokenizer/tokenizer.json") or find_base_file(
-        params, root, "tokenizer/vocab.json", "tokenizer/merges.txt"
-    )
-    if file is None:
-        return None
-    from transformers import CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(file.parent)
-    limit = min(tokenizer.model_max_length, CLIP_TOKENS)
-    tokenizer.model_max_length = 10**9  # else it warns about every long prompt
-    return lambda text: len(tokenizer(text).input_ids), limit
-
-
-def _check_disjoint(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> CheckResult:
+def _find_tokenizer(params: Params, root: Path) -> CLIPTokenizer | None:
+    """Load the base model's tokenizer; None if it is not on this machine."""
     try:
-        check_disjoint(train, held_out)
+        return load_tokenizer(params.model, root, local_only=True)
+    except UserError:
+        return None
+
+
+def _check_disjoint(
+    train: Sequence[Prompt], held_out: Sequence[Prompt], read: Callable[[str], str | None]
+) -> CheckResult:
+    try:
+        check_disjoint(train, held_out, read)
     except UserError as error:
         return CheckResult("prompts", "fail", str(error))
     return CheckResult("prompts", "ok", "train and eval share no text")

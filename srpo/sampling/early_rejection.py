@@ -64,6 +64,11 @@ class EarlyRejection:
         self.embeds = embeds
         self.prompts = prompts
         self.on_images = on_images
+        for group in embeds.groups([candidate.row for candidate in candidates]):
+            self._sample_group([candidates[i] for i in group])
+
+    def _sample_group(self, candidates: Sequence[Candidate]) -> None:
+        """Fill in candidates that fit into one batch."""
         self.queues: list[deque[Candidate]] = [deque() for _ in self.stops]
         self.queues[0].extend(candidates)
         self.waiting: dict[tuple[int, int], list[tuple[Candidate, torch.Tensor]]] = {}

@@ -14,7 +14,7 @@ import torch
 from srpo.lineage.identity import COMMIT
 from srpo.lineage.record import read_lineage
 from srpo.rounds import BASE, RoundFiles
-from srpo.sampling.conditioning import PromptEmbeds
+from srpo.sampling.conditioning import Conditioning, PromptEmbeds, stacked
 from srpo.storage.checksummed import load_with_checksum, save_with_checksum
 from srpo.storage.hashing import value_digest
 
@@ -36,7 +36,7 @@ def prompt_embeds(
     """
     distinct = list(dict.fromkeys(text for text in negatives if text is not None))
     rows = {text: len(prompts) + number for number, text in enumerate(distinct)}
-    embeds = sampler.as_embeds(**_tensors(sampler, [*prompts, *distinct], root))
+    embeds = _stored(sampler, [*prompts, *distinct], root).to(sampler.device)
     return replace(embeds, negatives=tuple(-1 if text is None else rows[text] for text in negatives))
 
 
@@ -51,48 +51,63 @@ class StoredEmbeds:
         self._device = sampler.device
         self._num_prompts = len(prompts)
         self._parts = [
-            _tensors(sampler, prompts[start : start + PROMPTS_PER_FILE], root)
+            _stored(sampler, prompts[start : start + PROMPTS_PER_FILE], root)
             for start in range(0, len(prompts) or 1, PROMPTS_PER_FILE)
         ]
 
     def __len__(self) -> int:
         return self._num_prompts + 1
 
-    def __getitem__(self, rows: Sequence[int]) -> PromptEmbeds:
-        """Return these rows on the sampler's device."""
-        places = [(-1, -1) if row == self._num_prompts else divmod(row, PROMPTS_PER_FILE) for row in rows]
-        tokens, pooled = (
-            torch.stack([self._parts[part][name][row] for part, row in places]).to(self._device)
-            for name in ("tokens", "pooled")
-        )
-        return PromptEmbeds(tokens, pooled)
+    def __getitem__(self, rows: Sequence[int]) -> Conditioning:
+        """Return the conditioning of these rows on the sampler's device."""
+        places = [self._place(row) for row in rows]
+        pooled = torch.stack([part.pooled[row] for part, row in places])
+        found = stacked((part.text(row) for part, row in places), pooled)
+        return Conditioning(*(tensor.to(self._device) for tensor in found))
+
+    def num_chunks(self, row: int) -> int:
+        """Return the number of a prompt's chunks."""
+        part, row = self._place(row)
+        return part.num_chunks(row)
+
+    def _place(self, row: int) -> tuple[PromptEmbeds, int]:
+        if row == self._num_prompts:
+            return self._parts[-1], -1
+        part, row = divmod(row, PROMPTS_PER_FILE)
+        return self._parts[part], row
 
 
-def _tensors(sampler: Sampler, prompts: Sequence[str], root: Path) -> dict[str, torch.Tensor]:
-    """Return `tokens` and `pooled` of `sampler.encode(prompts)` on the CPU, memory-mapped from `.srpo/cache/embeds/`.
+def _stored(sampler: Sampler, prompts: Sequence[str], root: Path) -> PromptEmbeds:
+    """Return `sampler.encode(prompts)` on the CPU, memory-mapped from `.srpo/cache/embeds/`.
 
     The cache key holds the identity of the base model that stage `base` recorded; a Hub model that is not pinned to a
     commit has no identity and is encoded each time. Files of another identity are removed, damaged ones replaced.
     """
     identity = _identity(root, sampler.model.variant)
     if identity is None:
-        return _encoded(sampler, prompts)
+        return _loaded(_encoded(sampler, prompts))
     cache = root / ".srpo" / "cache" / "embeds"
     for stale in cache.glob("*"):
         if stale.name != identity:
             shutil.rmtree(stale, ignore_errors=True)
-    inputs = [str(sampler.unet.dtype), sampler.device.type, list(prompts)]
+    inputs = [str(sampler.unet.dtype), sampler.device.type, sampler.model.long_prompts, list(prompts)]
     file = cache / identity / f"{value_digest(inputs)[:32]}.safetensors"
     tensors = _read(file)
     if tensors is None:
         save_with_checksum(_encoded(sampler, prompts), file)
         tensors = load_with_checksum(file)
-    return tensors
+    return _loaded(tensors)
 
 
 def _encoded(sampler: Sampler, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     embeds = sampler.encode(prompts)
-    return {"tokens": embeds.tokens.contiguous().cpu(), "pooled": embeds.pooled.contiguous().cpu()}
+    chunks = torch.tensor(embeds.chunks, dtype=torch.int64)
+    tensors = {"tokens": embeds.tokens, "pooled": embeds.pooled, "chunks": chunks}
+    return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+
+
+def _loaded(tensors: dict[str, torch.Tensor]) -> PromptEmbeds:
+    return PromptEmbeds(tensors["tokens"], tensors["pooled"], tuple(tensors["chunks"].tolist()))
 
 
 def _identity(root: Path, variant: str | None) -> str | None:

@@ -25,13 +25,13 @@ from srpo.models.adapters import with_adapter
 from srpo.models.pipeline import TEXT_PARTS, load_pipeline, optimize_for_inference
 from srpo.runtime.device import pick_device, pick_dtype
 from srpo.sampling.batch_invariant import BatchInvariant
-from srpo.sampling.conditioning import PromptEmbeds
+from srpo.sampling.conditioning import Conditioning, PromptEmbeds, stacked
+from srpo.sampling.text_encoding import encode_prompts
 
 log = logging.getLogger(__name__)
 # rows that a network sees at once on a CPU
 UNET_ROWS = 64
 DECODER_ROWS = 32
-TEXT_ROWS = 32
 CUDA_DECODER_ROWS = 8  # the decoder takes far more memory for an image than the UNet
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -68,24 +68,15 @@ class Sampler:
         self.batch_invariant = BatchInvariant() if self.device.type == "cpu" else None
         self.batch_size = params.runtime.batch_size
 
-    @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Return the conditioning of n prompts and, as row n, that of the empty prompt."""
-        tokens = []
-        pooled = []
-        for start in range(0, len(prompts) or 1, TEXT_ROWS):
-            part = list(prompts[start : start + TEXT_ROWS])
-            padding = [""] * (TEXT_ROWS - len(part)) if self.batch_invariant else []
-            part_tokens, no_tokens, part_pooled, no_pooled = self._text_pipeline.encode_prompt(
-                prompt=part + padding, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=True
-            )
-            tokens.append(part_tokens[: len(part)])
-            pooled.append(part_pooled[: len(part)])
-        return self.as_embeds(torch.cat([*tokens, no_tokens[:1]]), torch.cat([*pooled, no_pooled[:1]]))
-
-    def as_embeds(self, tokens: torch.Tensor, pooled: torch.Tensor) -> PromptEmbeds:
-        """Return tensors as `encode` made them, on this sampler's device."""
-        return PromptEmbeds(tokens.to(self.device), pooled.to(self.device))
+        embeds = encode_prompts(
+            self._text_pipeline,
+            prompts,
+            chunked=self.model.long_prompts == "chunk",
+            padded=self.batch_invariant is not None,
+        )
+        return embeds.to(self.device)
 
     @cached_property
     def _text_pipeline(self) -> StableDiffusionXLPipeline:
@@ -100,8 +91,8 @@ class Sampler:
     def denoise(
         self,
         noise: torch.Tensor,
-        embeds: PromptEmbeds,
-        negative: PromptEmbeds,
+        embeds: Conditioning,
+        negative: Conditioning,
         sampling: SamplingParams,
         generators: Sequence[torch.Generator] = (),
     ) -> torch.Tensor:
@@ -112,8 +103,8 @@ class Sampler:
     def advance(
         self,
         latents: torch.Tensor,
-        embeds: PromptEmbeds,
-        negative: PromptEmbeds,
+        embeds: Conditioning,
+        negative: Conditioning,
         steps: range | None,
         sampling: SamplingParams,
         generators: Sequence[torch.Generator] = (),
@@ -147,11 +138,10 @@ class Sampler:
         if steps.start == 0:
             latents = latents * scheduler.init_noise_sigma
         guided = sampling.guidance_scale > 1
-        tokens = embeds.tokens
-        pooled = embeds.pooled
+        tokens, pooled = embeds
         if guided:
-            tokens = torch.cat([negative.tokens.expand_as(tokens), tokens])
-            pooled = torch.cat([negative.pooled.expand_as(pooled), pooled])
+            both = [*negative.tokens.expand(len(tokens), -1, -1), *tokens]
+            tokens, pooled = stacked(both, torch.cat([negative.pooled.expand_as(pooled), pooled]))
         time_ids = self.time_ids(latents.shape[-2], latents.shape[-1]).expand(len(tokens), -1)
         for timestep in scheduler.timesteps[steps.start : steps.stop]:
             model_input = scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
@@ -248,7 +238,7 @@ def sample_images(
     """Sample image i from `embeds` row `rows[i]` and seed `seeds[i]`; prompts and candidates mix in a batch.
 
     Args:
-        embeds: from `prompt_embeds` or `Sampler.encode`.
+        embeds: from `prompt_embeds` or `Sampler.encode`; a batch has conditioning of one length.
         sampling: steps, guidance and size; its `negative_prompt` is not read, `embeds` holds the negative prompts.
         on_images: called with the number of images after each micro-batch.
 
@@ -266,12 +256,16 @@ def sample_images(
         final = sampler.denoise(noise, embeds[rows], embeds.negative(rows), sampling, generators).half()
         return final, sampler.decode(final)
 
-    queue = deque(zip(rows, seeds, strict=True))
     latents = []
     images = []
-    while queue:
-        batch, (final, decoded) = sampler.run_with_oom_backoff(queue, run)
-        latents.append(final)
-        images.append(decoded)
-        on_images(len(batch))
-    return torch.cat(latents), torch.cat(images)
+    order: list[int] = []
+    for group in embeds.groups(rows):
+        order += group
+        queue = deque((rows[i], seeds[i]) for i in group)
+        while queue:
+            batch, (final, decoded) = sampler.run_with_oom_backoff(queue, run)
+            latents.append(final)
+            images.append(decoded)
+            on_images(len(batch))
+    back = torch.tensor(order).argsort()
+    return torch.cat(latents)[back], torch.cat(images)[back]

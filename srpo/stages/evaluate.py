@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from srpo.data import parquet
 from srpo.data.images import encode_images
-from srpo.data.prompts import Prompt, check_disjoint, load_prompts, negative_prompts
+from srpo.data.prompts import Prompt, check_disjoint, load_prompts, named_texts, negative_prompts
 from srpo.data.records import headline
 from srpo.data.schemas import PER_PROMPT_FIELDS, SAMPLE_FIELDS, with_rewards
 from srpo.errors import UserError
@@ -136,9 +136,9 @@ def _load_prompts(round: Round) -> list[Prompt]:
     paths = round.params.prompts
     prompts = load_prompts(round.root / paths.eval)
     tokenizer = load_tokenizer(round.params.model, round.root)
-    check_disjoint(load_prompts(round.root / paths.train), prompts, text_read(tokenizer))
+    check_disjoint(load_prompts(round.root / paths.train), prompts, text_read(round.params.model, tokenizer))
     if not distributed.is_worker():
-        warn_of_cut_prompts(f"evaluate {round.key}", prompts, tokenizer)
+        warn_of_cut_prompts("evaluate", named_texts(prompts, round.params.evaluate.negative_prompt), round)
     if (len(prompts) - 1) * round.params.evaluate.images_per_prompt < 2:
         raise UserError(f"{paths.eval}: too few prompts for an interval; at least 3 are needed")
     return prompts

@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from srpo.data import parquet
 from srpo.data.candidate import Candidate
 from srpo.data.images import encode_images
-from srpo.data.prompts import Prompt, check_disjoint, load_prompts, negative_prompts
+from srpo.data.prompts import Prompt, check_disjoint, load_prompts, named_texts, negative_prompts
 from srpo.data.schemas import CANDIDATE_FIELDS
 from srpo.lineage.record import check_base, require_weights
 from srpo.models.tokenizer import load_tokenizer, text_read, warn_of_cut_prompts
@@ -70,10 +70,10 @@ def _plan(round: Round) -> tuple[Path, dict[Path, list[Prompt]]]:
     settings = params.generate
     prompts = load_prompts(round.root / params.prompts.train)
     tokenizer = load_tokenizer(params.model, round.root)
-    check_disjoint(prompts, load_prompts(round.root / params.prompts.eval), text_read(tokenizer))
+    check_disjoint(prompts, load_prompts(round.root / params.prompts.eval), text_read(params.model, tokenizer))
     require_weights(round.parent_files)
     if not distributed.is_worker():
-        warn_of_cut_prompts(f"generate {round.key}", prompts, tokenizer)
+        warn_of_cut_prompts("generate", named_texts(prompts, round.params.generate.negative_prompt), round)
     inputs = {
         "seed": params.seed,
         "model": params.model.model_dump(),

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from srpo.config.schema import ModelParams
-
-CLIP_TOKENS = 77
+from srpo.errors import UserError
+from srpo.models.tokenizer import load_tokenizer, num_tokens, token_limit
 
 
 def token_counter(model: ModelParams, root: Path) -> tuple[Callable[[str], int], int] | None:
-    """Return what counts a text's tokens, start and end included, and how many are read.
+    """Return what counts a text's tokens, start and end included, and how many are read at once.
 
     None where the tokenizer is neither in the base model's folder nor in the Hub's cache.
     """
-    from transformers import CLIPTokenizer
-
-    local = root / model.base
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(
-            str(local) if local.is_dir() else model.base,
-            subfolder="tokenizer",
-            revision=model.revision,
-            local_files_only=True,
-        )
-    except (OSError, ValueError):
+        tokenizer = load_tokenizer(model, root, local_only=True)
+    except UserError:
         return None
-    limit = min(tokenizer.model_max_length, CLIP_TOKENS)
-    tokenizer.model_max_length = 1 << 30  # else it warns of every long prompt
-    return lambda text: len(tokenizer(text).input_ids), limit
+    return partial(num_tokens, tokenizer), token_limit(tokenizer)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from srpo.config.schema import RuntimeParams, TrainParams
 from srpo.errors import UserError
 from srpo.models.adapters import TrainableUNet
+from srpo.rewards.batches import batched
 from srpo.sampling.prompt_cache import StoredEmbeds
 from srpo.storage.hashing import derive_seed
 from srpo.training.checkpoint import Row, TrainingState
@@ -55,7 +56,7 @@ class _Batch:
     text: torch.Tensor
     weights: torch.Tensor
 
-    def __getitem__(self, part: slice) -> _Batch:
+    def __getitem__(self, part: list[int]) -> _Batch:
         return _Batch(
             winners=self.winners[part],
             losers=None if self.losers is None else self.losers[part],
@@ -209,16 +210,23 @@ class TrainingLoop:
         size = self.runtime.train_batch_size or total
         means = torch.zeros(1, device=self.device)
         names: list[str] = []
-        for first in range(0, len(batch.noise), size):
-            is_last = first + size >= len(batch.noise)
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(unet):
-                loss, errors = self._loss(unet, batch[first : first + size])
+        passes = [part for group in self._groups(batch) for part in batched(group, size)]
+        for number, part in enumerate(passes, start=1):
+            with contextlib.nullcontext() if number == len(passes) else self.accelerator.no_sync(unet):
+                loss, errors = self._loss(unet, batch[part])
                 loss = loss / total
                 (loss * self.accelerator.num_processes).backward()  # gradients are averaged over processes
             names = list(errors)
             means = means + torch.stack([loss.detach(), *(value.sum() / total for value in errors.values())])
         loss_mean, *error_means = self.accelerator.reduce(means, "sum").tolist()
         return loss_mean, dict(zip(names, error_means, strict=True))
+
+    def _groups(self, batch: _Batch) -> list[list[int]]:
+        """Return the samples of a batch, grouped by what fits into one pass: prompts of equally many chunks."""
+        groups: dict[int, list[int]] = {}
+        for sample, row in enumerate(batch.text.tolist()):
+            groups.setdefault(self.embeds.num_chunks(row), []).append(sample)
+        return list(groups.values())
 
     def _loss(self, unet: torch.nn.Module, batch: _Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the sum of the weighted losses of a batch, and for a loss on pairs `pair_metrics`."""

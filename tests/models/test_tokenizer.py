@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from srpo.config.loader import load_params
+from srpo.config.schema import ModelParams
 from srpo.data.prompts import Prompt, check_disjoint
 from srpo.errors import UserError
 from srpo.models.tokenizer import clip_tokenizer, load_tokenizer, text_read
@@ -15,20 +16,24 @@ from srpo.stages.base import pin_base
 from srpo.stages.generate import generate
 from tests.support.world import write_prompts
 
+CUT = ModelParams(base="any")
+
 
 def test_only_cut_texts_are_shortened() -> None:
-    read = text_read(clip_tokenizer("!"))
+    read = text_read(CUT, clip_tokenizer("!"))
     assert read("cat " * 75) is None  # with start and end 77 tokens
     assert read("cat " * 76) == read("cat " * 75 + "dog") != read("dog " * 76)
 
 
 def test_prompts_equal_after_the_cut_are_not_held_out() -> None:
-    read = text_read(clip_tokenizer("!"))
+    read = text_read(CUT, clip_tokenizer("!"))
     start = "a red circle " * 30
     train = [Prompt("train-0", start + "with a tree")]
     with pytest.raises(UserError, match=r"'eval-0' has the text of train prompt 'train-0', equal in all tokens"):
         check_disjoint(train, [Prompt("eval-0", start + "with a house")], read)
     check_disjoint(train, [Prompt("eval-0", "with a house " + start)], read)
+    chunked = CUT.model_copy(update={"long_prompts": "chunk"})
+    check_disjoint(train, [Prompt("eval-0", start + "with a house")], text_read(chunked, clip_tokenizer("!")))
     check_disjoint(train, [Prompt("eval-0", start + "with a house")])
 
 

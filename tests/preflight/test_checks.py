@@ -87,6 +87,12 @@ def test_prompt_problems(project: Path) -> None:
     assert found.state == "warn"
     assert "3 prompts; 1 duplicate texts" in found.text
     assert "1 longer than the 16 tokens that CLIP reads" in found.text and "train-0002" in found.text
+    write_prompts(project / "data/prompts/eval.jsonl", [texts[2] + " again"], "eval")
+    assert results(project)["prompts"].state == "fail"
+    assert "has the text of train prompt 'train-0002', equal in all tokens" in results(project)["prompts"].text
+    edit(project, "model:\n", "model:\n  long_prompts: chunk\n")
+    assert results(project)["prompts"].state == "ok"
+    assert "1 longer than the 16 tokens that CLIP reads, encoded in chunks" in results(project)["prompts.train"].text
     write_prompts(project / "data/prompts/eval.jsonl", ["a RED circle"], "eval")
     assert results(project)["prompts"].state == "fail"
     (project / "data/prompts/eval.jsonl").write_text("{}\n")

@@ -1,0 +1,79 @@
+"""Prompts to conditioning, with SDXL's two text encoders.
+
+A text encoder reads 77 tokens, two of which mark start and end. A longer prompt is cut off, or with
+`model.long_prompts: chunk` divided every 75 tokens into chunks. Each chunk is encoded as a prompt of its own, the
+tokens of all chunks are joined, and the pooled output is that of the first, as in ComfyUI. A prompt of one chunk is
+encoded as diffusers does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from srpo.sampling.conditioning import PromptEmbeds
+
+ROWS = 32  # chunks encoded at once
+
+
+@torch.inference_mode()
+def encode_prompts(
+    pipeline: StableDiffusionXLPipeline, prompts: Sequence[str], *, chunked: bool, padded: bool
+) -> PromptEmbeds:
+    """Return the conditioning of n prompts and, as row n, that of the empty prompt.
+
+    The empty prompt's is zero if the pipeline's `force_zeros_for_empty_prompt` is set.
+
+    Args:
+        pipeline: with tokenizers and text encoders.
+        chunked: read long prompts to their end.
+        padded: always encode ROWS chunks at once, so that a result does not depend on the prompts beside it.
+    """
+    texts = [*prompts, ""]
+    ids_1, ids_2 = (
+        [token_ids(tokenizer, text, chunked=chunked) for text in texts]
+        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
+    )
+    chunks = tuple(len(of_text) for of_text in ids_1)
+    tokens, pooled = _encode(pipeline, list(chain(*ids_1)), list(chain(*ids_2)), padded)
+    first = [sum(chunks[:row]) for row in range(len(chunks))]
+    pooled = pooled[first]
+    if pipeline.config.force_zeros_for_empty_prompt:
+        tokens[-1] = 0
+        pooled[-1] = 0
+    return PromptEmbeds(tokens, pooled, () if max(chunks) == 1 else chunks)
+
+
+def token_ids(tokenizer: Any, text: str, *, chunked: bool) -> list[list[int]]:
+    """Return the ids of a text's chunks, each with start and end and padded to the tokenizer's length."""
+    size = tokenizer.model_max_length - 2
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    parts = [ids[start : start + size] for start in range(0, len(ids) or 1, size)]
+    return [
+        [tokenizer.bos_token_id, *part, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * (size - len(part))]
+        for part in (parts if chunked else parts[:1])
+    ]
+
+
+def _encode(
+    pipeline: StableDiffusionXLPipeline, ids_1: list[list[int]], ids_2: list[list[int]], padded: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens [chunks, length, dim] and pooled [chunks, pooled_dim]."""
+    tokens = []
+    pooled = []
+    for start in range(0, len(ids_1), ROWS):
+        parts = [ids[start : start + ROWS] for ids in (ids_1, ids_2)]
+        count = len(parts[0])
+        if padded:
+            parts = [part + part[-1:] * (ROWS - count) for part in parts]
+        first, second = (
+            encoder(torch.tensor(part, device=encoder.device), output_hidden_states=True)
+            for encoder, part in zip((pipeline.text_encoder, pipeline.text_encoder_2), parts, strict=True)
+        )
+        tokens.append(torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)[:count])
+        pooled.append(second[0][:count])
+    return torch.cat(tokens), torch.cat(pooled)
