@@ -38,6 +38,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
+class BaseLora(Section):
+    """A LoRA that is merged into the base model."""
+
+    path: str = Field(min_length=1, description="a .safetensors file, or a folder with one, under data/")
+    scale: Annotated[float, Field(ge=-10, le=10)] = Field(1.0, description="strength of its change")
+
+
 class ModelParams(Section):
     """The base model, in diffusers' SDXL layout."""
 
@@ -58,6 +65,9 @@ class ModelParams(Section):
     )
     scheduler_config: dict[str, Any] = Field(
         default={}, description="options of the scheduler that differ from the base's, such as timestep_spacing"
+    )
+    loras: list[BaseLora] = Field(
+        default=[], description="LoRAs in diffusers' or kohya's format that are part of the base, merged in this order"
     )
 
 

@@ -61,6 +61,31 @@ def check_checkpoint(
         raise UserError(f"model.scheduler: {path} {kind}, so {scheduler} can't sample from it; take another one")
 
 
+def lora_file(key: str, root: Path, source: str) -> Path:
+    """Return the file of a LoRA: a file itself, or the one LoRA in a folder.
+
+    Args:
+        key: of params.yaml, for messages.
+        source: relative to `root`.
+
+    Raises:
+        UserError: there is none, or several, or it is not a safetensors file, damaged or a Git-LFS pointer.
+    """
+    path = root / source
+    if not path.exists():
+        raise UserError(f"{key}: {source}: no such file or folder; `dvc pull` fetches what is under DVC")
+    if path.is_dir():
+        usual = path / "pytorch_lora_weights.safetensors"
+        files = [usual] if usual.exists() else sorted(path.glob("*.safetensors"))
+        if len(files) != 1:
+            raise UserError(f"{key}: {source} holds {len(files)} .safetensors files; name the file of the LoRA")
+        path = files[0]
+    if path.suffix != ".safetensors":
+        raise UserError(f"{key}: {source} is not a .safetensors file; only safetensors are loaded")
+    _header(key, path)
+    return path
+
+
 def unsupported(scheduler: Mapping[str, Any], unet: Mapping[str, Any]) -> str | None:
     """Return why a base with these two configurations of diffusers is not supported, or None."""
     name = scheduler.get("_class_name", "")

@@ -129,13 +129,17 @@ def _round(root: Path, lock: Mapping[str, Any], key: str, adapter: str | None, s
     return Node(name=f"round {key}", children=inputs)
 
 
-def _base(base: Mapping[str, str | None]) -> Node:
+def _base(base: Mapping[str, Any]) -> Node:
     local = base["digest"] is not None
     return Node(
         name="base model",
         path=base["source"] if local else None,
         detail="" if local else f"{base['source']} at {base['revision'] or 'no pinned revision'}",
         sha256=base["digest"],
+        children=[
+            Node(name="LoRA", path=lora["source"], detail=f"merged at {lora['scale']:g}", sha256=lora["digest"])
+            for lora in base.get("loras", ())
+        ],
     )
 
 

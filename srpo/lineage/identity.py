@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from srpo.errors import UserError
-from srpo.storage.hashing import digest
+from srpo.storage.hashing import digest, value_digest
 
 log = logging.getLogger(__name__)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def base_identity(base: Mapping[str, Any]) -> str | None:
+    """Return what names a base model's weights: its digest or revision, with those of its LoRAs; None if not pinned.
+
+    Args:
+        base: the entry `base` of lineage.json.
+    """
+    own = base.get("digest") or base.get("revision")
+    loras = base.get("loras")
+    return value_digest([own, loras]) if own and loras else own
 
 
 def model_identity(root: Path, key: str, source: str, revision: str | None) -> dict[str, str | None]:

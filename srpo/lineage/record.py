@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,10 @@ def check_pinned(root: Path, record: Path, name: str, key: str) -> None:
     Raises:
         UserError: the model has changed.
     """
-    pinned = (read_json(record) if record.exists() else {}).get(name) or {}
+    _check_unchanged(root, (read_json(record) if record.exists() else {}).get(name) or {}, key)
+
+
+def _check_unchanged(root: Path, pinned: Mapping[str, Any], key: str) -> None:
     wanted, source = pinned.get("digest"), root / pinned.get("source", "")
     if wanted and source.exists() and digest(source) != wanted:
         raise UserError(
@@ -69,13 +73,17 @@ def check_pinned(root: Path, record: Path, name: str, key: str) -> None:
 
 
 def check_base(root: Path) -> None:
-    """Run `check_pinned` for the base model and its VAE.
+    """Run `check_pinned` for the base model, its VAE and its LoRAs.
 
     Raises:
         UserError: one of them has changed.
     """
+    record = RoundFiles(root, BASE).adapter / "lineage.json"
     for name in ("base", "vae"):
-        check_pinned(root, RoundFiles(root, BASE).adapter / "lineage.json", name, f"model.{name}")
+        check_pinned(root, record, name, f"model.{name}")
+    base = (read_json(record) if record.exists() else {}).get("base") or {}
+    for number, lora in enumerate(base.get("loras", ())):
+        _check_unchanged(root, lora, f"model.loras.{number}")
 
 
 def winners_of_ancestors(root: Path, parent: str) -> dict[str, str]:

@@ -69,7 +69,9 @@ OPEN_CLIP_NAMES = {
 
 def to_original_layout(pipeline: StableDiffusionXLPipeline) -> dict[str, torch.Tensor]:
     """Return all tensors by their original names, with the markers of v-prediction, zero terminal SNR and EDM."""
-    state = {UNET + _unet_name(pipeline.unet, name): value for name, value in pipeline.unet.state_dict().items()}
+    state = {
+        UNET + original_unet_name(pipeline.unet, name): value for name, value in pipeline.unet.state_dict().items()
+    }
     state |= {VAE + name: value for name, value in _vae_state(pipeline.vae).items()}
     state |= {TEXT + _text_name(name): value for name, value in pipeline.text_encoder.state_dict().items()}
     state |= {TEXT_2 + name: value for name, value in _open_clip_state(pipeline.text_encoder_2.state_dict()).items()}
@@ -99,8 +101,8 @@ def _replace(name: str, names: Mapping[str, str]) -> str:
     return name
 
 
-def _unet_name(unet: UNet2DConditionModel, name: str) -> str:
-    """Return the original name: the blocks of each side are numbered through, samplers included."""
+def original_unet_name(unet: UNet2DConditionModel, name: str) -> str:
+    """Return the original name of a tensor: the blocks of each side are numbered through, samplers included."""
     layers = unet.config.layers_per_block
     if found := re.fullmatch(
         r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name

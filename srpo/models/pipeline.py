@@ -16,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from srpo.config.schema import ModelParams
 from srpo.errors import UserError, user_error
 from srpo.lineage.checkpoint_files import check_checkpoint, weights_variant
+from srpo.models.base_loras import merge_base_loras
 from srpo.models.hub import hide_loading_bars, load_complete
 from srpo.models.single_file import load_single_file
 
@@ -31,21 +32,25 @@ def load_pipeline(model: ModelParams, dtype: torch.dtype, **parts: None) -> Stab
         parts: `unet=None` and the like leave a part out.
 
     Raises:
-        UserError: it, `model.vae` or `model.scheduler` can't be loaded or is of another kind.
+        UserError: it, `model.vae`, `model.scheduler` or one of `model.loras` can't be loaded or is of another kind.
     """
     hide_loading_bars()
     loaded: dict[str, Any] = dict(parts)
+    loaded_as = torch.float32 if model.loras else dtype  # so that merged weights are rounded once
     if model.vae and "vae" not in parts:
-        loaded["vae"] = load_vae(model, dtype)
+        loaded["vae"] = load_vae(model, loaded_as)
     with user_error(f"model.base: can't load {model.base!r} as an SDXL pipeline"):
         path = _local(model, loaded)
         check_checkpoint("model.base", path, model.variant, "vae" not in loaded, model.scheduler)
         if path.is_file():
-            pipeline = load_single_file(path, dtype, **loaded)
+            pipeline = load_single_file(path, loaded_as, **loaded)
         else:
-            pipeline = _load_folder(path, dtype, model.variant, **loaded)
+            pipeline = _load_folder(path, loaded_as, model.variant, **loaded)
         for name in NETWORKS:
             _check_complete(getattr(pipeline, name))
+    if model.loras:
+        merge_base_loras(pipeline, model, dtype)
+        pipeline.to(dtype)
     pipeline.scheduler = _scheduler(model, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

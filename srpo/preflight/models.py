@@ -11,7 +11,7 @@ from srpo.config.loader import Params
 from srpo.config.reward_families import FAMILIES
 from srpo.config.schema import INCEPTION
 from srpo.errors import UserError
-from srpo.lineage.checkpoint_files import EDM_WEIGHTS, check_checkpoint, is_edm_checkpoint
+from srpo.lineage.checkpoint_files import EDM_WEIGHTS, check_checkpoint, is_edm_checkpoint, lora_file
 from srpo.lineage.identity import COMMIT, HUB_ID
 from srpo.preflight import CheckResult
 
@@ -40,6 +40,7 @@ def check_models(params: Params, root: Path) -> list[CheckResult]:
             result = _check_model(model, root, unreachable)
         unreachable = unreachable or UNREACHABLE in result.text
         results.append(result)
+    results += [_check_lora(root, number, lora.path) for number, lora in enumerate(params.model.loras)]
     if params.evaluate.features == INCEPTION:
         results.append(_check_inception())
     return results
@@ -93,6 +94,15 @@ def _check_local_base(params: Params, root: Path) -> CheckResult:
     if params.train.snr_gamma is not None and is_edm_checkpoint(path):
         return CheckResult("train.snr_gamma", "fail", EDM_WEIGHTS)
     return CheckResult("model.base", "ok", f"{model.base}, a local {'folder' if path.is_dir() else 'file'}")
+
+
+def _check_lora(root: Path, number: int, source: str) -> CheckResult:
+    key = f"model.loras.{number}"
+    try:
+        lora_file(key, root, source)
+    except UserError as error:
+        return CheckResult(key, "fail", str(error).removeprefix(f"{key}: "))
+    return CheckResult(key, "ok", f"{source}, a local file")
 
 
 def _check_model(model: RequiredModel, root: Path, unreachable: bool) -> CheckResult:

@@ -91,7 +91,7 @@ def _fill(folder: Path, round: Round, *, is_lora: bool, merged: bool) -> None:
         write_kohya(adapter, folder / files["kohya"])
     if merged:
         files["merged"] = MERGED
-        _write_merged(round.params, adapter, folder / MERGED)
+        write_merged(round.params, adapter, folder / MERGED)
     images = _write_images(round.files, folder / "images")
     write_json(folder / "lineage.json", read_lineage(round.files))
     write_json(folder / graph.FILE, graph.round_provenance(round.root, round.key).model_dump())
@@ -99,7 +99,12 @@ def _fill(folder: Path, round: Round, *, is_lora: bool, merged: bool) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _write_merged(params: Params, adapter: Path, folder: Path) -> None:
+def write_merged(params: Params, adapter: Path, folder: Path) -> None:
+    """Write the base pipeline with its LoRAs and an adapter merged into it, in the dtype of `runtime`.
+
+    Raises:
+        UserError: the base or the adapter can't be loaded.
+    """
     import torch
 
     from srpo.models.adapters import with_adapter

@@ -16,7 +16,7 @@ def save_model(folder: Path, round: Round, model_id: str, run_id: str | None) ->
     """Write a model folder: a LoRA's adapter folder in MLflow's diffusers flavor, and provenance.json.
 
     For a round that trained the whole UNet the folder has lineage.json instead of weights: gigabytes stay in DVC, and
-    MLflow has no flavor for a UNet alone.
+    MLflow has no flavor for a UNet alone. So has it for a base with LoRAs, since the flavor loads one adapter only.
 
     Args:
         folder: the folder to make.
@@ -24,8 +24,9 @@ def save_model(folder: Path, round: Round, model_id: str, run_id: str | None) ->
         run_id: id of the round's run, if there is one.
     """
     adapter = round.files.adapter
-    if (adapter / WEIGHTS_FILE).exists():
-        _save_lora(folder, round.params, adapter, read_lineage(round.files)["base"], model_id, run_id)
+    base = read_lineage(round.files)["base"]
+    if (adapter / WEIGHTS_FILE).exists() and not base.get("loras"):
+        _save_lora(folder, round.params, adapter, base, model_id, run_id)
     else:
         write_json(folder / "lineage.json", read_lineage(round.files))
     write_json(folder / graph.FILE, graph.round_provenance(round.root, round.key).model_dump())

@@ -114,7 +114,7 @@ def _identity(root: Path, variant: str | None) -> str | None:
     base = read_lineage(RoundFiles(root, BASE)).get("base") or {}
     revision = base.get("revision")
     pinned = base.get("digest") or (revision if revision and COMMIT.fullmatch(revision) else None)
-    return value_digest([base["source"], pinned, variant])[:16] if pinned else None
+    return value_digest([base["source"], pinned, variant, *base.get("loras", ())])[:16] if pinned else None
 
 
 def _read(file: Path) -> dict[str, torch.Tensor] | None:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import logging
 import shutil
+from pathlib import Path
+from typing import Any
 
+from srpo.config.schema import BaseLora
+from srpo.lineage.checkpoint_files import lora_file
 from srpo.lineage.identity import model_identity
 from srpo.rounds import Round
 from srpo.storage.files import publish
+from srpo.storage.hashing import digest
 from srpo.storage.json_files import write_json
 
 log = logging.getLogger(__name__)
@@ -21,7 +26,7 @@ def pin_base(round: Round) -> None:
     and generate do not depend on the others.
 
     Raises:
-        UserError: a model is neither a local folder or file nor formatted like a Hub id.
+        UserError: a model is neither a local folder or file nor formatted like a Hub id, or a LoRA is missing.
     """
     files = round.files
     params = round.params
@@ -30,7 +35,10 @@ def pin_base(round: Round) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     model = params.model
-    lineage = {"base": model_identity(root, "model.base", model.base, model.revision)}
+    base: dict[str, Any] = {**model_identity(root, "model.base", model.base, model.revision)}
+    if model.loras:
+        base["loras"] = [_lora_identity(root, number, lora) for number, lora in enumerate(model.loras)]
+    lineage = {"base": base}
     if model.vae:
         lineage["vae"] = model_identity(root, "model.vae", model.vae, model.vae_revision)
     write_json(scratch / "lineage.json", lineage)
@@ -49,3 +57,8 @@ def pin_base(round: Round) -> None:
         write_json(scratch / path.name, content)
         publish(scratch / path.name, path)
     publish(scratch, files.adapter)
+
+
+def _lora_identity(root: Path, number: int, lora: BaseLora) -> dict[str, Any]:
+    file = lora_file(f"model.loras.{number}", root, lora.path)
+    return {"source": lora.path, "digest": digest(file), "scale": lora.scale}

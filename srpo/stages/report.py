@@ -116,6 +116,10 @@ def _lineage_rows(files: RoundFiles) -> list[tuple[str, str]]:
         ("winners used for training", lineage["winners"]),
         (f"adapter of the parent ({lineage['parent']})", lineage["parent_adapter"] or "none: the parent is base"),
         ("base model", f"{base['source']}  {base['digest'] or base['revision'] or 'not pinned'}"),
+        *(
+            (f"LoRA in the base model, at {lora['scale']:g}", f"{lora['source']}  {lora['digest']}")
+            for lora in base.get("loras", ())
+        ),
         ("code", lineage["code"]),
         ("versions", ", ".join(f"{name} {version}" for name, version in lineage["versions"].items())),
     ]

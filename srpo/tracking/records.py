@@ -13,6 +13,7 @@ from srpo.config.tree import ancestors, order
 from srpo.data.metric_keys import IMAGE_STATS
 from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.lineage.dvc_lock import read_dvc_lock, recorded, round_hashes
+from srpo.lineage.identity import base_identity
 from srpo.lineage.record import adapter_weights, read_lineage
 from srpo.reporting.table import SET_MEASURES, verdict
 from srpo.rounds import BASE, Round
@@ -54,7 +55,7 @@ def round_record(round: Round) -> RoundRecord | None:
         return None
     lineage = read_lineage(files)
     base, hashes = lineage["base"], round_hashes(round.root, round.key)
-    identity = base["digest"] or base["revision"]
+    identity = base_identity(base)
     record = RoundRecord(weights=lineage["adapter"] if round.key != BASE else identity or base["source"])
     record.params = round_params(round)
     record.datasets = {name: hashes[name] for name in ("candidates", "winners") if name in hashes}
