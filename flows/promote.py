@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from prefect import flow, get_run_logger, task
@@ -105,8 +105,21 @@ def _describe(key: str, adapter: str, override: str | None) -> str:
         if override and gate["verdict"] != "pass"
         else []
     )
+    lines += ["", _describe_votes(key, gate.get("human"))]
     lines += ["", "| rule | value | limit | |", "|---|---|---|---|", *rules, "", f"- adapter: `{adapter}`", *places]
     return "\n".join(lines)
+
+
+def _describe_votes(key: str, human: dict[str, Any] | None) -> str:
+    """Return what people voted as one line."""
+    if human is None:
+        return f"People: no votes count in the gate (`srpo review {key}`, `srpo votes {key} --freeze`)."
+    rate = " to ".join(table.show(human["win_rate"][end]) for end in ("low", "high"))
+    alpha = "" if human["alpha"] is None else f", Krippendorff's alpha {table.show(human['alpha'])}"
+    return (
+        f"People: win rate over base **{table.show(human['win_rate']['value'])}** ({rate}), {human['votes']} votes on"
+        f" {human['prompts']} prompts, raters: {human['raters']}{alpha}."
+    )
 
 
 def main(

@@ -226,14 +226,25 @@ def picks(key: RoundKey) -> None:
 
 
 @app.command()
-def votes(key: RoundKey) -> None:
+def votes(
+    key: RoundKey,
+    freeze: Annotated[
+        bool, typer.Option("--freeze", help="write the votes against base to a file for the gate")
+    ] = False,
+) -> None:
     """Print what people decided about a round: win rate, agreement of raters, and of people with each reward."""
     from rich.console import Console
     from rich.table import Table
 
+    from srpo.review.freeze import freeze_votes
     from srpo.review.results import results
 
     with _round(key) as round:
+        if freeze:
+            path, count = freeze_votes(round)
+            print(f"{count} votes against base")
+            print(f'in params.yaml, gate:  votes: {{"{key}": {path.relative_to(round.root).as_posix()}}}')
+            return
         found = results(round)
     console = Console()
     for part in found:

@@ -85,6 +85,13 @@ class Params(Section):
             raise ValueError(f"generate.early_rejection.reward: {early.reward!r} is not a reward with role select")
         return self
 
+    @model_validator(mode="after")
+    def _votes_are_of_rounds(self) -> Params:
+        for key in self.gate.votes:
+            if key not in self.rounds:
+                raise ValueError(f"gate.votes.{key}: no such round; rounds has {', '.join(self.rounds)}")
+        return self
+
     def _check_is_judge(self, key: str, name: str) -> None:
         if name not in self.rewards or self.rewards[name].role != "judge":
             raise ValueError(f"evaluate.{key}: {name!r} is not a reward with role judge")

@@ -274,7 +274,7 @@ class EvaluateParams(SamplingParams):
 
 
 class GateParams(Section):
-    """Limits that a round must keep to pass. They apply to judges and image metrics, never to the selecting reward."""
+    """Limits that a round must keep to pass. They apply to judges, people and image metrics, never to what selects."""
 
     min_judge_win_rate: Annotated[float, Field(ge=0, le=1)] = Field(
         0.5, description="minimum of each judge's win rate against base (lower end of the 95 % interval)"
@@ -291,6 +291,18 @@ class GateParams(Section):
         1.0,
         description="maximum shift of mean saturation, contrast, edge density and color entropy from base's, in base's"
         " standard deviations over images; null disables the rule",
+    )
+    min_human_win_rate: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="minimum of people's win rate against base (lower end of the 95 % interval), for rounds with"
+        " `min_human_votes` votes; null disables the rule",
+    )
+    min_human_votes: PositiveInt = Field(50, description="votes against base that a judgement by people needs")
+    require_human_votes: bool = Field(
+        False, description="promote no round, however it passed, that has fewer than `min_human_votes` votes"
+    )
+    votes: dict[str, str] = Field(
+        default={}, description="by round, the file of `srpo votes --freeze`: the votes that count"
     )
 
 

@@ -12,7 +12,12 @@ IMAGE_SET_METRICS = ("fid", "kid", "cmmd", "diversity")
 HEADLINE = ("guidance", "images", *IMAGE_SET_METRICS, "fid_best", "drift", "drift_kid", "verdict", "finding")
 """Keys of metrics.json besides those of rewards."""
 
-REWARD_SUFFIXES = (*INTERVAL_SUFFIXES, "_missing", "_best", "_win_rate", "_win_rate_low", "_win_rate_parent")
+HUMAN = "human"
+"""Prefix of the keys of votes, beside those of judges: human_win_rate."""
+
+REWARD_SUFFIXES = (
+    *INTERVAL_SUFFIXES, "_missing", "_best", "_win_rate", "_win_rate_low", "_win_rate_parent", "_human_agreement"
+)  # fmt: skip
 """Suffixes of the keys that an evaluation adds to a reward's name."""
 
 RESERVED_KEYS = frozenset(
@@ -20,6 +25,7 @@ RESERVED_KEYS = frozenset(
         *HEADLINE,
         *(name + suffix for name in IMAGE_SET_METRICS for suffix in INTERVAL_SUFFIXES),
         *(name + suffix for name in IMAGE_STATS for suffix in ("", "_std")),
+        *(HUMAN, "human_win_rate", "human_win_rate_low", "human_win_rate_high", "human_votes", "human_alpha"),
         "inception",  # an extractor of features, as judges are
         "file",  # a column of score-images
         *("place", "finished", "winner", "tags", "disagreement"),  # columns of the review pages

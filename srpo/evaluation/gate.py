@@ -62,6 +62,7 @@ def judge_round(
     selects: Mapping[str, Estimate],
     missing: Mapping[str, float] | None = None,
     over_parent: Mapping[str, Estimate] | None = None,
+    human: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the gate's `verdict` (pass or fail), `finding` (HACKING, NO_GAIN or None) and `rules`.
 
@@ -78,10 +79,13 @@ def judge_round(
         selects: the same for the rewards that chose the winners.
         missing: share of scores that are NaN or infinite, for the judges that have any.
         over_parent: win rate over the parent by judge, each model at its best guidance.
+        human: what people voted: `votes`, their number, and `win_rate` over base with `low`; None without votes.
     """
     tuned = sweep[best_guidance(sweep, "fid")]
     untuned = base[best_guidance(base, "fid")]
     rules = {f"{name}_win_rate": _at_least(rate.low, settings.min_judge_win_rate) for name, rate in judges.items()}
+    if human and settings.min_human_win_rate is not None and human["votes"] >= settings.min_human_votes:
+        rules["human_win_rate"] = _at_least(human["win_rate"]["low"], settings.min_human_win_rate)
     rules["fid_ratio"] = _at_most(tuned["fid"] / max(untuned["fid"], 1e-12), settings.max_fid_ratio)
     if settings.max_kid_increase is not None:
         rules["kid_increase"] = _at_most(tuned["kid"] - untuned["kid"], settings.max_kid_increase)

@@ -118,10 +118,14 @@ def _measures(round: Round) -> list[dict[str, str]]:
         better = "lower" if name in LOWER_IS_BETTER else "higher" if name in round.params.rewards else ""
         values = {"base": _interval(base_sweep[guidance], name), "round": _interval(sweep[guidance], name)}
         rows.append({"name": name, "role": role, "better": better} | values)
-    for name, rates in read_gate(round.files)["win_rate"].items():
+    gate = read_gate(round.files)
+    for name, rates in gate["win_rate"].items():
         best = rates["best"]
         row = {"name": f"{name}: win rate over base, each at its best guidance", "role": "", "better": "higher"}
         rows.append(row | {"base": "0.5", "round": _spread(best["value"], best["low"], best["high"])})
+    if human := gate.get("human"):
+        row = {"name": f"people: win rate over base, {human['votes']} blind votes", "role": "", "better": "higher"}
+        rows.append(row | {"base": "0.5", "round": _spread(*human["win_rate"].values())})
     return rows
 
 

@@ -76,7 +76,7 @@ def check(round: Round, override: str | None = None) -> str:
 
     Raises:
         UserError: its adapter is missing or differs from lineage.json or dvc.lock; this adapter was not evaluated;
-            or it failed its gate and `override` gives no reason.
+            or it failed its gate, or lacks votes that promotion requires, and `override` gives no reason.
     """
     files, stage = round.files, f"train@{round.key}"
     weights = adapter_weights(files.adapter)
@@ -97,12 +97,23 @@ def check(round: Round, override: str | None = None) -> str:
     if not (files.evaluation / "gate.json").exists() or evaluated != trained:
         raise UserError(f"rounds/{round.key}/evaluation: this adapter is not evaluated; `dvc repro gate@{round.key}`")
     gate = read_gate(round.files)
-    if gate["verdict"] != "pass" and not (override or "").strip():
-        failed = ", ".join(name for name, rule in gate["rules"].items() if not rule["passed"])
-        raise UserError(
-            f"round {round.key}: failed its gate ({failed}); `override` takes a reason to promote it anyway"
-        )
+    if not (override or "").strip():
+        _check_gate(round, gate)
     return adapter
+
+
+def _check_gate(round: Round, gate: dict[str, Any]) -> None:
+    anyway = "`override` takes a reason to promote it anyway"
+    if gate["verdict"] != "pass":
+        failed = ", ".join(name for name, rule in gate["rules"].items() if not rule["passed"])
+        raise UserError(f"round {round.key}: failed its gate ({failed}); {anyway}")
+    limits, votes = round.params.gate, (gate.get("human") or {}).get("votes", 0)
+    if limits.require_human_votes and votes < limits.min_human_votes:
+        raise UserError(
+            f"round {round.key}: its gate counts {votes} votes of people, and gate.min_human_votes asks for"
+            f" {limits.min_human_votes}; vote with `srpo review {round.key}`, then `srpo votes {round.key} --freeze`;"
+            f" {anyway}"
+        )
 
 
 def promote(round: Round, decision: Decision, adapter: str | None = None) -> ModelVersion:

@@ -8,6 +8,7 @@ from typing import Any
 
 from srpo.config import tree
 from srpo.config.loader import Params
+from srpo.data.metric_keys import HUMAN
 from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.errors import MissingFile, UserError
 from srpo.lineage.record import read_lineage
@@ -49,7 +50,8 @@ def write_campaign(params: Params, root: Path) -> Path:
         base=lineages[BASE].get("base"),
         selects=params.reward_names("select"),
         judges=params.reward_names("judge"),
-        names=[*params.rewards, *SET_MEASURES],
+        names=[*params.rewards, *SET_MEASURES, *_of_people(measured)],
+        people=_people(root, shown),
         charts=_charts(params, root, measured, paths),
         strip=_strip(root, shown),
         lineages=lineages,
@@ -58,6 +60,17 @@ def write_campaign(params: Params, root: Path) -> Path:
     with atomic_write(out) as partial:
         partial.write_text(page, encoding="utf-8")
     return out
+
+
+def _of_people(measured: Mapping[str, Mapping]) -> list[str]:
+    """Return the columns about people, which are there once somebody voted on a round."""
+    return [name for name in ("human_win_rate",) if any(name in numbers for numbers in measured.values())]
+
+
+def _people(root: Path, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return by round with votes what its gate.json says about people."""
+    gates = {key: _optional(read_gate, RoundFiles(root, key)) or {} for key in keys}
+    return {key: gate[HUMAN] for key, gate in gates.items() if gate.get(HUMAN)}
 
 
 def _optional(read: Callable[[RoundFiles], Any], files: RoundFiles) -> Any:
@@ -96,16 +109,24 @@ def _charts(
         role: [(name, chart(charts.over_rounds(measured, paths, name, role))) for name in names]
         for role, names in sections.items()
     }
-    drawn["win_rates"] = [(f"base to {path[-1]}", chart(charts.win_rates(rates, path, roles))) for path in whole]
+    people = {HUMAN: HUMAN} if any(HUMAN in values for key, values in rates.items() if key != BASE) else {}
+    drawn["win_rates"] = [
+        (f"base to {path[-1]}", chart(charts.win_rates(rates, path, roles | people))) for path in whole
+    ]
     return drawn
 
 
 def _win_rates(root: Path, key: str, names: Mapping[str, str]) -> dict[str, float]:
-    """Return win rates over base, each model at its own best guidance, with intervals; 0.5 for base itself."""
+    """Return win rates over base with intervals, by reward and people; 0.5 for base itself.
+
+    Rewards compare each model at its own best guidance, people at the reported one.
+    """
     if key == BASE:
-        return dict.fromkeys(names, 0.5)
+        return dict.fromkeys((*names, HUMAN), 0.5)
     gate = _optional(read_gate, RoundFiles(root, key)) or {}
     rates = {name: rate["best"] for name, rate in gate.get("win_rate", {}).items()}
+    if gate.get(HUMAN):
+        rates[HUMAN] = gate[HUMAN]["win_rate"]
     return {name: rate["value"] for name, rate in rates.items()} | {
         f"{name}_{end}": rate[end] for name, rate in rates.items() for end in ("low", "high")
     }

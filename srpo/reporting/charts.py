@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 COLORS = {"base": "#8a9099", "parent": "#3b82c4", "round": "#d9480f"}
-ROLES = {"select": "#d9480f", "judge": "#3b82c4", "measure": "#5c636d"}
+ROLES = {"select": "#d9480f", "judge": "#3b82c4", "measure": "#5c636d", "human": "#191b1f"}
 JUDGES = ("#3b82c4", "#2b8a3e", "#7048e8", "#0b7285")
 STROKES = ("-", "--", ":", "-.")  # one per branch
 WIDE, SMALL = (3.3, 2.7), (2.3, 2.0)  # inches
@@ -46,17 +46,17 @@ def over_rounds(measured: Measured, paths: Sequence[Sequence[str]], name: str, r
 
 
 def win_rates(measured: Measured, path: Sequence[str], roles: Mapping[str, str]) -> str:
-    """Draw every reward's win rate over base along one path, on one scale.
+    """Draw every win rate over base along one path, on one scale.
 
     Args:
-        roles: by reward, `select` or `judge`.
+        roles: by reward, `select` or `judge`; `human` for people's.
     """
     figure, axis = _axis(WIDE)
     shades = iter(JUDGES * len(roles))
     for name, role in roles.items():
         known = [(place, measured[key]) for place, key in enumerate(path) if _known(measured[key].get(name))]
-        style = {"color": ROLES[role], "linewidth": 2.4} if role == "select" else {"color": next(shades)}
-        label = f"{name} (selects)" if role == "select" else name
+        style = {"color": next(shades)} if role == "judge" else {"color": ROLES[role], "linewidth": 2.4}
+        label = f"{name} (selects)" if role == "select" else "people" if role == "human" else name
         _line(axis, [place for place, _ in known], [row for _, row in known], name, label=label, **style)
     axis.axhline(0.5, color=COLORS["base"], linewidth=1, linestyle="--")
     axis.set_ylim(-0.02, 1.02)

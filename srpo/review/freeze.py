@@ -1,4 +1,4 @@
-"""One choice a prompt from the picks of all raters."""
+"""Files that stages read of what people decided: one choice a prompt from the picks, and the votes against base."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 from srpo.errors import UserError
 from srpo.review.candidates import picks_dataset
 from srpo.review.journal import FOLDER, Journal
-from srpo.rounds import Round
+from srpo.review.votes import STEM, current_votes
+from srpo.rounds import BASE, Round
 from srpo.selection.picks import Pick, check_images, write_picks
+from srpo.storage.named_by_hash import write_rows
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,19 @@ def freeze_picks(round: Round) -> Frozen:
     path = write_picks(round.root / FOLDER / round.key, picks)
     bad = sum(pick.picked is None for pick in picks)
     return Frozen(path, len(picks) - bad, bad, divided)
+
+
+def freeze_votes(round: Round) -> tuple[Path, int]:
+    """Write `review/<round>/votes-<hash>.jsonl` for the gate: all votes against base. Return its path and their number.
+
+    Raises:
+        UserError: there are no votes against base about the images that the evaluations hold now.
+    """
+    every = Journal(round.root, round.key, "votes").decisions()
+    votes = current_votes(round, BASE, every)
+    if not votes:
+        found = f"{len(every)} votes, none of them against base about its images of now" if every else "no votes yet"
+        raise UserError(f"{FOLDER}/{round.key}/votes: {found}; `srpo review {round.key}` is the page for them")
+    columns = ("prompt_id", "index", "rater", "value", "dataset")
+    rows = sorted(({name: row[name] for name in columns} for row in votes), key=lambda row: tuple(row.values())[:3])
+    return write_rows(round.root / FOLDER / round.key, STEM, rows), len(rows)

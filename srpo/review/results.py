@@ -6,21 +6,13 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
-from srpo.data import parquet
-from srpo.data.records import read_metrics
 from srpo.data.scores import read_scores
 from srpo.evaluation.bootstrap import Estimate
-from srpo.review.agreement import (
-    human_win_rate,
-    krippendorff_alpha,
-    pick_agreement,
-    same_choice,
-    vote_agreement,
-)
+from srpo.review.agreement import human_win_rate, pick_agreement, same_choice, vote_agreement
 from srpo.review.candidates import picks_dataset
 from srpo.review.journal import Decision, Journal
-from srpo.review.pairs import votes_dataset
-from srpo.rounds import Round, RoundFiles
+from srpo.review.votes import alpha, by_pair, current_votes, reward_differences
+from srpo.rounds import Round
 
 
 @dataclass
@@ -53,12 +45,7 @@ def vote_tables(round: Round, against: str, votes: list[Decision]) -> list[Table
 
     Votes about other images than the evaluations hold now do not count.
     """
-    dataset = votes_dataset(round, against)
-    current = [
-        row | {"value": 0.5 if row["winner"] is None else float(row["winner"] == round.key)}
-        for row in votes
-        if row["dataset"] == dataset
-    ]
+    current = current_votes(round, against, votes)
     outdated = f" {len(votes) - len(current)} votes about images of earlier evaluations do not count."
     outdated *= len(current) < len(votes)
     title = f"Round {round.key} against {against}"
@@ -68,21 +55,18 @@ def vote_tables(round: Round, against: str, votes: list[Decision]) -> list[Table
     rows = [_win_row(name, [row for row in current if row["rater"] == name]) for name in raters]
     if len(raters) > 1:
         rows.append(_win_row("all", current))
-    by_item: dict[str, list[float]] = {}
-    for row in current:
-        by_item.setdefault(row["item"], []).append(row["value"])
-    alpha = krippendorff_alpha(by_item.values())
-    shared = sum(len(values) > 1 for values in by_item.values())
+    shared = sum(len(values) > 1 for values in by_pair(current).values())
     agreement = "Krippendorff's alpha needs several raters, and votes that differ."
-    if alpha is not None:
+    if (found_alpha := alpha(current)) is not None:
         agreement = (
-            f"Krippendorff's alpha is {alpha:.2f} over {shared} pairs of several raters (1: all agree, 0: chance)."
+            f"Krippendorff's alpha is {found_alpha:.2f} over {shared} pairs of several raters"
+            " (1: all agree, 0: chance)."
         )
     note = (
         f"Win rate: an equal vote counts half, 95 % interval over prompts; 0.5 is no difference. {agreement}{outdated}"
     )
     tables = [Table(title, note, ["rater", "win rate", "votes", "prompts", "equal", "left"], rows)]
-    differences = _reward_differences(round, against)
+    differences = reward_differences(round, against)
     found = {name: vote_agreement(current, differences.get(name, {})) for name in round.params.rewards}
     rows = [[name, round.params.rewards[name].role, _interval(value)] for name, value in found.items()]
     note = "Share of decided votes whose winner has the higher reward, 95 % interval over prompts; chance is 0.5."
@@ -138,23 +122,6 @@ def _win_row(name: str, votes: list[Decision]) -> list[str]:
         f"{1 - len(decided) / len(votes):.0%}",
         "-" if left is None else f"{left:.0%}",
     ]
-
-
-def _reward_differences(round: Round, against: str) -> dict[str, dict[tuple[str, int], float]]:
-    """Return by reward: the round's minus the other's, by prompt and index, at the guidance of the samples."""
-    tables = []
-    for key in (round.key, against):
-        files = RoundFiles(round.root, key)
-        guidance = read_metrics(files)["guidance"]
-        columns = ["prompt_id", "index", "guidance", *round.params.rewards]
-        table = parquet.table(files.evaluation / "per_prompt.parquet", columns)
-        tables.append(table.filter((pl.col("guidance") - guidance).abs() < 1e-4))
-    both = tables[0].join(tables[1], on=["prompt_id", "index"], suffix="_other")
-    return {
-        name: {(row[0], row[1]): row[2] for row in both.select("prompt_id", "index", difference).iter_rows()}
-        for name in round.params.rewards
-        for difference in [(pl.col(name) - pl.col(f"{name}_other")).fill_null(float("nan"))]
-    }
 
 
 def _interval(estimate: Estimate | None) -> str:

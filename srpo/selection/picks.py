@@ -1,14 +1,8 @@
-"""Picks of people: one choice a prompt, in a file whose name holds its hash, and the winners that follow from it.
-
-A DVC stage can't depend on a file that may not be there, but it depends on its params. A param that names the file by
-its content makes exactly the stage of that round rerun when other picks are named, and nothing else.
-"""
+"""Picks of people: one choice a prompt, in a file whose name holds its hash, and the winners that follow from it."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +13,9 @@ from srpo.config.schema import SelectParams
 from srpo.data import parquet
 from srpo.errors import UserError
 from srpo.selection.best_of_n import PROMPT, selection_score
+from srpo.storage.named_by_hash import read_rows, write_rows
 
-NAME = re.compile(r"picks-([0-9a-f]{16})\.jsonl")
+STEM = "picks"
 
 
 @dataclass(frozen=True)
@@ -35,14 +30,7 @@ class Pick:
 
 def write_picks(folder: Path, picks: list[Pick]) -> Path:
     """Write picks in the order of their prompts and return the file's path, `picks-<hash>.jsonl`."""
-    ordered = sorted(picks, key=lambda pick: pick.prompt_id)
-    data = "".join(json.dumps(asdict(pick), ensure_ascii=False) + "\n" for pick in ordered).encode()
-    path = folder / f"picks-{hashlib.sha256(data).hexdigest()[:16]}.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
-    return path
+    return write_rows(folder, STEM, map(asdict, sorted(picks, key=lambda pick: pick.prompt_id)))
 
 
 def read_picks(path: Path, key: str) -> dict[str, Pick]:
@@ -51,18 +39,8 @@ def read_picks(path: Path, key: str) -> dict[str, Pick]:
     Raises:
         UserError: no such file, or not the content that its name says.
     """
-    param = f"rounds.{key}.select.picks"
-    name = NAME.fullmatch(path.name)
-    if not name:
-        raise UserError(f"{param}: {path.name}: not a file of picks; `srpo picks {key}` writes picks-<hash>.jsonl")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{param}: {path}: {error.strerror}; restore it with Git, or run `srpo picks {key}`") from None
-    if hashlib.sha256(data).hexdigest()[:16] != name[1]:
-        raise UserError(f"{path}: changed since it was written; restore it with Git, or run `srpo picks {key}`")
-    rows = [Pick(**json.loads(line)) for line in data.decode().splitlines()]
-    return {pick.prompt_id: pick for pick in rows}
+    rows = read_rows(path, STEM, f"rounds.{key}.select.picks", f"srpo picks {key}")
+    return {row["prompt_id"]: Pick(**row) for row in rows}
 
 
 def check_images(picks: Mapping[str, Pick], candidates: Path) -> None:

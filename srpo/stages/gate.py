@@ -13,7 +13,8 @@ from srpo.data import parquet
 from srpo.data.records import headline, read_drift, read_sweep
 from srpo.evaluation.bootstrap import Estimate, win_rate
 from srpo.evaluation.gate import HACKING, best_guidance, best_of_sweep, image_stat_shifts, judge_round
-from srpo.rounds import Round, RoundFiles
+from srpo.review.votes import frozen_votes, human_record, reward_differences
+from srpo.rounds import BASE, Round, RoundFiles
 from srpo.storage.json_files import write_json
 
 log = logging.getLogger(__name__)
@@ -23,13 +24,13 @@ Sweep = Mapping[str, Mapping[str, float]]
 def gate(round: Round) -> None:
     """Write `gate.json` and `metrics.json` in `rounds/<key>/evaluation/`.
 
-    gate.json: the rules, win rates over base and parent, shifts of image statistics.
+    gate.json: the rules, win rates over base and parent, shifts of image statistics, and what people voted.
     metrics.json: flat headline numbers at the reported guidance; `<reward>_best` and `fid_best`, at the round's best
     guidance; win rates over base (with the interval's lower end) and parent, each model at its own best guidance; the
-    verdict and the finding.
+    win rate and agreement of people if there are votes; the verdict and the finding.
 
     Raises:
-        UserError: an evaluation is missing or damaged.
+        UserError: an evaluation is missing or damaged, or the votes are of other images.
     """
     files = round.files
     sweep = read_sweep(files)
@@ -40,6 +41,7 @@ def gate(round: Round) -> None:
         rates = record["win_rate"][judge]
         metrics |= {f"{judge}_win_rate": rates["best"]["value"], f"{judge}_win_rate_low": rates["best"]["low"]}
         metrics[f"{judge}_win_rate_parent"] = rates["parent_best"]["value"]
+    metrics |= _human_metrics(record["human"])
     metrics |= {"verdict": record["verdict"], "finding": record["finding"] or "-"}
     write_json(files.evaluation / "gate.json", record)
     write_json(files.evaluation / "metrics.json", metrics)
@@ -81,14 +83,28 @@ def _judge(round: Round, sweep: Sweep) -> dict[str, Any]:
             missing[name] = share
     judges, selects = ({name: best[name] for name in params.reward_names(role)} for role in ("judge", "select"))
     parents = {name: over_parent[name] for name in judges}
-    return judge_round(params.gate, sweep, base_sweep, judges, selects, missing, parents) | {
+    votes = frozen_votes(round)
+    human = human_record(votes, reward_differences(round, BASE) if votes else {})
+    return judge_round(params.gate, sweep, base_sweep, judges, selects, missing, parents, human) | {
         "best_fid": {
             "guidance": float(best_guidance(sweep, "fid")),
             "base_guidance": float(best_guidance(base_sweep, "fid")),
         },
         "win_rate": rates,
         "image_stats": image_stat_shifts(sweep, base_sweep),
+        "human": human,
     }
+
+
+def _human_metrics(human: Mapping[str, Any] | None) -> dict[str, float | int | None]:
+    """Return what metrics.json holds about people, with the whole interval of the win rate; nothing without votes."""
+    if human is None:
+        return {}
+    rate = human["win_rate"]
+    metrics = {"human_win_rate": rate["value"], "human_win_rate_low": rate["low"], "human_win_rate_high": rate["high"]}
+    metrics |= {"human_votes": human["votes"], "human_alpha": human["alpha"]}
+    agreement = {f"{name}_human_agreement": found["value"] for name, found in human["agreement"].items() if found}
+    return metrics | agreement
 
 
 def _scores(files: RoundFiles, rewards: list[str]) -> pl.DataFrame:

@@ -120,9 +120,13 @@ def curve_points(round: Round) -> list[Point]:
 
 
 def headline(params: Params, metrics: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers to look at first: rewards, the judges' win rates, and the measures of image sets."""
-    rates = [f"{judge}_win_rate" for judge in params.reward_names("judge")]
-    return {name: float(metrics[name]) for name in (*params.rewards, *rates, *SET_MEASURES) if name in metrics}
+    """Return the numbers to look at first: rewards, win rates of judges and people, and the measures of image sets.
+
+    After votes also their number, Krippendorff's alpha, and each reward's agreement with them.
+    """
+    names = [*params.rewards, *(f"{judge}_win_rate" for judge in params.reward_names("judge")), *SET_MEASURES]
+    names += ["human_win_rate", "human_votes", "human_alpha", *(f"{name}_human_agreement" for name in params.rewards)]
+    return {name: float(metrics[name]) for name in names if metrics.get(name) is not None}
 
 
 def _sweep_points(round: Round) -> list[Point]:

@@ -92,6 +92,7 @@ CHANGES: dict[str, tuple[str, Any, list[str]]] = {
     "a new guidance scale": ("evaluate.guidance_scales", [1.0, 2.0, 4.0], EVALUATION),
     "a new reference set": ("evaluate.reference", "data/reference/other.parquet", EVALUATION),
     "a changed gate": ("gate.max_fid_ratio", 2.0, ["gate@001", "report@001"]),
+    "votes that count": ("gate.votes", {"001": "review/001/votes-0123456789abcdef.jsonl"}, ["gate@001", "report@001"]),
     "a changed selection": ("select.top_fraction", 0.5, ["select@001", *AFTER_SELECT]),
     "a changed training": ("train.learning_rate", 0.5, AFTER_SELECT),
     "a changed sampling": (
