@@ -26,7 +26,8 @@ from srpo.config.loader import Params, load_params
 from srpo.rounds import BASE, Round, RoundFiles
 from srpo.storage.hashing import value_digest
 
-# what an arm changes of params.yaml: sections for all rounds, or {"rounds": {number: sections}} for some
+# what an arm changes of params.yaml: sections for all rounds, or {"rounds": {number: sections}} for some; "pool" makes
+# the train prompts all 300 scenes that nobody evaluates
 BARE = {"replay": 0.0}
 PLAIN_LATER = {n: {"generate": {"guidance_scale": 1.0}} for n in range(2, 6)}
 ARMS: dict[str, dict[str, Any]] = {
@@ -58,6 +59,7 @@ ARMS: dict[str, dict[str, Any]] = {
     },
     "weights by advantage": {"select": {"weighting": "advantage"}},
     "weights averaged (EMA .97)": {"train": {"ema_decay": 0.97}},
+    "fresh prompts": {"generate": {"prompts_per_round": 140}, "pool": True},
     "dpo": {"train": {"objective": "dpo"}},
     "dpo, lr 3e-4": {"train": {"objective": "dpo", "learning_rate": 3e-4}},
     "dpo, beta 200": {"train": {"objective": "dpo", "dpo_beta": 200.0}},
@@ -83,7 +85,8 @@ def run(project: Path, runs: Path, arm: str, seed: int, rounds: int, steps: int 
     for folder in (shared, root):
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "data").exists():
-            (folder / "data").symlink_to(_data(project, runs, tuning).resolve())
+            pool = folder is root and ARMS[arm].get("pool", False)
+            (folder / "data").symlink_to(_data(project, runs, tuning, pool).resolve())
     params = _params(project, arm, seed, rounds, steps)
     _base(params.model_copy(update={"seed": 0}), shared, pin_base, evaluate)
     if not (root / "rounds" / BASE).exists():  # every seed meets the same examination of base
@@ -165,7 +168,7 @@ def diversity_among_right(params: Params, root: Path, adapter: Path, images_per_
 
 def _params(project: Path, arm: str, seed: int, rounds: int, steps: int | None) -> Params:
     params = load_params(project / "params.yaml")
-    changes = {name: values for name, values in ARMS[arm].items() if name != "rounds"}
+    changes = {name: values for name, values in ARMS[arm].items() if name not in ("rounds", "pool")}
     raw = params.model_dump() | {"seed": seed}
     for section, values in changes.items():
         raw[section] = raw[section] | values
@@ -180,8 +183,30 @@ def _params(project: Path, arm: str, seed: int, rounds: int, steps: int | None) 
     return Params.model_validate(raw)
 
 
-def _data(project: Path, runs: Path, tuning: bool) -> Path:
-    """data/ of the project, or a copy whose eval prompts and reference are 60 scenes that nothing else uses."""
+def _pool(project: Path, runs: Path) -> Path:
+    folder = runs / "pool"
+    if not folder.exists():
+        from demo.make import split, write_prompts
+        from demo.scenes import all_scenes
+
+        train, held_out = split(all_scenes())
+        others = [scene for scene in all_scenes() if scene not in (*train, *held_out)]
+        (folder / "prompts").mkdir(parents=True)
+        for item in (project / "data").iterdir():
+            if item.name != "prompts":
+                (folder / item.name).symlink_to(item.resolve())
+        shutil.copy(project / "data" / "prompts" / "eval.jsonl", folder / "prompts")
+        write_prompts(folder / "prompts" / "train.jsonl", [*train, *others], "train")
+    return folder
+
+
+def _data(project: Path, runs: Path, tuning: bool, pool: bool = False) -> Path:
+    """data/ of the project, or a copy whose eval prompts and reference are 60 scenes that nothing else uses.
+
+    With `pool`, a copy whose train prompts are all scenes but the eval prompts'.
+    """
+    if pool:
+        return _pool(project, runs)
     if not tuning:
         return project / "data"
     folder = runs / "data"

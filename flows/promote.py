@@ -105,7 +105,7 @@ def _describe(key: str, adapter: str, override: str | None) -> str:
         if override and gate["verdict"] != "pass"
         else []
     )
-    lines += ["", _describe_votes(key, gate.get("human"))]
+    lines += ["", _describe_votes(key, gate["human"])]
     lines += ["", "| rule | value | limit | |", "|---|---|---|---|", *rules, "", f"- adapter: `{adapter}`", *places]
     return "\n".join(lines)
 

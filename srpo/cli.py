@@ -30,6 +30,8 @@ lock_app = typer.Typer(help="Work with dvc.lock, the record of all stages.", no_
 app.add_typer(lock_app, name="lock")
 prompts_app = typer.Typer(no_args_is_help=True, help="Bring prompts into the project.")
 app.add_typer(prompts_app, name="prompts")
+candidates_app = typer.Typer(no_args_is_help=True, help="Bring candidates from elsewhere into a round.")
+app.add_typer(candidates_app, name="candidates")
 RoundKey = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rounds` in params.yaml")]
 RoundOrBase = Annotated[str, typer.Argument(metavar="ROUND", help="a key of `rounds` in params.yaml, or base")]
 
@@ -394,6 +396,29 @@ def import_prompts(
         count_tokens=token_counter(params.model, root),
     )
     print("\n".join(summary.lines()))
+
+
+@candidates_app.command("import")
+def import_candidates(
+    key: RoundKey,
+    source: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE...", help="parquet files, or folders of these or of images")
+    ],
+    column: Annotated[str, typer.Option(help="column or key of the prompt")] = "prompt",
+    to: Annotated[Path, typer.Option(help="folder to write to")] = Path("data"),
+) -> None:
+    """Write images with prompts, or pairs with labels, for a round to score, select and train on."""
+    from srpo.tools.import_candidates import import_candidates
+
+    with _round(key) as round:
+        found = import_candidates(round, source, column, round.root / to)
+    left_out = "".join(f"; left out {count} {name}" for name, count in found.left_out.items())
+    print(f"{found.images} images of {found.prompts} prompts, {found.pairs} pairs{left_out}")
+    folder = found.candidates.relative_to(round.root).as_posix()
+    print(f'in params.yaml, rounds."{key}":  generate: {{candidates: {folder}}}')
+    if found.picks:
+        print(f"    select: {{picks: {found.picks.relative_to(round.root).as_posix()}}}")
+    print(f"track them with `dvc add {folder}`, or with the folder that is under DVC already")
 
 
 @app.command()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from srpo.config.loader import Params
+from srpo.config.schema import GenerateParams
 from srpo.config.tree import BASE, ancestors
 
 
@@ -67,6 +68,11 @@ class RoundFiles:
         return self.folder / "evaluation"
 
     @property
+    def review(self) -> Path:
+        """Folder of what people decided about the round, beside `rounds/`."""
+        return self.root / "review" / self.key
+
+    @property
     def report(self) -> Path:
         """Folder of the report page."""
         return self.folder / "report"
@@ -80,11 +86,13 @@ class Round:
         key: a key of `rounds` in params.yaml, or `base`.
         params: with this round's overrides applied; base has none.
         root: the project's folder, which contains params.yaml.
+        generate_of_path: `generate` of the rounds from base to this one with their overrides, the oldest first.
     """
 
     key: str
     params: Params
     root: Path
+    generate_of_path: tuple[GenerateParams, ...] = ()
 
     @classmethod
     def of(cls, params: Params, root: Path, key: str) -> Round:
@@ -93,7 +101,11 @@ class Round:
         Raises:
             UserError: no such round.
         """
-        return cls(key, params if key == BASE else params.for_round(key), root)
+        if key == BASE:
+            return cls(key, params, root)
+        resolved = params.for_round(key)
+        before = tuple(params.for_round(name).generate for name in ancestors(params.rounds, key))
+        return cls(key, resolved, root, (*before, resolved.generate))
 
     @property
     def parent(self) -> str:

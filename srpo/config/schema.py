@@ -125,10 +125,26 @@ class GenerateParams(SamplingParams):
 
     candidates_per_prompt: int = Field(ge=2, le=1024, description="N of best-of-N")
     prompts_per_shard: PositiveInt = Field(32, description="prompts in one parquet shard; also the unit of resume")
+    candidates: str | None = Field(
+        None,
+        min_length=1,
+        description="folder of `srpo candidates import`: images from elsewhere instead of the parent's; set it in one"
+        " round",
+    )
+    prompts_per_round: PositiveInt | None = Field(
+        None,
+        description="prompts drawn from `prompts.train` in each round, none twice on a path before all were drawn;"
+        " null takes all in every round",
+    )
+    tags: dict[str, list[str]] = Field(
+        default={}, description="only prompts that have one of these values of each tag, such as {style: [photo]}"
+    )
     early_rejection: EarlyRejectionParams | None = Field(None, description="null finishes every candidate")
 
     @model_validator(mode="after")
     def _rejection_fits(self) -> GenerateParams:
+        if self.early_rejection and self.candidates:
+            raise ValueError("candidates: imported images can't be rejected early; set early_rejection to null")
         if self.early_rejection:
             first, last = self.early_rejection.checkpoints[0], self.early_rejection.checkpoints[-1]
             if last.step >= self.num_inference_steps:

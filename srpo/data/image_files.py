@@ -72,7 +72,7 @@ def find_images(path: Path) -> Iterator[StoredImage]:
         yield from (StoredImage(str(file), file) for file in files)
         return
     for shard in parquet.shards(path):
-        yield from (_stored(shard, row, cell) for row, cell in enumerate(_cells(shard)))
+        yield from (stored_image(shard, row, cell) for row, cell in enumerate(_cells(shard)))
 
 
 def check_images(path: Path) -> int:
@@ -98,7 +98,12 @@ def _cells(shard: Path) -> Iterator[Any]:
         raise UserError(f"{shard}: not a readable parquet file ({one_line(error):.120})") from None
 
 
-def _stored(shard: Path, row: int, cell: Any) -> StoredImage:
+def stored_image(shard: Path, row: int, cell: Any) -> StoredImage:
+    """Return the image of a cell: bytes, a path relative to the parquet file's folder, or a struct of both.
+
+    Raises:
+        UserError: there is none.
+    """
     name = f"{shard}: row {row}"
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")

@@ -55,5 +55,8 @@ def headline(sweep: Mapping[str, Mapping[str, float]], guidance: float, rewards:
 
 
 def read_gate(files: HasEvaluation) -> dict[str, Any]:
-    """Read the evaluation's `gate.json` of a round: rules, verdict, finding, win rates and image statistics."""
-    return read_json(files.evaluation / "gate.json")
+    """Read the evaluation's `gate.json` of a round: rules, verdict, finding, win rates, image statistics, votes.
+
+    `human`, what people voted, is None without votes.
+    """
+    return {"human": None} | read_json(files.evaluation / "gate.json")

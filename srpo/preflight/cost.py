@@ -139,10 +139,11 @@ def round_cost(params: Params, train_prompts: int, eval_prompts: int, copies: in
     """Return the work of a round. Previews, text encoders and `srpo select` (about a percent) are left out.
 
     Args:
+        train_prompts: number in `prompts.train`; a round that draws fewer makes candidates for fewer.
         copies: 2 if DVC's cache holds copies of the workspace's files, 1 if links.
     """
     generate = params.generate
-    candidates = train_prompts * generate.candidates_per_prompt
+    candidates = _drawn(generate, train_prompts) * generate.candidates_per_prompt
     candidate = image_tflop(mean_steps(generate), generate.guidance_scale, generate.height, generate.width)
     size = generate.height * generate.width / PIXELS
     rewards = sum(REWARD_TFLOP.get(spec.kind, OTHER_REWARD_TFLOP) for spec in params.rewards.values())
@@ -201,7 +202,7 @@ def round_bytes(params: Params, train_prompts: int, eval_prompts: int) -> float:
     generate = params.generate
     evaluate = params.evaluate
     candidate = generate.height * generate.width * (PNG_BYTES / PIXELS + LATENT_BYTES)
-    images = train_prompts * (generate.candidates_per_prompt + params.select.top_fraction)
+    images = _drawn(generate, train_prompts) * (generate.candidates_per_prompt + params.select.top_fraction)
     samples = min(evaluate.samples, eval_prompts) * evaluate.images_per_prompt * _eval_pixels(params)
     adapter = 2 * UNET_WEIGHTS if params.train.method == "full" else 4 * params.train.rank * LORA_WEIGHTS_PER_RANK
     return images * candidate + samples * PNG_BYTES / PIXELS + adapter
@@ -210,6 +211,10 @@ def round_bytes(params: Params, train_prompts: int, eval_prompts: int) -> float:
 def peak_tflops(device: str) -> float | None:
     """Return a device's dense bf16 peak by its name in torch.cuda and nvidia-smi; None if it is not in the table."""
     return next((peak for name, peak in PEAKS.items() if name in device), None)
+
+
+def _drawn(generate: GenerateParams, train_prompts: int) -> int:
+    return min(train_prompts, generate.prompts_per_round or train_prompts)
 
 
 def _training_tflop(params: Params) -> float:

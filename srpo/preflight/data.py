@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from srpo.config.loader import Params
 from srpo.config.schema import INCEPTION, MIN_REFERENCE_IMAGES, ModelParams
+from srpo.data.prompt_draw import Draw
 from srpo.data.prompts import Prompt, check_disjoint, load_prompts, normalize
 from srpo.errors import UserError
 from srpo.models.tokenizer import load_tokenizer, num_tokens, text_read, token_limit
@@ -42,7 +43,8 @@ def check_prompts(params: Params, root: Path) -> tuple[list[CheckResult], tuple[
         return results, None
     train, held_out = files
     read = text_read(params.model, tokenizer) if tokenizer else lambda text: None
-    return [*results, _check_disjoint(train, held_out, read)], (len(train), len(held_out))
+    draws = _check_draws(params, train)
+    return [*results, _check_disjoint(train, held_out, read), *draws], (len(train), len(held_out))
 
 
 def check_reference(params: Params, root: Path) -> CheckResult:
@@ -88,6 +90,21 @@ def _check_texts(
         warnings.append("use hundreds of held-out prompts" if key.endswith("eval") else "use thousands of prompts")
     text = "; ".join([f"{len(prompts)} prompts", *warnings, *notes])
     return CheckResult(key, "warn" if warnings else "ok", text)
+
+
+def _check_draws(params: Params, pool: Sequence[Prompt]) -> list[CheckResult]:
+    """Check what rounds draw from the pool; return problems only."""
+    results = []
+    for key in params.rounds:
+        settings = params.for_round(key).generate
+        fitting = sum(Draw(None, settings.tags).fits(prompt) for prompt in pool)
+        if not fitting:
+            text = f"no prompt of {params.prompts.train} has these tags: change them"
+            results.append(CheckResult(f"rounds.{key}.generate.tags", "fail", text))
+        elif fitting < (settings.prompts_per_round or 0):
+            text = f"{settings.prompts_per_round}, and only {fitting} prompts fit: the round takes them all"
+            results.append(CheckResult(f"rounds.{key}.generate.prompts_per_round", "warn", text))
+    return results
 
 
 def _find_tokenizer(params: Params, root: Path) -> CLIPTokenizer | None:

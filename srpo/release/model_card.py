@@ -123,7 +123,7 @@ def _measures(round: Round) -> list[dict[str, str]]:
         best = rates["best"]
         row = {"name": f"{name}: win rate over base, each at its best guidance", "role": "", "better": "higher"}
         rows.append(row | {"base": "0.5", "round": _spread(best["value"], best["low"], best["high"])})
-    if human := gate.get("human"):
+    if human := gate["human"]:
         row = {"name": f"people: win rate over base, {human['votes']} blind votes", "role": "", "better": "higher"}
         rows.append(row | {"base": "0.5", "round": _spread(*human["win_rate"].values())})
     return rows

@@ -107,7 +107,7 @@ def _check_gate(round: Round, gate: dict[str, Any]) -> None:
     if gate["verdict"] != "pass":
         failed = ", ".join(name for name, rule in gate["rules"].items() if not rule["passed"])
         raise UserError(f"round {round.key}: failed its gate ({failed}); {anyway}")
-    limits, votes = round.params.gate, (gate.get("human") or {}).get("votes", 0)
+    limits, votes = round.params.gate, (gate["human"] or {}).get("votes", 0)
     if limits.require_human_votes and votes < limits.min_human_votes:
         raise UserError(
             f"round {round.key}: its gate counts {votes} votes of people, and gate.min_human_votes asks for"

@@ -16,6 +16,7 @@ from srpo.selection.best_of_n import PROMPT, selection_score
 from srpo.storage.named_by_hash import read_rows, write_rows
 
 STEM = "picks"
+TIE = 1e-12  # between a score and the mean of equal scores
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def picked_winners(
 ) -> pl.DataFrame:
     """Return the rows of the candidates that people picked, as `choose_winners` returns its winners.
 
-    Margins may be negative, and no limit of `settings` applies. The loser is the worst of the other candidates by the
-    selection score; the weight is 1, the mean of all weights.
+    Margins may be negative, they are null where the rewards can't tell, and no limit of `settings` applies. The loser
+    is the worst of the other candidates by the selection score; the weight is 1, the mean of all weights.
 
     Args:
         scores: of the valid candidates; columns prompt_id, candidate_id, index and the rewards.
@@ -89,7 +90,7 @@ def picked_winners(
         .join(worst.rename({"candidate_id": "loser_id"}), on="prompt_id", how="left")
     )
     return winners.with_columns(
-        margin=score - pl.col("_mean"),
+        margin=pl.when((score - pl.col("_mean")).abs() > TIE).then(score - pl.col("_mean")),
         loser_id=pl.coalesce("loser_id", "candidate_id"),
         weight=pl.lit(1.0),
     ).drop("_chosen", "_mean", PROMPT)

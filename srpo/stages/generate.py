@@ -1,4 +1,4 @@
-"""Stage `generate`: N candidates for every train prompt, from the parent round's model.
+"""Stage `generate`: N candidates for every train prompt that the round draws, from the parent round's model.
 
 A unit of work is one shard of the prompts, which becomes one parquet file.
 """
@@ -17,8 +17,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from srpo.data import parquet
 from srpo.data.candidate import Candidate
 from srpo.data.images import encode_images
+from srpo.data.prompt_draw import Draw, draw_prompts
 from srpo.data.prompts import Prompt, check_disjoint, load_prompts, named_texts, negative_prompts
 from srpo.data.schemas import CANDIDATE_FIELDS
+from srpo.errors import UserError
 from srpo.lineage.record import check_base, require_weights
 from srpo.models.tokenizer import load_tokenizer, text_read, warn_of_cut_prompts
 from srpo.rounds import Round
@@ -40,11 +42,16 @@ def generate(round: Round) -> None:
     """Write `rounds/<key>/candidates/`, one parquet shard per `prompts_per_shard` prompts.
 
     Shards that an interrupted run finished are kept. With `runtime.processes` above 1 this process starts workers that
-    share the others.
+    share the others. With `generate.candidates` images from elsewhere are encoded instead.
 
     Raises:
         UserError: bad prompt files, or a model that can't be loaded or used.
     """
+    if round.params.generate.candidates:
+        from srpo.sampling.encoding import encode_candidates
+
+        encode_candidates(round)
+        return
     scratch, shards = _plan(round)
 
     @contextmanager
@@ -68,10 +75,13 @@ def _plan(round: Round) -> tuple[Path, dict[Path, list[Prompt]]]:
     """Check the inputs, and return the scratch folder and the prompts of all shards in it, finished or not."""
     params = round.params
     settings = params.generate
-    prompts = load_prompts(round.root / params.prompts.train)
+    pool = load_prompts(round.root / params.prompts.train)
     tokenizer = load_tokenizer(params.model, round.root)
-    check_disjoint(prompts, load_prompts(round.root / params.prompts.eval), text_read(params.model, tokenizer))
+    check_disjoint(pool, load_prompts(round.root / params.prompts.eval), text_read(params.model, tokenizer))
     require_weights(round.parent_files)
+    prompts = draw_prompts(pool, [Draw(own.prompts_per_round, own.tags) for own in round.generate_of_path], params.seed)
+    if not prompts:
+        raise UserError(f"rounds.{round.key}.generate.tags: no prompt of {params.prompts.train} has them; change tags")
     if not distributed.is_worker():
         warn_of_cut_prompts("generate", named_texts(prompts, round.params.generate.negative_prompt), round)
     inputs = {

@@ -24,7 +24,9 @@ from srpo.storage.hashing import derive_seed, digest
 
 log = logging.getLogger(__name__)
 
-TIE = 1e-12  # a margin is 0 if all candidates of the prompt have the same score, except for the rounding of a mean
+# a margin is 0 if all candidates of the prompt have the same score, except for the rounding of a mean; that of a pick
+# may be negative, or null where the rewards can't tell, and still its loser lost
+TIE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def load_winners(round: Round, *, pairs: bool) -> Winners:
     """Load the winners that the round's `train.start` and `train.replay` ask for.
 
     Args:
-        pairs: take only winners with a loser that has a lower score; the others are counted in the log.
+        pairs: take only winners with a loser, of prompts whose candidates differ in score or that people decided; the
+            others are counted in the log.
 
     Raises:
         UserError: winners are missing, have no losers, have several sizes, or differ from those that the parent's
@@ -207,7 +210,7 @@ def _rows_of_pairs(path: Path, reader: RowReader, margins: pl.Series) -> np.ndar
     if "loser_latents" not in reader.schema.names:
         raise UserError(f"{path}: winners lack loser_latents; rerun select")
     has_loser = reader.has("loser_latents")
-    is_tie = has_loser & (margins.to_numpy() <= TIE)
+    is_tie = has_loser & (margins.abs() <= TIE).fill_null(False).to_numpy()
     rows = np.flatnonzero(has_loser & ~is_tie)
     if len(rows) == 0:
         raise UserError(f"{path}: no winner has a loser with a lower score; train.objective sft needs none")
