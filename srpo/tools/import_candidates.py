@@ -160,21 +160,21 @@ def _read_parquet(file: pq.ParquetFile, shard: Path, column: str, left_out: Coun
     row = 0
     for batch in file.iter_batches(16, columns=wanted):
         for values in batch.to_pylist():
-            cells = [values[name] for name in PAIR[:2]] if are_pairs else [values["image"]]
-            if are_pairs and (order := _order(values)) is None:
+            cells = _cells(values) if are_pairs else [values["image"]]
+            if cells is None:
                 left_out["pairs without a winner"] += 1
             else:
-                cells = [cells[place] for place in order] if are_pairs else cells
                 yield Item(values[column] or "", [stored_image(shard, row, cell) for cell in cells])
             row += 1
 
 
-def _order(values: dict[str, Any]) -> tuple[int, int] | None:
-    """Return the places of a pair's winner and loser; None for a tie, or without a label."""
+def _cells(values: dict[str, Any]) -> list[Any] | None:
+    """Return a pair's winner and loser; None for a tie, or without a label."""
     first, second = values["label_0"], values["label_1"]
     if first is None or second is None or first == second or values.get(LABELED) is False:
         return None
-    return (0, 1) if first > second else (1, 0)
+    cells = [values["jpg_0"], values["jpg_1"]]
+    return cells if first > second else cells[::-1]
 
 
 def _read_folder(folder: Path, column: str, left_out: Counter[str]) -> Iterator[Item]:
