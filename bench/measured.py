@@ -43,7 +43,7 @@ def measured(module: list[str], root: Path) -> Usage:
     done = subprocess.run(
         [sys.executable, "-c", BETWEEN, sys.executable, "-m", *module],
         cwd=root,
-        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))},
         stdout=subprocess.PIPE,
         check=True,
     )

@@ -6,6 +6,7 @@ weights' values, so nothing needs to be downloaded to measure them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,21 +98,27 @@ TINY = Configuration(
 )
 
 
-def build_networks(configuration: Configuration, device: torch.device | str) -> dict[str, torch.nn.Module]:
-    """unet, vae, text_encoder and text_encoder_2, float32, made on the device itself; `meta` makes no weights."""
+def build_networks(
+    configuration: Configuration, device: torch.device | str, only: Sequence[str] | None = None
+) -> dict[str, torch.nn.Module]:
+    """unet, vae, text_encoder and text_encoder_2, or some of them, in torch's default dtype.
+
+    They are made on the device itself; `meta` makes no weights.
+    """
     first, second = (
         CLIPTextConfig(vocab_size=49408, max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1, pad_token_id=1)
         for _ in range(2)
     )
     first.update(configuration.text)
     second.update(configuration.text_2)
+    makers: dict[str, Callable[[], torch.nn.Module]] = {
+        "unet": lambda: UNet2DConditionModel(**configuration.unet),
+        "vae": lambda: AutoencoderKL(**configuration.vae),
+        "text_encoder": lambda: CLIPTextModel(first),
+        "text_encoder_2": lambda: CLIPTextModelWithProjection(second),
+    }
     with torch.device(device):
-        return {
-            "unet": UNet2DConditionModel(**configuration.unet),
-            "vae": AutoencoderKL(**configuration.vae),
-            "text_encoder": CLIPTextModel(first),
-            "text_encoder_2": CLIPTextModelWithProjection(second),
-        }
+        return {name: make() for name, make in makers.items() if only is None or name in only}
 
 
 def save_pipeline(configuration: Configuration, device: torch.device, folder: Path) -> None:

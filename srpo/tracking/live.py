@@ -74,20 +74,20 @@ class Curve:
 
         A resumed training logs its steps from the first again: those that MLflow has are left out.
         """
-        from mlflow.entities import Metric
-
         client, now = self._client, int(time.time() * 1000)
         if client and step not in self._known:
+            from mlflow.entities import Metric
+
             points = [Metric(f"train/{name}", value, now, step) for name, value in metrics.items()]
             attempt("live curve", lambda: client.log_batch(self._run_id, metrics=points, synchronous=False))
 
     def close(self, status: str) -> None:
         """Send what is left and end the run; a finished training gets its record, with what did not arrive."""
-        import mlflow
-
         client, self._client = self._client, None
         if client is None:
             return
+        import mlflow
+
         if self._monitor:
             self._monitor.finish()
         with as_default(self._uri):
