@@ -38,7 +38,8 @@ from srpo.config.loader import PARAMS_FILE
 from srpo.data import parquet
 from srpo.data.images import encode_image
 from srpo.data.schemas import IMAGE
-from srpo.rounds import BASE, RoundFiles
+from srpo.rounds import BASE
+from srpo.storage.json_files import read_json, write_json
 
 KEY = "001"
 PROJECT = Path(__file__).parent.parent
@@ -88,6 +89,8 @@ def make_project(root: Path, arguments: argparse.Namespace) -> None:
     """Write the models, params.yaml, prompts and a reference set."""
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     save_pipeline(TINY if arguments.tiny else SDXL, device, root / "base")
+    vae = root / "base" / "vae" / "config.json"  # as the preset's VAE, which computes in 16 bits
+    write_json(vae, read_json(vae) | {"force_upcast": False})
     large = TINY_CLIP if arguments.tiny else CLIP_L if arguments.cpu else CLIP_H
     save_clip(large, device, root / "pick")
     save_hps(TINY_CLIP if arguments.tiny or arguments.cpu else CLIP_H, device, root / "hps")
@@ -169,7 +172,6 @@ def main(argv: list[str] | None = None) -> None:
         make_project(root, arguments)
         print(f"models made in {time.perf_counter() - start:.1f} s", flush=True)
         found = list(run(root, arguments))
-        print((RoundFiles(root, KEY).folder / "gate.json").read_text(encoding="utf-8"))
     device = "CPU" if arguments.cpu or not torch.cuda.is_available() else torch.cuda.get_device_name()
     table = Table(
         title=f"{'tiny networks' if arguments.tiny else 'SDXL 1.0'}, random weights, {arguments.size} x"

@@ -7,6 +7,7 @@ import http.server
 import logging
 import shutil
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from mlflow.entities import ViewType
 
 from srpo.rounds import Round
 from srpo.storage.project import project_folder, project_identity
+from srpo.tracking.live import live
 from srpo.tracking.sync import sync_campaign, sync_round
 from tests.tracking.test_sync import campaign, client_of, params_of, project, runs_of, story
 
@@ -120,3 +122,14 @@ def test_copy_of_a_dvc_experiment_logs_to_the_project(project: Path, monkeypatch
     assert not (copy / "mlflow.db").exists() and story(project) == before
     runs = [run for run in runs_of(client_of(project)) if run.data.tags.get("srpo.dvc_experiment") == "more-steps"]
     assert [run.info.run_name for run in runs] == ["round 002"]
+
+
+def test_without_mlflow_a_training_goes_on(
+    project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "mlflow"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with live(Round.of(params_of(project), project, "001")) as curve:
+        curve.log({"loss": 1.0}, 1)
+    (line,) = warnings_of(caplog)
+    assert line.startswith("MLflow: live curve not recorded (")
