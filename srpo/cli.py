@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -42,7 +42,7 @@ def run(argv: list[str]) -> int:
     overwrites_bar = distributed.rank() > 0 and sys.stderr.isatty()
     line_format = "\r\x1b[K%(message)s" if overwrites_bar else "%(message)s"
     logging.basicConfig(level=logging.INFO, format=line_format, stream=sys.stderr, force=True)
-    for library in ("alembic", "mlflow", "httpx", "transformers", "datasets"):
+    for library in ("alembic", "mlflow", "httpx", "httpx2", "transformers", "datasets"):
         logging.getLogger(library).setLevel(logging.ERROR)
     logging.getLogger("diffusers").setLevel(logging.CRITICAL)  # it raises what it logs
     try:
@@ -468,9 +468,25 @@ def export(
     key: RoundKey,
     to: Annotated[Path, typer.Option(help="folder to create")],
     merged: Annotated[bool, typer.Option(help="also write the whole pipeline with the tuned weights merged")] = False,
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="also write one merged file for ComfyUI, A1111 and Forge")
+    ] = False,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="of merged weights; auto as in runtime")
+    ] = "auto",
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="upload the folder to this repository of the Hub")
+    ] = None,
+    private: Annotated[bool, typer.Option(help="of a new repository: only its owner sees it")] = False,
 ) -> None:
     """Export a round for publication: weights, sample images and model card."""
+    from srpo.release import hub_upload
     from srpo.release.export import export
 
+    if push_to_hub:
+        hub_upload.check_repository(push_to_hub)
     with _round(key) as round:
-        print(f"{to}: {', '.join(export(round, to, merged))}")
+        names = export(round, to, merged=merged, single_file=single_file, dtype=dtype)
+    print(f"{to}: {', '.join(names)}")
+    if push_to_hub:
+        print(hub_upload.push_to_hub(to, push_to_hub, private=private))

@@ -77,7 +77,10 @@ def _merge(unet: UNet2DConditionModel, folder: Path, stored_as: torch.dtype | No
     name = str(dtype).removeprefix("torch.")
     if share >= MIN_SURVIVING_SHARE or stored_as:
         merge_lora(unet)
-        log.info("%s: merged into %s weights; %.1f %% of its change survives", folder, name, 100 * share)
+        level, hint = logging.INFO, ""
+        if share < MIN_SURVIVING_SHARE:
+            level, hint = logging.WARNING, "; --dtype float32 keeps all of it"
+        log.log(level, "%s: merged into %s weights; %.1f %% of its change survives%s", folder, name, 100 * share, hint)
         return
     for parameter_name, parameter in unet.named_parameters():
         if "lora_" in parameter_name:

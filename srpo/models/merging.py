@@ -20,7 +20,7 @@ def surviving_share(unet: UNet2DConditionModel, dtype: torch.dtype) -> float:
     total = 0.0
     for layer, name in _merged_one_by_one(unet):
         weight = layer.get_base_layer().weight.data
-        change = layer.get_delta_weight(name)
+        change = layer.get_delta_weight(name).detach()
         rounded = (weight + change).to(dtype).float() - weight.to(dtype).float()
         lost += float((rounded - change).square().sum(dtype=torch.float64))
         total += float(change.square().sum(dtype=torch.float64))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from srpo.config.loader import Params
 from srpo.data import parquet
@@ -17,26 +18,38 @@ from srpo.rounds import Round, RoundFiles
 from srpo.storage.hashing import file_digest
 from srpo.storage.json_files import write_json
 
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
 NUM_IMAGES = 8
 MERGED = "merged"
 
 
-def export(round: Round, to: Path, merged: bool = False) -> list[str]:
+def export(
+    round: Round,
+    to: Path,
+    *,
+    merged: bool = False,
+    single_file: bool = False,
+    dtype: str = "auto",
+) -> list[str]:
     """Write a round's weights, example images, lineage and model card into a new folder.
 
     A LoRA is written for diffusers (`pytorch_lora_weights.safetensors`, a copy of the adapter's file) and with kohya's
-    names, for ComfyUI. A round that trained the whole UNet has no LoRA, only the merged pipeline.
+    names, for ComfyUI. A round that trained the whole UNet has no LoRA, only merged weights.
 
     Args:
         to: a folder that does not exist or is empty.
-        merged: also write `merged/`, the base pipeline with the fine-tuned weights in it, in the dtype of `runtime`.
+        merged: also write `merged/`, the base pipeline with the fine-tuned weights in it, in diffusers' layout.
+        single_file: also write that pipeline as one file in Stability's layout, for ComfyUI, A1111 and Forge.
+        dtype: of merged weights: float32, bfloat16, float16, or auto for that of `runtime`.
 
     Returns:
         The names of the files and folders in it.
 
     Raises:
         UserError: the folder is not empty; the round has no adapter or no evaluation in this project folder; or it
-            has no LoRA and `merged` is False.
+            has no LoRA and nothing merged is asked for.
     """
     adapter = round.files.adapter
     is_lora = (adapter / WEIGHTS_FILE).exists()
@@ -44,8 +57,10 @@ def export(round: Round, to: Path, merged: bool = False) -> list[str]:
         raise UserError(
             f"rounds/{round.key}/adapter: no weights; `dvc repro train@{round.key}` or `dvc pull train@{round.key}`"
         )
-    if not is_lora and not merged:
-        raise UserError(f"round {round.key}: train.method is full, so there is no LoRA to export; add --merged")
+    if not is_lora and not merged and not single_file:
+        raise UserError(
+            f"round {round.key}: train.method is full, so there is no LoRA to export; add --merged or --single-file"
+        )
     if not (round.files.evaluation / "gate.json").exists():
         raise UserError(
             f"rounds/{round.key}/evaluation: not evaluated, so it has no model card; `dvc repro gate@{round.key}`"
@@ -55,7 +70,15 @@ def export(round: Round, to: Path, merged: bool = False) -> list[str]:
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as temporary:
         folder = Path(temporary) / "export"
-        _fill(folder, round, is_lora=is_lora, merged=merged)
+        name = f"{round.params.tracking.campaign}-{round.key}".replace("/", "-")
+        files: dict[str, str] = {}
+        if is_lora:
+            files |= {"diffusers": WEIGHTS_FILE, "kohya": f"{name}_kohya.safetensors"}
+        if merged:
+            files["merged"] = MERGED
+        if single_file:
+            files["single_file"] = f"{name}.safetensors"
+        _fill(folder, round, files, dtype)
         folder.replace(to)
     return sorted(path.name for path in to.iterdir())
 
@@ -80,18 +103,19 @@ def write_kohya(adapter: Path, path: Path) -> None:
     save_file({name: value.contiguous() for name, value in state.items()}, path, metadata=metadata)
 
 
-def _fill(folder: Path, round: Round, *, is_lora: bool, merged: bool) -> None:
+def _fill(folder: Path, round: Round, files: dict[str, str], dtype: str) -> None:
+    """Write the files of these kinds, and what accompanies them."""
     adapter = round.files.adapter
-    files: dict[str, str] = {}
     folder.mkdir()
-    if is_lora:
-        files = {"diffusers": WEIGHTS_FILE, "kohya": f"{round.params.tracking.campaign}-{round.key}_kohya.safetensors"}
-        files["kohya"] = files["kohya"].replace("/", "-")
-        shutil.copyfile(adapter / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+    if "diffusers" in files:
+        shutil.copyfile(adapter / WEIGHTS_FILE, folder / files["diffusers"])
         write_kohya(adapter, folder / files["kohya"])
-    if merged:
-        files["merged"] = MERGED
-        write_merged(round.params, adapter, folder / MERGED)
+    if {"merged", "single_file"} & files.keys():
+        pipeline = merged_pipeline(round.params, adapter, dtype)
+        if "merged" in files:
+            pipeline.save_pretrained(folder / files["merged"], safe_serialization=True)
+        if "single_file" in files:
+            _write_single_file(pipeline, round, folder / files["single_file"])
     images = _write_images(round.files, folder / "images")
     write_json(folder / "lineage.json", read_lineage(round.files))
     write_json(folder / graph.FILE, graph.round_provenance(round.root, round.key).model_dump())
@@ -99,8 +123,11 @@ def _fill(folder: Path, round: Round, *, is_lora: bool, merged: bool) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def write_merged(params: Params, adapter: Path, folder: Path) -> None:
-    """Write the base pipeline with its LoRAs and an adapter merged into it, in the dtype of `runtime`.
+def merged_pipeline(params: Params, adapter: Path, dtype: str = "auto") -> StableDiffusionXLPipeline:
+    """Return the base pipeline with its LoRAs and an adapter merged into it, in float32 and rounded once.
+
+    Args:
+        dtype: float32, bfloat16, float16, or auto for that of `runtime`.
 
     Raises:
         UserError: the base or the adapter can't be loaded.
@@ -111,11 +138,27 @@ def write_merged(params: Params, adapter: Path, folder: Path) -> None:
     from srpo.models.pipeline import load_pipeline
     from srpo.runtime.device import pick_device, pick_dtype
 
-    dtype = pick_dtype(params.runtime, pick_device(params.runtime))
-    pipeline = load_pipeline(params.model, torch.float32)  # so that merged weights are rounded once
-    pipeline.unet = with_adapter(pipeline.unet, adapter, stored_as=dtype)
-    pipeline.to(dtype)
-    pipeline.save_pretrained(folder, safe_serialization=True)
+    stored_as = pick_dtype(params.runtime, pick_device(params.runtime)) if dtype == "auto" else getattr(torch, dtype)
+    pipeline = load_pipeline(params.model, torch.float32)
+    pipeline.unet = with_adapter(pipeline.unet, adapter, stored_as=stored_as)
+    return pipeline.to(stored_as)
+
+
+def _write_single_file(pipeline: StableDiffusionXLPipeline, round: Round, path: Path) -> None:
+    """Write a pipeline in Stability's layout, with the marker tensors and metadata by which programs know its kind."""
+    from safetensors.torch import save_file
+
+    from srpo.models.original_layout import to_original_layout
+
+    is_v = pipeline.scheduler.config.get("prediction_type") == "v_prediction"
+    metadata = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base",
+        "modelspec.title": path.stem,
+        "modelspec.prediction_type": "v" if is_v else "epsilon",
+        "srpo_adapter_sha256": str(read_lineage(round.files)["adapter"]),
+    }
+    save_file(to_original_layout(pipeline), path, metadata=metadata)
 
 
 def _write_images(files: RoundFiles, folder: Path) -> list[tuple[str, str]]:

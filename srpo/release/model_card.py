@@ -51,7 +51,8 @@ def render_card(round: Round, files: dict[str, str], images: Sequence[tuple[str,
     """Return the model card of a round's export: YAML front matter for the Hub, then Markdown.
 
     Args:
-        files: the export's weights by kind: any of `diffusers`, `kohya`, `merged`, each a path in the export.
+        files: the export's weights by kind: any of `diffusers`, `kohya`, `merged` and `single_file`, each a path in the
+            export.
         images: (path in the export, prompt) of the example images.
     """
     from huggingface_hub import ModelCardData

@@ -21,7 +21,7 @@ from srpo.models.adapters import with_adapter
 from srpo.models.original_layout import original_unet_name
 from srpo.models.pipeline import load_pipeline
 from srpo.preflight.models import check_models
-from srpo.release.export import write_merged
+from srpo.release.export import merged_pipeline
 from srpo.rounds import Round, RoundFiles
 from srpo.sampling.sampler import Sampler, sample_images
 from srpo.stages.base import pin_base
@@ -226,7 +226,7 @@ def test_rounds_start_from_the_base_with_its_loras(world: Path) -> None:
     train(Round.of(params, world, "001"))
     lineage = read_lineage(RoundFiles(world, "001"))
     assert lineage["base"]["loras"] == read_lineage(RoundFiles(world, "base"))["base"]["loras"]
-    write_merged(params, RoundFiles(world, "001").adapter, world / "merged")
+    merged_pipeline(params, RoundFiles(world, "001").adapter).save_pretrained(world / "merged")
     plain = StableDiffusionXLPipeline.from_pretrained(world / "merged")
     expected = with_lora("data/lora.safetensors", 0.5)
     expected.unet = with_adapter(expected.unet, RoundFiles(world, "001").adapter)

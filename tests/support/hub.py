@@ -1,11 +1,17 @@
-"""The Hub's cache on disk, as huggingface_hub lays it out, filled with small random models under published names."""
+"""The Hub's cache on disk, filled with small random models under published names, and a Hub that takes uploads."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import os
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -76,3 +82,88 @@ def vae_folder(folder: Path) -> Path:
     torch.manual_seed(1)
     random_vae(scaling_factor=0.13025).save_pretrained(folder, safe_serialization=True)
     return folder
+
+
+class FakeHub:
+    """A server on loopback that answers the requests by which huggingface_hub creates a repository and uploads to it.
+
+    `files` are the uploaded bytes by path, `visibility` is what was asked of the new repository. A request without the
+    `token` is answered with 401, one that creates a repository of another `owner` with 403.
+    """
+
+    def __init__(self, token: str, owner: str) -> None:
+        self.token, self.owner = token, owner
+        self.files: dict[str, bytes] = {}
+        self.visibility: str | None = None
+        self.commits: list[str] = []
+        self._blobs: dict[str, bytes] = {}
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if self.headers.get("Authorization") != f"Bearer {hub.token}":
+                    self._answer(401, {"error": "Invalid username or password."})
+                else:
+                    self._answer(*hub._post(self.path, body))
+
+            def do_PUT(self) -> None:
+                hub._blobs[self.path.rsplit("/", 1)[1]] = self.rfile.read(int(self.headers["Content-Length"]))
+                self._answer(200, {})
+
+            def _answer(self, status: int, content: dict[str, Any]) -> None:
+                data = json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> FakeHub:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _post(self, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            if wanted.get("organization") != self.owner:
+                return 403, {"error": "You don't have the rights to create a model under this namespace"}
+            self.visibility = wanted.get("visibility")
+            return 200, {"url": f"{self.url}/{wanted['organization']}/{wanted['name']}"}
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
+        if "/preupload/" in path:
+            return 200, {"files": [self._mode(file["path"]) for file in json.loads(body)["files"]]}
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            uploads = [{"actions": {"upload": {"href": f"{self.url}/blob/{item['oid']}"}}} for item in objects]
+            return 200, {"objects": [item | upload for item, upload in zip(objects, uploads, strict=True)]}
+        if "/commit/" in path:
+            self._commit([json.loads(line) for line in body.splitlines()])
+            commit = path.removeprefix("/api/models").replace("/commit/main", f"/commit/{'0' * 40}")
+            return 200, {"commitUrl": f"{self.url}{commit}", "commitOid": "0" * 40, "success": True}
+        return 404, {"error": path}
+
+    @staticmethod
+    def _mode(path: str) -> dict[str, Any]:
+        mode = "lfs" if path.endswith(".safetensors") else "regular"
+        return {"path": path, "uploadMode": mode, "shouldIgnore": False}
+
+    def _commit(self, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                self.commits.append(value["summary"])
+            elif line["key"] == "file":
+                self.files[value["path"]] = base64.b64decode(value["content"])
+            else:
+                self.files[value["path"]] = self._blobs[value["oid"]]
