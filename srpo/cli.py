@@ -44,7 +44,8 @@ def run(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format=line_format, stream=sys.stderr, force=True)
     for library in ("alembic", "mlflow", "httpx", "httpx2", "transformers", "datasets"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    logging.getLogger("diffusers").setLevel(logging.CRITICAL)  # it raises what it logs
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # read when it is imported; it raises what it logs
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         code = app(args=argv, standalone_mode=False)
         return code if isinstance(code, int) else 0

@@ -26,7 +26,7 @@ TEXT_WEIGHTS = 0.818e9
 VAE_WEIGHTS = 0.084e9
 LORA_WEIGHTS_PER_RANK = 1.4515e6  # of the default target_modules, attention's four projections
 OPTIMIZER_BYTES = 16  # per trained weight: float32 weight, gradient and AdamW's two moments
-DENOISE_GB = 1.5  # per row in the UNet; 16 bits, 1024 x 1024
+DENOISE_GB = 0.18  # per row in the UNet; 16 bits, 1024 x 1024
 DECODE_GB = 2.4  # per image in the decoder; 16 bits, 1024 x 1024
 # activations kept for one sample's backward pass, without and with checkpointing: counted, LoRA's float32 inputs added
 TRAIN_GB = 8.0

@@ -93,7 +93,13 @@ def test_two_processes_share_an_evaluation(params: Params, root: Path) -> None:
     workers = [
         subprocess.Popen(
             [sys.executable, "-m", "srpo", "evaluate", "base"],
-            env=os.environ | {"PYTHONPATH": str(REPO), "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+            env=os.environ
+            | {
+                "PYTHONPATH": os.pathsep.join([str(REPO), *sys.path]),
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": "0",
+            },
         )
         for rank in range(2)
     ]

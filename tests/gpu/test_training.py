@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from srpo.config.loader import Params
@@ -22,6 +23,7 @@ FILES = {"lora": WEIGHTS_FILE, "full": UNET_FILE}
 
 def trained(params: Params, root: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Train round 001; its losses and weights."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # it refuses a second device in one process
     train(Round.of(params, root, "001"))
     files = RoundFiles(root, "001")
     return losses(files), load_file(files.adapter / FILES[params.train.method])
