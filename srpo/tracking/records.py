@@ -15,7 +15,7 @@ from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.lineage.dvc_lock import read_dvc_lock, recorded, round_hashes
 from srpo.lineage.identity import base_identity
 from srpo.lineage.record import adapter_weights, read_lineage
-from srpo.reporting.table import SET_MEASURES, verdict
+from srpo.reporting.table import SET_MEASURES, show, verdict
 from srpo.rounds import BASE, Round
 from srpo.storage import git
 from srpo.storage.hashing import file_digest, value_digest
@@ -71,8 +71,9 @@ def round_record(round: Round) -> RoundRecord | None:
     if (files.evaluation / "metrics.json").exists():
         metrics = read_metrics(files)
         record.tags["srpo.verdict"] = verdict(metrics)
-        record.tags["mlflow.note.content"] = _note(round, verdict(metrics))
-        record.evaluation = [(name, value, 0) for name, value in headline(round.params, metrics).items()]
+        numbers = headline(round.params, metrics)
+        record.tags["mlflow.note.content"] = _note(round, verdict(metrics), numbers)
+        record.evaluation = [(name, value, 0) for name, value in numbers.items()]
         record.evaluation += _sweep_points(round)
     paths = {
         "lineage.json": files.adapter / "lineage.json",
@@ -120,13 +121,19 @@ def curve_points(round: Round) -> list[Point]:
 
 
 def headline(params: Params, metrics: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers to look at first: rewards, win rates of judges and people, and the measures of image sets.
+    """Return the numbers to look at first: those of `headline_names` that there are, and after votes what people say.
 
-    After votes also their number, Krippendorff's alpha, and each reward's agreement with them.
+    These are the win rate by people, the number of votes, Krippendorff's alpha, and each reward's agreement with them.
     """
-    names = [*params.rewards, *(f"{judge}_win_rate" for judge in params.reward_names("judge")), *SET_MEASURES]
-    names += ["human_win_rate", "human_votes", "human_alpha", *(f"{name}_human_agreement" for name in params.rewards)]
+    names = [*headline_names(params), "human_win_rate", "human_votes", "human_alpha"]
+    names += [f"{name}_human_agreement" for name in params.rewards]
     return {name: float(metrics[name]) for name in names if metrics.get(name) is not None}
+
+
+def headline_names(params: Params) -> list[str]:
+    """Return the metrics of every evaluation to look at first: rewards, win rates of judges, measures of image sets."""
+    rates = [f"{judge}_win_rate" for judge in params.reward_names("judge")]
+    return [*params.rewards, *rates, *SET_MEASURES]
 
 
 def _sweep_points(round: Round) -> list[Point]:
@@ -145,14 +152,17 @@ def _training_points(path: Path) -> list[Point]:
     return [(f"train/{name}", float(value), step) for step, row in rows for name, value in row.items() if value]
 
 
-def _note(round: Round, verdict: str) -> str:
+def _note(round: Round, verdict: str, numbers: dict[str, float]) -> str:
+    """Return what MLflow's page of the round shows above its metrics: the headline numbers, and where to look next."""
+    shown = ", ".join(f"{name} {show(value)}" for name, value in numbers.items())
     steps = f"Metrics under `sweep/` have guidance x {GUIDANCE_STEPS} as step."
     if round.key == BASE:
-        return f"The base model, evaluated as every round is. {steps}"
+        return f"{shown}\n\nThe base model, evaluated as every round is. {steps}"
     rules = read_gate(round.files)["rules"]
     failed = ", ".join(name for name, rule in rules.items() if not rule["passed"])
     gate = f"Gate: {verdict}{f' ({failed})' if failed else ''}."
-    return f"Trained from {round.parent} on its winners. {gate} {steps} Open report/index.html under Artifacts."
+    made = f"Trained from {round.parent} on its winners. {gate}"
+    return f"{shown}\n\n{made} {steps} Open report/index.html under Artifacts."
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -23,6 +23,7 @@ from srpo.storage.hashing import file_digest, value_digest
 from srpo.tracking.connection import reason
 from srpo.tracking.records import Point, RoundRecord, curve_points, round_record
 from srpo.tracking.runs import CURRENT, IDENTITY, Campaign, opened
+from srpo.tracking.view import save_view
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -62,6 +63,8 @@ def _sync(rounds: list[Round], stage: bool = False, rebuild: bool = False) -> bo
                 campaign.delete()
             campaign.end_dead_runs()
             done.extend(attempt(f"round {round.key}", partial(add_round, campaign, round, stage)) for round in rounds)
+            if not stage:
+                log.info("MLflow: the rounds are at %s", save_view(campaign, rounds[0].params))
 
     return not rounds or (attempt("campaign", work) and all(done))
 

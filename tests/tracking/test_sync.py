@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from srpo.stages.report import report
 from srpo.storage.json_files import write_json
 from srpo.tracking import runs
 from srpo.tracking.live import live
+from srpo.tracking.records import headline_names
 from srpo.tracking.sync import sync_campaign, sync_round
 from tests.support.campaign import build_campaign, write_evaluation, write_training
 
@@ -145,6 +147,32 @@ def test_headline_numbers_have_plain_names(project: Path) -> None:
     assert plain == {*params.rewards, "judge_win_rate", "accuracy_win_rate", "fid", "kid", "cmmd", "diversity", "drift"}
     assert len(plain) == 10 and {name.split("/")[0] for name in set(metrics) - plain} == {"train", "sweep"}
     assert [step for step, _ in metrics["sweep/fid"]] == [100, 150, 200, 300]
+    (run,) = [run for run in runs_of(client_of(project)) if run.info.run_name == "round 001"]
+    numbers = run.data.tags["mlflow.note.content"].partition("\n")[0]
+    assert [part.split()[0] for part in numbers.split(", ")] == headline_names(params)
+
+
+def test_view_has_headline_columns(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The saved view has the form that MLflow's UI reads, and another project in the experiment has its own."""
+    caplog.set_level(logging.INFO, "srpo")
+    params, client = params_of(project), client_of(project)
+    sync_campaign(params, project)
+    (address,) = re.findall(r"the rounds are at (\S+)", caplog.text)
+    experiment = client.get_experiment_by_name("srpo")
+    path, _, query = address.partition("?")
+    assert path == f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs"
+    shown = dict(part.split("=") for part in query.split("&"))
+    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{shown['viewStateShareKey']}"])
+    assert shown["workflowType"] == "machine_learning" and view["name"] == "tiny (project-1)"
+    state = json.loads(view["state"])
+    assert len(client.search_runs([experiment.experiment_id], state["searchFilter"])) == 3  # base and two rounds
+    assert [f"metrics.`{name}`" for name in headline_names(params)] == state["selectedColumns"][:-1]
+    other, root = clone_of(project, "other", "other-2")
+    assert sync_campaign(other, root) and sync_campaign(params, project)
+    tags = client.get_experiment_by_name("srpo").tags
+    views = {name: value for name, value in tags.items() if name.startswith("mlflow.sharedViewState.")}
+    key = f"mlflow.sharedViewState.{shown['viewStateShareKey']}"
+    assert len(views) == 2 and json.loads(views[key]) == view
 
 
 def test_lost_database_is_rebuilt_from_files(project: Path) -> None:
