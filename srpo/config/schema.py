@@ -105,6 +105,13 @@ class EarlyRejectionParams(Section):
         return self
 
 
+class ImageSize(Section):
+    """The size of an image."""
+
+    width: Pixels = Field(description="pixels")
+    height: Pixels = Field(description="pixels")
+
+
 class SamplingParams(Section):
     """Settings of sampling an image."""
 
@@ -118,6 +125,12 @@ class SamplingParams(Section):
     )
     height: Pixels = Field(description="pixels")
     width: Pixels = Field(description="pixels")
+    sizes: list[ImageSize] | None = Field(
+        None,
+        min_length=1,
+        description="sizes that the prompts are divided among, by their ids, instead of `width` x `height`; a prompt's"
+        " line with its own width and height keeps those",
+    )
 
 
 class GenerateParams(SamplingParams):

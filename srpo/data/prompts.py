@@ -1,4 +1,4 @@
-"""Prompt files: JSON lines with `id`, `prompt` and optional `tags` and `negative_prompt`."""
+"""Prompt files: JSON lines with `id`, `prompt` and optional `tags`, `negative_prompt`, `width` and `height`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from srpo.errors import UserError
 
 PROMPT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LONGEST = 10_000  # characters; CLIP reads about 300
+SIDES = range(8, 4097, 8)  # pixels
 UNUSABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and surrogates, which UTF-8 can't encode
 
 
@@ -23,6 +24,8 @@ class Prompt:
     prompt: str
     tags: dict[str, str] = field(default_factory=dict)
     negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
 
 
 def load_prompts(path: Path | str) -> list[Prompt]:
@@ -132,6 +135,12 @@ def _parse(line: str, place: str) -> Prompt:
     negative = row.get("negative_prompt")
     if negative is not None and (not _is_text(negative) or len(negative) > LONGEST):
         raise UserError(f"{place}: negative_prompt of {row['id']!r} must be a text of at most {LONGEST} characters")
-    if unknown := row.keys() - {"id", "prompt", "tags", "negative_prompt"}:
-        raise UserError(f"{place}: unknown key {sorted(unknown)[0]!r}; a line has id, prompt, tags and negative_prompt")
-    return Prompt(row["id"], row["prompt"], tags, negative)
+    size = [row.get("width"), row.get("height")]
+    if size != [None, None] and not all(type(side) is int and side in SIDES for side in size):
+        raise UserError(f"{place}: width and height of {row['id']!r} must both be multiples of 8, from 8 to 4096")
+    if unknown := row.keys() - {"id", "prompt", "tags", "negative_prompt", "width", "height"}:
+        raise UserError(
+            f"{place}: unknown key {sorted(unknown)[0]!r}; a line has id, prompt, tags, negative_prompt, width and"
+            " height"
+        )
+    return Prompt(row["id"], row["prompt"], tags, negative, *size)

@@ -13,6 +13,7 @@ from srpo.data.prompts import Prompt, check_disjoint, load_prompts, normalize
 from srpo.errors import UserError
 from srpo.models.tokenizer import load_tokenizer, num_tokens, text_read, token_limit
 from srpo.preflight import CheckResult
+from srpo.sampling.sizes import untrained_sizes
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -44,7 +45,10 @@ def check_prompts(params: Params, root: Path) -> tuple[list[CheckResult], tuple[
     train, held_out = files
     read = text_read(params.model, tokenizer) if tokenizer else lambda text: None
     draws = _check_draws(params, train)
-    return [*results, _check_disjoint(train, held_out, read), *draws], (len(train), len(held_out))
+    results += [_check_disjoint(train, held_out, read), *draws]
+    if problem := untrained_sizes(train, params.generate, held_out, params.evaluate):
+        results.append(CheckResult("evaluate.sizes", "warn", problem))
+    return results, (len(train), len(held_out))
 
 
 def check_reference(params: Params, root: Path) -> CheckResult:

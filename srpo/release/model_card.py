@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo.config.loader import Params
+from srpo.config.schema import ImageSize
 from srpo.data.metric_keys import IMAGE_STATS
 from srpo.data.prompts import load_prompts
 from srpo.data.records import read_gate, read_metrics, read_sweep
@@ -72,6 +73,8 @@ def render_card(round: Round, files: dict[str, str], images: Sequence[tuple[str,
         tags=["stable-diffusion-xl", "text-to-image", "srpo", *(["lora"] if "diffusers" in files else [])],
         widget=[{"text": prompt, "output": {"url": path}} for path, prompt in images],
     )
+    generate = round.params.generate
+    sizes = generate.sizes or [ImageSize(width=generate.width, height=generate.height)]
     environment = Environment(
         loader=PackageLoader("srpo.release"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -86,6 +89,7 @@ def render_card(round: Round, files: dict[str, str], images: Sequence[tuple[str,
         files=files,
         images=images,
         params=round.params,
+        sizes=", ".join(f"{size.width} x {size.height}" for size in sizes),
         rewards={role: _models(round.params, role) for role in ("select", "judge")},
         train_prompts=_count(round.root, round.params.prompts.train),
         eval_prompts=_count(round.root, round.params.prompts.eval),

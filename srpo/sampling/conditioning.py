@@ -24,6 +24,11 @@ class Conditioning(NamedTuple):
     pooled: torch.Tensor
 
 
+def time_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return SDXL's size conditioning [1, 6]: original size, crop corner (0, 0), target size, in pixels."""
+    return torch.tensor([[height, width, 0, 0, height, width]], device=device, dtype=dtype)
+
+
 @dataclass(frozen=True)
 class PromptEmbeds:
     """The text conditioning of n texts, each encoded in one or more chunks.

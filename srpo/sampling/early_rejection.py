@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from srpo.config.schema import EarlyRejectionParams, GenerateParams
+from srpo.config.schema import EarlyRejectionParams, GenerateParams, ImageSize
 from srpo.data.candidate import Candidate
 from srpo.errors import UserError
 from srpo.rewards.batches import BATCH, is_flat
@@ -53,16 +53,19 @@ class EarlyRejection:
         embeds: PromptEmbeds,
         prompts: Sequence[str],
         candidates: Sequence[Candidate],
+        size: ImageSize,
         on_images: Callable[[int], Any] = lambda count: None,
     ) -> None:
         """Fill in the candidates, which must be all candidates of their prompts.
 
         Args:
             embeds: conditioning of the prompts.
+            size: of their images.
             on_images: called with the number of candidates that were finished or rejected.
         """
         self.embeds = embeds
         self.prompts = prompts
+        self.size = size
         self.on_images = on_images
         for group in embeds.groups([candidate.row for candidate in candidates]):
             self._sample_group([candidates[i] for i in group])
@@ -101,7 +104,7 @@ class EarlyRejection:
             latents = torch.stack([candidate.latents for candidate in batch if candidate.latents is not None])
         else:
             generators = seeded(candidate.seed for candidate in batch)
-            latents = self.sampler.noise(generators, settings.height, settings.width)
+            latents = self.sampler.noise(generators, self.size.height, self.size.width)
         latents, clean = self.sampler.advance(
             latents,
             self.embeds[rows],

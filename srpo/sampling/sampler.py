@@ -25,7 +25,7 @@ from srpo.models.adapters import with_adapter
 from srpo.models.pipeline import TEXT_PARTS, load_pipeline, optimize_for_inference
 from srpo.runtime.device import pick_device, pick_dtype
 from srpo.sampling.batch_invariant import BatchInvariant
-from srpo.sampling.conditioning import Conditioning, PromptEmbeds, stacked
+from srpo.sampling.conditioning import Conditioning, PromptEmbeds, stacked, time_ids
 from srpo.sampling.text_encoding import encode_prompts
 
 log = logging.getLogger(__name__)
@@ -203,9 +203,9 @@ class Sampler:
             return batch, result
 
     def time_ids(self, latent_height: int, latent_width: int) -> torch.Tensor:
-        """Return SDXL's size conditioning [1, 6]: original size, crop corner (0, 0), target size, in pixels."""
-        size = [latent_height * self.pipeline.vae_scale_factor, latent_width * self.pipeline.vae_scale_factor]
-        return torch.tensor([[*size, 0, 0, *size]], device=self.device, dtype=self.unet.dtype)
+        """Return SDXL's size conditioning [1, 6] of latents of this size."""
+        factor = self.pipeline.vae_scale_factor
+        return time_ids(latent_height * factor, latent_width * factor, self.device, self.unet.dtype)
 
     def _unet(self, latents: torch.Tensor, timestep: Any, *conditioning: torch.Tensor) -> torch.Tensor:
         """Return the UNet's prediction; `conditioning` is tokens, pooled and time ids, a row per row of latents."""

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from srpo.config.schema import ImageSize
 from srpo.data import parquet
 from srpo.data.images import encode_images
 from srpo.data.prompts import Prompt, check_disjoint, load_prompts, named_texts, negative_prompts
@@ -43,6 +44,7 @@ from srpo.runtime import distributed
 from srpo.runtime.units import Make, make_units, unfinished
 from srpo.sampling.prompt_cache import prompt_embeds
 from srpo.sampling.sampler import Sampler, sample_images
+from srpo.sampling.sizes import of_size, rows_by_size, untrained_sizes
 from srpo.storage.checksummed import load_with_checksum, save_with_checksum
 from srpo.storage.files import publish
 from srpo.storage.hashing import derive_seed, digest
@@ -56,9 +58,10 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class Batch:
-    """The images of one unit. `sampled` are the indices of those that are kept as samples."""
+    """The images of one unit, all of one size. `sampled` are the indices of those that are kept as samples."""
 
     guidance: float
+    size: ImageSize
     places: list[Place]
     sampled: list[int]
 
@@ -136,9 +139,12 @@ def _load_prompts(round: Round) -> list[Prompt]:
     paths = round.params.prompts
     prompts = load_prompts(round.root / paths.eval)
     tokenizer = load_tokenizer(round.params.model, round.root)
-    check_disjoint(load_prompts(round.root / paths.train), prompts, text_read(round.params.model, tokenizer))
+    train = load_prompts(round.root / paths.train)
+    check_disjoint(train, prompts, text_read(round.params.model, tokenizer))
     if not distributed.is_worker():
         warn_of_cut_prompts("evaluate", named_texts(prompts, round.params.evaluate.negative_prompt), round)
+        if problem := untrained_sizes(train, round.params.generate, prompts, round.params.evaluate):
+            log.warning("evaluate %s: %s", round.key, problem)
     if (len(prompts) - 1) * round.params.evaluate.images_per_prompt < 2:
         raise UserError(f"{paths.eval}: too few prompts for an interval; at least 3 are needed")
     return prompts
@@ -159,13 +165,17 @@ def _plan(round: Round, prompts: Sequence[Prompt]) -> tuple[Path, dict[Path, Bat
         "runtime": [params.runtime.device, params.runtime.dtype],
     }
     scratch = scratch_folder(round.root, "evaluate", round.key, inputs)
-    places = [(row, index) for row in range(len(prompts)) for index in range(settings.images_per_prompt)]
+    groups = [
+        (size, [(row, index) for row in rows for index in range(settings.images_per_prompt)])
+        for size, rows in rows_by_size(prompts, settings).items()
+    ]
+    parts = [(size, batch) for size, places in groups for batch in batched(places, BATCH)]
     units: dict[Path, Batch] = {}
     for guidance in settings.guidance_scales:
         reported = guidance == settings.guidance_scale
-        for number, batch in enumerate(batched(places, BATCH)):
+        for number, (size, batch) in enumerate(parts):
             sampled = [i for i, (row, _) in enumerate(batch) if reported and row < settings.samples]
-            units[scratch / f"guidance-{guidance}-{number:05d}.safetensors"] = Batch(guidance, batch, sampled)
+            units[scratch / f"guidance-{guidance}-{number:05d}.safetensors"] = Batch(guidance, size, batch, sampled)
     return scratch, units
 
 
@@ -191,7 +201,7 @@ def _sample(
         [row for row, _ in batch.places],
         # no round in the seed: all rounds get the same noise, so that they are compared image by image
         [derive_seed(round.params.seed, "evaluate", prompts[row].id, index) for row, index in batch.places],
-        settings.model_copy(update={"guidance_scale": batch.guidance}),
+        of_size(settings, batch.size).model_copy(update={"guidance_scale": batch.guidance}),
         progress.update,
     )
     # in the memory order of decoded images, as in the reference: the same pixels give the same features

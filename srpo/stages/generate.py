@@ -138,6 +138,7 @@ def _sample(
     """Return all candidates of these prompts."""
     from srpo.sampling.prompt_cache import prompt_embeds
     from srpo.sampling.sampler import sample_images
+    from srpo.sampling.sizes import of_size, rows_by_size
 
     settings = round.params.generate
     texts = [prompt.prompt for prompt in prompts]
@@ -147,16 +148,18 @@ def _sample(
         for row, prompt in enumerate(prompts)
         for index in range(settings.candidates_per_prompt)
     ]
-    if rejection:
-        rejection.sample(embeds, texts, candidates, on_images)
-        return candidates
-    rows = [candidate.row for candidate in candidates]
-    seeds = [candidate.seed for candidate in candidates]
-    latents, images = sample_images(sampler, embeds, rows, seeds, settings, on_images)
-    for candidate, latent, image in zip(candidates, latents, images, strict=True):
-        candidate.latents = latent
-        candidate.image = image.numpy()
-        candidate.stopped_at = candidate.would_stop_at = settings.num_inference_steps
+    for size, rows in rows_by_size(prompts, settings).items():
+        group = [candidate for candidate in candidates if candidate.row in rows]
+        if rejection:
+            rejection.sample(embeds, texts, group, size, on_images)
+            continue
+        rows = [candidate.row for candidate in group]
+        seeds = [candidate.seed for candidate in group]
+        latents, images = sample_images(sampler, embeds, rows, seeds, of_size(settings, size), on_images)
+        for candidate, latent, image in zip(group, latents, images, strict=True):
+            candidate.latents = latent
+            candidate.image = image.numpy()
+            candidate.stopped_at = candidate.would_stop_at = settings.num_inference_steps
     return candidates
 
 

@@ -125,7 +125,7 @@ def _score_shard(
     for reward in rewards.values():
         reward.prepare(texts[start : start + BATCH] for start in range(0, len(texts), BATCH))
     waiting: list[Mapping[str, Any]] = []
-    for row in parquet.read_rows(shard, [*IDENTITY_FIELDS, "prompt", "image"]):
+    for row in parquet.read_rows(shard, [*IDENTITY_FIELDS, "prompt", "image", "latents_shape"]):
         waiting.append(row)
         if sum(other["image"] is not None for other in waiting) == BATCH:
             yield from _score_rows(waiting, rewards, nonfinite)
@@ -139,7 +139,11 @@ def _score_rows(
     rows: list[Mapping[str, Any]], rewards: Mapping[str, ValidatedReward], nonfinite: set[str]
 ) -> list[dict[str, Any]]:
     scored: dict[str, dict[str, Any]] = {}
-    if finished := [row for row in rows if row["image"] is not None]:
+    sizes: dict[tuple[int, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["image"] is not None:
+            sizes.setdefault(tuple(row["latents_shape"]), []).append(row)
+    for finished in sizes.values():
         images = to_tensor(row["image"] for row in finished)
         scores = score_batch(rewards, images, [row["prompt"] for row in finished])
         flat = is_flat(images).tolist()

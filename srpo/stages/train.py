@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import logging
 import shutil
+from functools import partial
 
+import torch
 from accelerate import Accelerator
 
 from srpo.errors import UserError
@@ -16,6 +18,7 @@ from srpo.models.tokenizer import warn_of_cut_prompts
 from srpo.rounds import Round
 from srpo.runtime import distributed
 from srpo.runtime.device import pick_device, pick_dtype
+from srpo.sampling.conditioning import time_ids
 from srpo.sampling.prompt_cache import StoredEmbeds
 from srpo.sampling.sampler import Sampler
 from srpo.storage.files import publish
@@ -110,7 +113,7 @@ def _prepare(round: Round, winners: Winners, loss: Loss, accelerator: Accelerato
         loss=loss,
         winners=winners,
         embeds=StoredEmbeds(sampler, winners.prompts, round.root),
-        time_ids=sampler.time_ids(*winners.shape[-2:]),
+        time_ids=partial(_time_ids, sampler.pipeline.vae_scale_factor, sampler.device, sampler.unet.dtype),
         schedule=make_noise_schedule(sampler.pipeline.scheduler),
         settings=settings,
         runtime=round.params.runtime,
@@ -118,3 +121,8 @@ def _prepare(round: Round, winners: Winners, loss: Loss, accelerator: Accelerato
         device=sampler.device,
         dtype=dtype,
     )
+
+
+def _time_ids(factor: int, device: torch.device, dtype: torch.dtype, height: int, width: int) -> torch.Tensor:
+    """Return the size conditioning of latents; a function of its own, so that the loop does not keep the VAE."""
+    return time_ids(height * factor, width * factor, device, dtype)

@@ -37,14 +37,14 @@ class _RoundWinners:
         rows: int64 [n], the winners' rows in the dataset that `reader` reads.
         prompts: one per winner.
         weights: float32 [n], mean 1.
-        shape: of one winner's latents: channels, height, width.
+        shapes: of the winners' latents: channels, height, width.
     """
 
     reader: RowReader
     rows: np.ndarray
     prompts: pl.Series
     weights: torch.Tensor
-    shape: tuple[int, ...]
+    shapes: list[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class Winners:
         prompts: the distinct ones, sorted.
         prompt_indices: int64 [n], for each winner the position of its prompt in `prompts`.
         weights: float32 [n], mean 1 in every round.
-        shape: of one winner's latents: channels, height, width.
+        shapes: of the winners' latents: channels, height, width.
         digests: by round, the sha256 of the winners folder the rows came from.
     """
 
     prompts: list[str]
     prompt_indices: torch.Tensor
     weights: torch.Tensor
-    shape: tuple[int, ...]
+    shapes: list[tuple[int, ...]]
     digests: dict[str, str]
     _rounds: list[_RoundWinners]
 
@@ -75,7 +75,7 @@ class Winners:
         return len(self._rounds[0].rows)
 
     def latents(self, indices: torch.Tensor, column: str = "latents") -> torch.Tensor:
-        """Read the latents of these winners, or in the column `loser_latents` those of their losers.
+        """Read the latents of these winners, which have one size, or in the column `loser_latents` their losers'.
 
         Returns:
             float16 [len(indices), channels, height, width].
@@ -83,7 +83,7 @@ class Winners:
         Raises:
             UserError: a file is damaged.
         """
-        latents = torch.empty((len(indices), *self.shape), dtype=torch.float16)
+        latents = torch.empty((len(indices), *self.shapes[int(indices[0])]), dtype=torch.float16)
         start = 0
         for winners in self._rounds:
             stop = start + len(winners.rows)
@@ -94,6 +94,20 @@ class Winners:
             start = stop
         return latents
 
+    def latents_of_any_size(self, indices: torch.Tensor, column: str = "latents") -> list[torch.Tensor]:
+        """Read what `latents` reads, for winners of several sizes: float16 [channels, height, width] each."""
+        found: dict[int, torch.Tensor] = {}
+        for positions in self.positions_by_shape(indices):
+            found |= zip(positions, self.latents(indices[positions], column), strict=True)
+        return [found[position] for position in range(len(indices))]
+
+    def positions_by_shape(self, indices: torch.Tensor) -> list[list[int]]:
+        """Return the positions in `indices`, grouped by the shape of the winners' latents."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for position, index in enumerate(indices.tolist()):
+            groups.setdefault(self.shapes[index], []).append(position)
+        return list(groups.values())
+
 
 def load_winners(round: Round, *, pairs: bool) -> Winners:
     """Load the winners that the round's `train.start` and `train.replay` ask for.
@@ -103,25 +117,18 @@ def load_winners(round: Round, *, pairs: bool) -> Winners:
             others are counted in the log.
 
     Raises:
-        UserError: winners are missing, have no losers, have several sizes, or differ from those that the parent's
+        UserError: winners are missing, have no losers, or differ from those that the parent's
             lineage names.
     """
     digests = {round.key: digest(round.files.winners)} | _checked_ancestors(round)
     rounds = [_read_round(RoundFiles(round.root, name).winners, pairs) for name in digests]
-    shapes = {winners.shape for winners in rounds}
-    if len(shapes) > 1:
-        sizes = ", ".join(sorted("x".join(str(side) for side in shape) for shape in shapes))
-        raise UserError(
-            f"rounds.{round.key}.train: winners of {', '.join(digests)} have latents of several sizes ({sizes});"
-            " start from the parent without replay"
-        )
     prompts = pl.concat([winners.prompts for winners in rounds])
     distinct = prompts.unique().sort()
     return Winners(
         prompts=distinct.to_list(),
         prompt_indices=torch.from_numpy(distinct.search_sorted(prompts).cast(pl.Int64).to_numpy(writable=True)),
         weights=torch.cat([winners.weights for winners in rounds]),
-        shape=rounds[0].shape,
+        shapes=[shape for winners in rounds for shape in winners.shapes],
         digests=digests,
         _rounds=rounds,
     )
@@ -187,8 +194,6 @@ def _read_round(path: Path, pairs: bool) -> _RoundWinners:
     table = parquet.table(path, ["prompt", "weight", "latents_shape", *(["margin"] if pairs else [])])
     if table.is_empty():
         raise UserError(f"{path}: holds no winners; run select")
-    if table["latents_shape"].n_unique() > 1:
-        raise UserError(f"{path}: latents have several sizes; rerun generate and select of this round")
     reader = RowReader(path)
     rows = np.arange(len(table))
     if pairs:
@@ -201,7 +206,7 @@ def _read_round(path: Path, pairs: bool) -> _RoundWinners:
         rows=rows,
         prompts=table["prompt"].gather(rows),
         weights=weights / weights.mean(),
-        shape=tuple(table["latents_shape"][0]),
+        shapes=[tuple(shape) for shape in table["latents_shape"].gather(rows).to_list()],
     )
 
 

@@ -43,24 +43,24 @@ class _Batch:
     """Samples of one step, or this process' share of them, on the CPU.
 
     Attributes:
-        winners: float32 [n, channels, h, w], as are `losers` and `noise`.
+        winners: n latents, float16 [channels, h, w], of any size; so are `losers`, and `noise` in float32.
         levels: noise levels [n].
         text: int64 [n], rows of the prompt embeddings.
         weights: float32 [n].
     """
 
-    winners: torch.Tensor
-    losers: torch.Tensor | None
-    noise: torch.Tensor
+    winners: list[torch.Tensor]
+    losers: list[torch.Tensor] | None
+    noise: list[torch.Tensor]
     levels: torch.Tensor
     text: torch.Tensor
     weights: torch.Tensor
 
     def __getitem__(self, part: list[int]) -> _Batch:
         return _Batch(
-            winners=self.winners[part],
-            losers=None if self.losers is None else self.losers[part],
-            noise=self.noise[part],
+            winners=[self.winners[i] for i in part],
+            losers=None if self.losers is None else [self.losers[i] for i in part],
+            noise=[self.noise[i] for i in part],
             levels=self.levels[part],
             text=self.text[part],
             weights=self.weights[part],
@@ -73,7 +73,7 @@ class TrainingLoop:
 
     Attributes:
         embeds: conditioning of the winners' distinct prompts, and of the empty prompt in the last row.
-        time_ids: SDXL's size conditioning [1, 6].
+        time_ids: gives SDXL's size conditioning [1, 6] of latents' height and width.
         dtype: compute dtype.
     """
 
@@ -82,7 +82,7 @@ class TrainingLoop:
     loss: Loss
     winners: Winners
     embeds: StoredEmbeds
-    time_ids: torch.Tensor
+    time_ids: Callable[[int, int], torch.Tensor]
     schedule: NoiseSchedule
     settings: TrainParams
     runtime: RuntimeParams
@@ -179,15 +179,15 @@ class TrainingLoop:
             This process' share of the batch.
         """
         generator = torch.Generator().manual_seed(derive_seed(*self.seed, "step", step))
-        noise = torch.randn((len(indices), *self.winners.shape), generator=generator)
+        noise = [torch.randn(self.winners.shapes[index], generator=generator) for index in indices.tolist()]
         levels = self.schedule.draw_levels(len(indices), generator)
         dropped = torch.rand(len(indices), generator=generator) < self.settings.caption_dropout
         text = torch.where(dropped, len(self.embeds) - 1, self.winners.prompt_indices[indices])
         share = self._share(len(indices))
         indices = indices[share]
         return _Batch(
-            winners=self.winners.latents(indices).float(),
-            losers=self.winners.latents(indices, "loser_latents").float() if self.loss.pairs else None,
+            winners=self.winners.latents_of_any_size(indices),
+            losers=self.winners.latents_of_any_size(indices, "loser_latents") if self.loss.pairs else None,
             noise=noise[share],
             levels=levels[share],
             text=text[share],
@@ -222,20 +222,20 @@ class TrainingLoop:
         return loss_mean, dict(zip(names, error_means, strict=True))
 
     def _groups(self, batch: _Batch) -> list[list[int]]:
-        """Return the samples of a batch, grouped by what fits into one pass: prompts of equally many chunks."""
-        groups: dict[int, list[int]] = {}
-        for sample, row in enumerate(batch.text.tolist()):
-            groups.setdefault(self.embeds.num_chunks(row), []).append(sample)
+        """Return the samples of a batch, grouped by what fits into one pass: one size, equally many chunks of text."""
+        groups: dict[tuple[torch.Size, int], list[int]] = {}
+        for sample, (noise, row) in enumerate(zip(batch.noise, batch.text.tolist(), strict=True)):
+            groups.setdefault((noise.shape, self.embeds.num_chunks(row)), []).append(sample)
         return list(groups.values())
 
     def _loss(self, unet: torch.nn.Module, batch: _Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the sum of the weighted losses of a batch, and for a loss on pairs `pair_metrics`."""
-        clean = batch.winners
-        noise = batch.noise
+        clean = torch.stack(batch.winners).float()
+        noise = torch.stack(batch.noise)
         levels = batch.levels
         text = batch.text
         if batch.losers is not None:  # the same noise and noise level for both
-            clean = torch.cat([clean, batch.losers])
+            clean = torch.cat([clean, torch.stack(batch.losers).float()])
             noise, levels, text = (torch.cat([value, value]) for value in (noise, levels, text))
         noisy = self.schedule.noised(clean, noise, levels)
         timesteps = self.schedule.timesteps(levels)
@@ -253,7 +253,7 @@ class TrainingLoop:
         self, unet: torch.nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
     ) -> torch.Tensor:
         embeds = self.embeds[text.tolist()]
-        conditions = {"text_embeds": embeds.pooled, "time_ids": self.time_ids.expand(len(noisy), -1)}
+        conditions = {"text_embeds": embeds.pooled, "time_ids": self.time_ids(*noisy.shape[-2:]).expand(len(noisy), -1)}
         mixed = self.settings.method == "full" and self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=mixed):
             x = noisy.to(self.device, self.dtype)
@@ -269,7 +269,8 @@ class TrainingLoop:
         Raises:
             UserError: others than the scheduler's fit the UNet.
         """
-        indices = torch.arange(min(NUM_PROBES, len(self.winners)))
+        one_size = self.winners.positions_by_shape(torch.arange(len(self.winners)))[0]
+        indices = torch.tensor(one_size[:NUM_PROBES])
         clean = self.winners.latents(indices).float()
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(derive_seed(*self.seed, "probe")))
         size = self.runtime.train_batch_size or self.settings.batch_size

@@ -166,10 +166,14 @@ def test_ties_are_no_pairs(root: Path, caplog: pytest.LogCaptureFixture) -> None
     assert len(load_winners(Round.of(params(), root, "003"), pairs=False)) == 3
 
 
-def test_rounds_of_other_sizes_are_refused(root: Path) -> None:
+def test_rounds_may_have_other_sizes(root: Path) -> None:
     write_winners(root, "003", size=4)
-    with pytest.raises(UserError, match=r"rounds\.003\.train: .*several sizes \(4x2x2, 4x4x4\)"):
-        load_winners(Round.of(params(replay=0.5), root, "003"), pairs=False)
+    winners = load_winners(Round.of(params(replay=0.5), root, "003"), pairs=False)
+    order = torch.tensor([len(winners) - 1, 0, 1, len(winners) - 2])
+    found = winners.latents_of_any_size(order)
+    assert [tuple(latents.shape) for latents in found] == [(4, 2, 2), (4, 4, 4), (4, 4, 4), (4, 2, 2)]
+    for latents, index in zip(found, order, strict=True):
+        assert torch.equal(latents, winners.latents(index[None])[0])
 
 
 def test_zero_weights_do_not_become_nan(root: Path) -> None:
