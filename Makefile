@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
+PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export NO_MKDOCS_2_WARNING := 1
 
@@ -21,11 +22,11 @@ demo: data  # one process serves all stages, because their imports would take mo
 	SRPO_WARM=1 $(BIN)/python -m flows.rounds
 	@$(BIN)/python -m srpo table
 
-test: data
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+test: data  # one test process per core, each with one thread of computation
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(PARALLEL)
 
 test-all: data
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 chaos: env
 	$(BIN)/python -m tests.faults.chaos
