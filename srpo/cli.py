@@ -259,6 +259,30 @@ def votes(
         console.print(table if part.rows else f"{part.title}: {part.note}")
 
 
+@app.command("fit-reward")
+def fit_reward(
+    rounds: Annotated[
+        list[str] | None, typer.Argument(metavar="[ROUND]...", help="whose picks and votes; default all")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="a Hub id or a local folder; default OpenAI's ViT-L/14")] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision of --clip")] = None,
+    to: Annotated[Path, typer.Option(help="folder to write")] = Path("data/fitted-reward"),
+) -> None:
+    """Fit a reward to what people picked and voted for, and write it as a folder for `kind: head`."""
+    params, root = _project()
+    from srpo.config.reward_families import CLIP_L
+    from srpo.models.hub import Source
+    from srpo.review.fit_reward import fit_reward
+
+    source = Source(clip, revision) if clip else Source(*CLIP_L)
+    found = fit_reward([Round.of(params, root, key) for key in rounds or params.rounds], source, root / to)
+    print(
+        f"{found.decisions} decisions about {found.prompts} prompts; agreement on held-out prompts"
+        f" {found.agreement.value:.2f} ({found.agreement.low:.2f} to {found.agreement.high:.2f}), chance is 0.5"
+    )
+    print(f"in params.yaml, rewards:  people: {{kind: head, model: {to.as_posix()}, role: select}}")
+
+
 @app.command()
 def track(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="first delete this project's runs in MLflow")] = False,

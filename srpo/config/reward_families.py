@@ -69,6 +69,7 @@ FAMILIES = {
         file="sac+logos+ava1-l14-linearMSE.pth",
         companion=CLIP_L_ENCODER,
     ),
+    "head": Family("srpo.rewards.fitted_head:FittedHead", file="head.safetensors"),
     "vqascore": Family("srpo.rewards.vqa:VqaScore", file="config.json"),
     "templates": Family("srpo.rewards.templates:TemplateReward"),
 }

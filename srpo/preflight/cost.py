@@ -35,7 +35,10 @@ CONTEXT_GB = 1.5  # of driver, kernels and allocator
 PNG_BYTES = 1.5e6  # per image of 1024 x 1024
 LATENT_BYTES = 2 * 4 / 64  # per pixel: four float16 channels for 8 x 8 pixels
 # One image through the image encoder at its input size (224 to 336 pixels), by reward family: twice the published MACs.
-REWARD_TFLOP = {"clip": 0.16, "aesthetic": 0.16, "pickscore": 0.33, "hpsv2": 0.33, "hpsv2.1": 0.33, "imagereward": 0.25}
+REWARD_TFLOP = {
+    "clip": 0.16, "aesthetic": 0.16, "head": 0.16, "pickscore": 0.33, "hpsv2": 0.33, "hpsv2.1": 0.33,
+    "imagereward": 0.25,
+}  # fmt: skip
 OTHER_REWARD_TFLOP = 25.0  # of vqascore's 11 billion weights; an upper bound for a class of one's own
 INCEPTION_TFLOP = 0.012
 ENCODE_SECONDS = 0.117  # PNG, level 1
