@@ -193,7 +193,7 @@ def _features(encoder: ClipEncoder, found: Sequence[Preference]) -> dict[tuple[I
     for one in found:
         for path, place in (one.chosen, *one.others):
             wanted.setdefault(path, {})[place, one.prompt] = None
-    features = {}
+    features: dict[tuple[ImageKey, str], torch.Tensor] = {}
     for path, keys in wanted.items():  # images of one dataset have one size
         images = Images(path)
         for part in batched(keys, BATCH):
