@@ -6,16 +6,18 @@ keys are part of a round's lineage.
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from srpo.config.reward_families import find_family
 from srpo.errors import UserError
 
 INCEPTION = "inception"
 MIN_REFERENCE_IMAGES = 3
+CLUSTER = re.compile(r"local|auto|(ray://)?[A-Za-z0-9][A-Za-z0-9.-]*:[0-9]{1,5}")
 
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -342,7 +344,24 @@ class RuntimeParams(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto is bfloat16 on CUDA and float32 on a CPU"
     )
-    processes: PositiveInt = Field(1, description="processes, one per GPU, of generate and train")
+    processes: PositiveInt = Field(
+        1,
+        description="processes, one per GPU, of generate, score, train and evaluate; in a cluster only of train,"
+        " because the other stages use all GPUs",
+    )
+    cluster: str | None = Field(
+        None,
+        description="Ray cluster that runs generate, score, train and evaluate: `local` (this machine), `auto` (the one"
+        " that this machine belongs to), `<host>:<port>` or `ray://<host>:<port>`; null uses none",
+    )
+    cluster_storage: Literal["copy", "shared"] = Field(
+        "copy",
+        description="`copy` sends inputs to the nodes and results back; `shared` if all nodes have the project's"
+        " folder at the same path",
+    )
+    cluster_score_gpus: Fraction = Field(
+        1.0, description="GPUs per process of score in a cluster; 0.25 lets four processes share a GPU"
+    )
     batch_size: PositiveInt = Field(16, description="images sampled at once; halved when memory runs out")
     train_batch_size: PositiveInt | None = Field(
         None,
@@ -355,6 +374,13 @@ class RuntimeParams(Section):
         100, description="training steps between checkpoints, from which an interrupted run resumes"
     )
     compile: bool = Field(False, description="compile the UNet's repeated blocks (CUDA only), which takes minutes")
+
+    @field_validator("cluster", mode="after")
+    @classmethod
+    def _cluster_is_an_address(cls, value: str | None) -> str | None:
+        if value is not None and not CLUSTER.fullmatch(value):
+            raise ValueError(f"{value!r:.80} is no cluster; write local, auto, <host>:<port> or ray://<host>:<port>")
+        return value
 
 
 class TrackingParams(Section):

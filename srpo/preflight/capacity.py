@@ -70,7 +70,9 @@ def check_runtime(params: Params, devices: list[Device]) -> list[CheckResult]:
     if on_cpu and not is_fast_on_cpu(runtime.dtype):
         text = f"{runtime.dtype} is emulated on this CPU, about a hundred times slower than float32: set float32"
         results.append(CheckResult("runtime.dtype", "warn", text))
-    if devices and not on_cpu and runtime.processes > len(devices):
+    if runtime.cluster and (line := missing("ray")):
+        results.append(CheckResult("runtime.cluster", "fail", line))
+    if devices and not on_cpu and not runtime.cluster and runtime.processes > len(devices):
         text = f"{runtime.processes}, and this machine has {len(devices)} GPUs: lower it to run here"
         results.append(CheckResult("runtime.processes", "warn", text))
     return results

@@ -22,6 +22,7 @@ from srpo.runtime.processes import signal_at_parents_end
 
 log = logging.getLogger(__name__)
 PARENT_VARIABLE = "SRPO_PARENT"
+NODE_VARIABLE = "SRPO_NODE"  # in a process of a cluster: the address of its machine
 # exit statuses; only workers use BLOCKED
 BAD_INPUT = 2
 BLOCKED = 3
@@ -55,6 +56,11 @@ def local_rank() -> int:
 def world_size() -> int:
     """Return the number of processes that run this command."""
     return int(os.environ["WORLD_SIZE"]) if is_worker() else 1
+
+
+def draws_progress() -> bool:
+    """Return whether this process draws a progress bar: the first one does; in a cluster, the driver."""
+    return rank() == 0 and NODE_VARIABLE not in os.environ
 
 
 def is_parent(runtime: HasProcesses) -> bool:

@@ -6,7 +6,12 @@ from importlib.util import find_spec
 
 from srpo.errors import UserError
 
-EXTRAS = {"dvc": ("DVC", "dvc"), "mlflow": ("MLflow", "tracking"), "prefect": ("Prefect", "flows")}
+EXTRAS = {
+    "dvc": ("DVC", "dvc"),
+    "mlflow": ("MLflow", "tracking"),
+    "prefect": ("Prefect", "flows"),
+    "ray": ("Ray", "cluster"),
+}
 
 
 def missing(package: str) -> str | None:

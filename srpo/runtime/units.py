@@ -1,54 +1,44 @@
-"""Stages in units: each unit of work writes one file; finished files are kept, and processes share the others.
+"""Units of work of a stage: each writes one file.
 
 A process that makes a unit holds a lock on it, which the kernel frees when the process ends, however it ends. So units
-are dealt out as processes become free, and a killed run repeats at most one unit per process.
+are dealt out as processes become free.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from srpo.runtime import distributed
-
-if TYPE_CHECKING:
-    from srpo.config.schema import RuntimeParams
+from srpo.rounds import Round
 
 Make = Callable[[Path], None]
-"""Writes one unit's file, atomically."""
+"""Writes one unit's file, atomically. Units are told apart by their names: on another machine the folder differs."""
 
 ATTEMPTS = 3
 
 
-def make_units(
-    units: Sequence[Path],
-    command: Sequence[str],
-    load: Callable[[], AbstractContextManager[Make]],
-    runtime: RuntimeParams,
-) -> None:
-    """Make the units that do not exist yet; with `runtime.processes` above 1, in that many worker processes.
+@dataclass(frozen=True)
+class Units:
+    """The units of a stage and how to make them.
 
-    Args:
-        units: the files, in a folder that exists.
-        command: arguments of `srpo` that run this stage in a worker, which calls this function with the same units.
-        load: loads what makes a unit; entered at most once per process, and only if there is a unit to make.
-
-    Raises:
-        UserError: a unit's input is bad.
+    Attributes:
+        stage: the command of `srpo` that runs this stage, for worker processes and messages.
+        paths: the units' files, in a folder of the project that exists.
+        load: loads what makes units, for a round whose root may be a copy of the project's on another machine. Entered
+            at most once per process, and only if there is a unit to make. A module's function, or a partial of one
+            with values that can be pickled.
+        inputs: files and folders of the project that all units read.
+        inputs_of: returns those that one unit reads besides.
     """
-    if distributed.is_parent(runtime) and unfinished(units):
-        distributed.run(lambda: command, min(runtime.processes, len(unfinished(units))), attempts=ATTEMPTS)
-    with ExitStack() as stack:
-        make: Make | None = None
-        for unit in claimed(units):
-            if make is None:
-                make = stack.enter_context(load())
-            make(unit)
-    if not distributed.is_worker():  # the folder may be published
-        for unit in units:
-            _lock(unit).unlink(missing_ok=True)
+
+    round: Round
+    stage: str
+    paths: Sequence[Path]
+    load: Callable[[Round], AbstractContextManager[Make]]
+    inputs: Sequence[Path] = ()
+    inputs_of: Callable[[Path], Sequence[Path]] = lambda _: ()
 
 
 def unfinished(units: Sequence[Path]) -> list[Path]:
@@ -62,12 +52,13 @@ def claimed(units: Sequence[Path]) -> Iterator[Path]:
 
     for unit in unfinished(units):
         try:
-            with FileLock(_lock(unit), blocking=False):
+            with FileLock(lock_file(unit), blocking=False):
                 if not unit.exists():
                     yield unit
         except Timeout:
             continue
 
 
-def _lock(unit: Path) -> Path:
+def lock_file(unit: Path) -> Path:
+    """Return the lock that a process holds while it makes the unit."""
     return unit.with_name(f".{unit.name}.lock")

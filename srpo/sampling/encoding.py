@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ from srpo.models.tokenizer import load_tokenizer, text_read
 from srpo.rounds import Round
 from srpo.runtime import distributed
 from srpo.runtime.device import pick_device, pick_dtype
-from srpo.runtime.units import Make, make_units
+from srpo.runtime.inputs import model_inputs
+from srpo.runtime.make_units import make_units
+from srpo.runtime.units import Make, Units
 from srpo.storage.files import publish
 from srpo.storage.scratch import scratch_folder
 
@@ -69,28 +72,45 @@ def encode_candidates(round: Round) -> None:
         "size": [settings.height, settings.width],
     }  # fmt: skip
     scratch = scratch_folder(round.root, "generate", round.key, inputs)
-    units = {scratch / f"shard-{number:05d}-of-{len(sources):05d}.parquet": path for number, path in enumerate(sources)}
-
-    @contextmanager
-    def load() -> Iterator[Make]:
-        check_base(round.root)
-        encoder = ImageEncoder(params)
-        with tqdm(unit="img", desc=f"encode {round.key}", mininterval=2, disable=distributed.rank() > 0) as progress:
-
-            def make(unit: Path) -> None:
-                rows = []
-                for row in parquet.read_rows(units[unit]):
-                    latents = encoder.encode(np.asarray(decode_image(row["image"])))
-                    cells = {"latents": parquet.latents_bytes(latents), "latents_shape": list(latents.shape)}
-                    rows.append(row | cells)
-                    progress.update()
-                parquet.write_table(unit, rows, CANDIDATE_FIELDS)
-
-            yield make
-
-    make_units(list(units), ["generate", round.key], load, params.runtime)
+    shards = {f"shard-{number:05d}-of-{len(sources):05d}.parquet": path for number, path in enumerate(sources)}
+    inside = settings.candidates if not Path(settings.candidates).is_absolute() else None
+    places = {name: f"{settings.candidates}/{path.name}" for name, path in shards.items()}
+    make_units(
+        Units(
+            round,
+            "generate",
+            [scratch / name for name in shards],
+            partial(_load, places),
+            model_inputs(round),
+            lambda unit: [shards[unit.name]] if inside else [],
+        )
+    )
     if not distributed.is_worker():
         publish(scratch, round.files.candidates)
+
+
+@contextmanager
+def _load(places: Mapping[str, str], round: Round) -> Iterator[Make]:
+    """Load the encoder.
+
+    Args:
+        places: the imported shard of each unit, relative to the project, by the unit's name.
+    """
+    check_base(round.root)
+    encoder = ImageEncoder(round.params)
+    name = f"encode {round.key}"
+    with tqdm(unit="img", desc=name, mininterval=2, disable=not distributed.draws_progress()) as progress:
+
+        def make(unit: Path) -> None:
+            rows = []
+            for row in parquet.read_rows(round.root / places[unit.name]):
+                latents = encoder.encode(np.asarray(decode_image(row["image"])))
+                cells = {"latents": parquet.latents_bytes(latents), "latents_shape": list(latents.shape)}
+                rows.append(row | cells)
+                progress.update()
+            parquet.write_table(unit, rows, CANDIDATE_FIELDS)
+
+        yield make
 
 
 def _check(round: Round, sources: list[Path]) -> None:

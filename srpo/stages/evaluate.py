@@ -7,13 +7,13 @@ metrics are computed from these files.
 from __future__ import annotations
 
 import csv
-import functools
 import gc
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,12 @@ from srpo.lineage.record import check_base, require_weights
 from srpo.models.tokenizer import load_tokenizer, text_read, warn_of_cut_prompts
 from srpo.rewards.batches import BATCH, batched
 from srpo.rewards.loading import load_pinned_rewards, reward_code
+from srpo.rewards.validated import ValidatedReward
 from srpo.rounds import BASE, Round
 from srpo.runtime import distributed
-from srpo.runtime.units import Make, make_units, unfinished
+from srpo.runtime.inputs import model_inputs, reward_inputs
+from srpo.runtime.make_units import is_shared, make_units
+from srpo.runtime.units import Make, Units, unfinished
 from srpo.sampling.prompt_cache import prompt_embeds
 from srpo.sampling.sampler import Sampler, sample_images
 from srpo.sampling.sizes import of_size, rows_by_size, untrained_sizes
@@ -85,46 +88,29 @@ def evaluate(round: Round) -> None:
     prompts = _load_prompts(round)
     require_weights(round.files)
     scratch, batches = _plan(round, prompts)
-    load_rewards = functools.cache(lambda: load_pinned_rewards(params, round.root))
+    rewards = None
     references = {}
     base_features = None
     if not distributed.is_worker():
         base_features = None if round.key == BASE else _read_base_features(round)
+        rewards = load_pinned_rewards(params, round.root)
         references = {
             name: load_reference(round.root / params.evaluate.reference, extractor, round.root / ".srpo" / "cache")
-            for name, extractor in load_extractors(params, round.root, load_rewards()).items()
+            for name, extractor in load_extractors(params, round.root, rewards).items()
         }
-    if distributed.is_parent(params.runtime):  # workers need the memory
-        load_rewards.cache_clear()
+    if is_shared(params.runtime):  # those that make the units load their own, and need the memory
+        rewards = None
         gc.collect()
         torch.cuda.empty_cache()
-
-    @contextmanager
-    def load() -> Iterator[Make]:
-        check_base(round.root)
-        sampler = Sampler(params, round.files.adapter, fast=True)
-        negatives = negative_prompts(prompts, params.evaluate.negative_prompt)
-        embeds = prompt_embeds(sampler, [prompt.prompt for prompt in prompts], round.root, negatives)
-        rewards = load_rewards()
-        extractors = load_extractors(params, round.root, rewards)
-        texts = [
-            [prompts[row].prompt for row, _ in batch.places]
-            for batch in batches.values()
-            if batch.guidance == params.evaluate.guidance_scales[0]
-        ]
-        for reward in rewards.values():
-            reward.prepare(texts)
-        with _progress(round, [batches[unit] for unit in unfinished(list(batches))]) as progress:
-
-            def make(unit: Path) -> None:
-                batch = batches[unit]
-                images = _sample(round, sampler, embeds, prompts, batch, progress)
-                texts = [prompts[row].prompt for row, _ in batch.places]
-                _save(unit, measure(images, texts, rewards, extractors), images[batch.sampled])
-
-            yield make
-
-    make_units(list(batches), ["evaluate", round.key], load, params.runtime)
+    inputs = [
+        *model_inputs(round),
+        *reward_inputs(round, params.rewards),
+        round.files.adapter,
+        round.base_files.rewards,
+    ]
+    left = sum(len(batches[path].places) for path in unfinished(list(batches)))
+    by_name = {path.name: batch for path, batch in batches.items()}
+    make_units(Units(round, "evaluate", list(batches), partial(_load_models, prompts, by_name, left, rewards), inputs))
     if distributed.is_worker():
         return
     out = scratch / "evaluation"
@@ -133,6 +119,46 @@ def evaluate(round: Round) -> None:
     _write(round, prompts, batches, references, base_features, out)
     publish(out, round.files.evaluation)
     shutil.rmtree(scratch)
+
+
+@contextmanager
+def _load_models(
+    prompts: Sequence[Prompt],
+    batches: Mapping[str, Batch],
+    left: int,
+    rewards: Mapping[str, ValidatedReward] | None,
+    round: Round,
+) -> Iterator[Make]:
+    """Load the models.
+
+    Args:
+        batches: by the names of the units.
+        left: images that are still to be made, for the progress bar.
+        rewards: None to load them.
+    """
+    params = round.params
+    check_base(round.root)
+    sampler = Sampler(params, round.files.adapter, fast=True)
+    negatives = negative_prompts(prompts, params.evaluate.negative_prompt)
+    embeds = prompt_embeds(sampler, [prompt.prompt for prompt in prompts], round.root, negatives)
+    rewards = load_pinned_rewards(params, round.root) if rewards is None else rewards
+    extractors = load_extractors(params, round.root, rewards)
+    texts = [
+        [prompts[row].prompt for row, _ in batch.places]
+        for batch in batches.values()
+        if batch.guidance == params.evaluate.guidance_scales[0]
+    ]
+    for reward in rewards.values():
+        reward.prepare(texts)
+    with _progress(round, left) as progress:
+
+        def make(unit: Path) -> None:
+            batch = batches[unit.name]
+            images = _sample(round, sampler, embeds, prompts, batch, progress)
+            texts = [prompts[row].prompt for row, _ in batch.places]
+            _save(unit, measure(images, texts, rewards, extractors), images[batch.sampled])
+
+        yield make
 
 
 def _load_prompts(round: Round) -> list[Prompt]:
@@ -179,14 +205,14 @@ def _plan(round: Round, prompts: Sequence[Prompt]) -> tuple[Path, dict[Path, Bat
     return scratch, units
 
 
-def _progress(round: Round, batches: Sequence[Batch]) -> tqdm:
+def _progress(round: Round, left: int) -> tqdm:
     processes = distributed.world_size()
     return tqdm(
-        total=sum(len(batch.places) for batch in batches) // processes,
+        total=left // processes,
         unit="img",
         desc=f"evaluate {round.key}{f' (1 of {processes} processes)' if processes > 1 else ''}",
         mininterval=2,
-        disable=distributed.rank() > 0,
+        disable=not distributed.draws_progress(),
     )
 
 

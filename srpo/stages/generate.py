@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,9 @@ from srpo.lineage.record import check_base, require_weights
 from srpo.models.tokenizer import load_tokenizer, text_read, warn_of_cut_prompts
 from srpo.rounds import Round
 from srpo.runtime import distributed
-from srpo.runtime.units import Make, make_units, unfinished
+from srpo.runtime.inputs import model_inputs, reward_inputs
+from srpo.runtime.make_units import make_units
+from srpo.runtime.units import Make, Units, unfinished
 from srpo.selection.audit import is_audited
 from srpo.storage.files import publish
 from srpo.storage.hashing import derive_seed, digest
@@ -53,26 +56,37 @@ def generate(round: Round) -> None:
         encode_candidates(round)
         return
     scratch, shards = _plan(round)
-
-    @contextmanager
-    def load() -> Iterator[Make]:
-        sampler, rejection = _load_models(round)
-        # the redirection keeps log lines out of the bar
-        with logging_redirect_tqdm(), _progress(round, unfinished(list(shards)), shards) as progress:
-
-            def make(unit: Path) -> None:
-                candidates = _sample(round, shards[unit], sampler, rejection, progress.update)
-                _write(round, unit, shards[unit], candidates)
-
-            yield make
-
-    make_units(list(shards), ["generate", round.key], load, round.params.runtime)
+    paths = [scratch / name for name in shards]
+    inputs = [*model_inputs(round), round.parent_files.adapter]
+    if rules := round.params.generate.early_rejection:
+        inputs += [*reward_inputs(round, [rules.reward]), round.base_files.preview]
+    left = sum(len(shards[path.name]) for path in unfinished(paths)) * round.params.generate.candidates_per_prompt
+    make_units(Units(round, "generate", paths, partial(_load, shards, left), inputs))
     if not distributed.is_worker():
         publish(scratch, round.files.candidates)
 
 
-def _plan(round: Round) -> tuple[Path, dict[Path, list[Prompt]]]:
-    """Check the inputs, and return the scratch folder and the prompts of all shards in it, finished or not."""
+@contextmanager
+def _load(shards: Mapping[str, Sequence[Prompt]], left: int, round: Round) -> Iterator[Make]:
+    """Load the models.
+
+    Args:
+        shards: the prompts of each unit, by its name.
+        left: images that are still to be made, for the progress bar.
+    """
+    sampler, rejection = _load_models(round)
+    # the redirection keeps log lines out of the bar
+    with logging_redirect_tqdm(), _progress(round, left) as progress:
+
+        def make(unit: Path) -> None:
+            prompts = shards[unit.name]
+            _write(round, unit, prompts, _sample(round, prompts, sampler, rejection, progress.update))
+
+        yield make
+
+
+def _plan(round: Round) -> tuple[Path, dict[str, list[Prompt]]]:
+    """Check the inputs, and return the scratch folder and by name the prompts of its shards, finished or not."""
     params = round.params
     settings = params.generate
     pool = load_prompts(round.root / params.prompts.train)
@@ -96,19 +110,17 @@ def _plan(round: Round) -> tuple[Path, dict[Path, list[Prompt]]]:
     scratch = scratch_folder(round.root, "generate", round.key, inputs)
     size = settings.prompts_per_shard
     parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    return scratch, {
-        scratch / f"shard-{number:05d}-of-{len(parts):05d}.parquet": part for number, part in enumerate(parts)
-    }
+    return scratch, {f"shard-{number:05d}-of-{len(parts):05d}.parquet": part for number, part in enumerate(parts)}
 
 
-def _progress(round: Round, units: Sequence[Path], shards: Mapping[Path, Sequence[Prompt]]) -> tqdm:
+def _progress(round: Round, left: int) -> tqdm:
     processes = distributed.world_size()
     return tqdm(
-        total=sum(len(shards[unit]) for unit in units) * round.params.generate.candidates_per_prompt // processes,
+        total=left // processes,
         unit="img",
         desc=f"generate {round.key}{f' (1 of {processes} processes)' if processes > 1 else ''}",
         mininterval=2,
-        disable=distributed.rank() > 0,
+        disable=not distributed.draws_progress(),
     )
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from srpo.rewards.loading import load_pinned_rewards, reward_code
 from srpo.rewards.validated import ValidatedReward
 from srpo.rounds import Round
 from srpo.runtime import distributed
-from srpo.runtime.units import Make, make_units, unfinished
+from srpo.runtime.inputs import reward_inputs
+from srpo.runtime.make_units import make_units
+from srpo.runtime.units import Make, Units, unfinished
 from srpo.storage.files import publish
 from srpo.storage.hashing import file_digest, value_digest
 from srpo.storage.json_files import read_json, write_json
@@ -51,30 +54,27 @@ def score(round: Round) -> None:
     files_of = {name: score_path(files.scores, name, spec.role) for name, spec in round.params.rewards.items()}
     files_of[INVALID] = invalid_path(files.scores)
     scratch, sources, missing = _plan_of_parent(round) or _plan(round, files_of)
-    units = {scratch / shard.name: shard for shard in parquet.shards(files.candidates)} if missing else {}
-
-    @contextmanager
-    def load() -> Iterator[Make]:
-        rewards = load_pinned_rewards(round.params, round.root, missing)
-        nonfinite = parquet.nonfinite_latents(files.candidates) if INVALID in missing else set()
-        with tqdm(unit="img", desc=f"score {round.key}", mininterval=2, disable=distributed.rank() > 0) as progress:
-
-            def make(unit: Path) -> None:
-                rows = list(_score_shard(units[unit], rewards, nonfinite, progress))
-                parquet.write_table(unit, rows, with_rewards(SCORE_FIELDS, rewards))
-
-            yield make
-
-    make_units(list(units), ["score", round.key], load, round.params.runtime)
+    shards = {scratch / shard.name: shard for shard in parquet.shards(files.candidates)} if missing else {}
+    units = Units(
+        round,
+        "score",
+        list(shards),
+        partial(_load, missing),
+        [*reward_inputs(round, missing), round.base_files.rewards],
+        lambda unit: [shards[unit]],
+    )
+    make_units(units)
     if distributed.is_worker():
         return
-    assert not unfinished(list(units))
+    assert not unfinished(units.paths)
     out = scratch / "scores"
     shutil.rmtree(out, ignore_errors=True)
     for name, path in files_of.items():
         target = out / path.relative_to(files.scores)
         if name in missing:
-            write_scores(target, name, (table for unit in units for table in parquet.read_batches(unit)), sources[name])
+            write_scores(
+                target, name, (table for unit in units.paths for table in parquet.read_batches(unit)), sources[name]
+            )
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
@@ -82,6 +82,22 @@ def score(round: Round) -> None:
         publish(part, files.scores / part.name)
     shutil.rmtree(scratch)
     _report(round, missing)
+
+
+@contextmanager
+def _load(missing: Collection[str], round: Round) -> Iterator[Make]:
+    """Load the rewards among the columns that are missing."""
+    rewards = load_pinned_rewards(round.params, round.root, missing)
+    name = f"score {round.key}"
+    with tqdm(unit="img", desc=name, mininterval=2, disable=not distributed.draws_progress()) as progress:
+
+        def make(unit: Path) -> None:
+            shard = round.files.candidates / unit.name
+            nonfinite = parquet.nonfinite_latents(shard) if INVALID in missing else set()
+            rows = list(_score_shard(shard, rewards, nonfinite, progress))
+            parquet.write_table(unit, rows, with_rewards(SCORE_FIELDS, rewards))
+
+        yield make
 
 
 def _plan(round: Round, files_of: Mapping[str, Path]) -> tuple[Path, dict[str, str], list[str]]:

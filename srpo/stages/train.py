@@ -6,6 +6,7 @@ import csv
 import logging
 import shutil
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -15,9 +16,11 @@ from srpo.lineage.code import import_closure_digest
 from srpo.lineage.record import check_base, write_lineage
 from srpo.models.adapters import make_trainable_unet
 from srpo.models.tokenizer import warn_of_cut_prompts
-from srpo.rounds import Round
+from srpo.rounds import Round, RoundFiles
 from srpo.runtime import distributed
 from srpo.runtime.device import pick_device, pick_dtype
+from srpo.runtime.extras import require
+from srpo.runtime.inputs import model_inputs
 from srpo.sampling.conditioning import time_ids
 from srpo.sampling.prompt_cache import StoredEmbeds
 from srpo.sampling.sampler import Sampler
@@ -47,8 +50,17 @@ def train(round: Round, on_step: OnStep = lambda metrics, step: None) -> None:
     """
     settings = round.params.train
     files = round.files
-    if distributed.is_parent(round.params.runtime):
-        distributed.run(lambda: ["train", round.key], round.params.runtime.processes)
+    runtime = round.params.runtime
+    if runtime.cluster and not distributed.is_worker():
+        require("ray", "runtime.cluster")
+        from srpo.runtime.gang import Gang, run_gang
+
+        pattern = f".srpo/scratch/train@{round.key}-*/state-*.safetensors"
+        gang = Gang(round, "train", train, lambda: _read(round, pattern), pattern, [files.training, files.adapter])
+        run_gang(gang, runtime.processes, on_step)
+        return
+    if distributed.is_parent(runtime):
+        distributed.run(lambda: ["train", round.key], runtime.processes)
         return
     accelerator = Accelerator(cpu=pick_device(round.params.runtime).type == "cpu", mixed_precision="no")
     if accelerator.num_processes > settings.batch_size:
@@ -83,6 +95,13 @@ def train(round: Round, on_step: OnStep = lambda metrics, step: None) -> None:
             *(round.key, len(history), len(winners), sum(last) / len(last)),
         )
     accelerator.wait_for_everyone()
+
+
+def _read(round: Round, checkpoints: str) -> list[Path]:
+    """Return the files and folders of the project that a training reads."""
+    paths = [*model_inputs(round), round.parent_files.adapter, *round.root.glob(checkpoints)]
+    folders = (RoundFiles(round.root, key).winners for key in (*round.ancestors, round.key))
+    return paths + [folder for folder in folders if folder.exists()]
 
 
 def _inputs(round: Round, winners: Winners) -> dict:

@@ -23,6 +23,7 @@ from srpo.config.schema import RuntimeParams, TrainParams
 from srpo.errors import UserError
 from srpo.models.adapters import TrainableUNet
 from srpo.rewards.batches import batched
+from srpo.runtime import distributed
 from srpo.sampling.prompt_cache import StoredEmbeds
 from srpo.storage.hashing import derive_seed
 from srpo.training.checkpoint import Row, TrainingState
@@ -169,7 +170,7 @@ class TrainingLoop:
             total=total,
             unit="step",
             mininterval=2,
-            disable=not self.accelerator.is_main_process,
+            disable=not (self.accelerator.is_main_process and distributed.draws_progress()),
         )
 
     def _sample_batch(self, step: int, indices: torch.Tensor) -> _Batch:

@@ -58,6 +58,11 @@ BAD = {
         "top_fraction: 1.5",
         "select.top_fraction: Input should be less than or equal to 1",
     ),
+    "no cluster": (
+        "runtime:\n",
+        "runtime:\n  cluster: 10.0.0.1\n",
+        "runtime.cluster: '10.0.0.1' is no cluster; write local, auto, <host>:<port> or ray://<host>:<port>",
+    ),
     "unknown key": ("seed: 0\n", "seed: 0\nsead: 1\n", "sead: unknown key"),
     "unknown reward": (
         "kind: clip, model: data/reward",

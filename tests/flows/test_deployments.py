@@ -27,6 +27,7 @@ OWN_KUBERNETES = REPO / "deploy" / "kubernetes" / "base-job-template.json"
 TEMPLATES = {
     "srpo-local": DEFAULTS / "process-3.9.1.json",
     "srpo-gpu": DEFAULTS / "process-3.9.1.json",
+    "srpo-ray": DEFAULTS / "process-3.9.1.json",
     "srpo-docker": DEFAULTS / "docker-0.7.4.json",
     "srpo-kubernetes": OWN_KUBERNETES,
 }

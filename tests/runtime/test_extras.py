@@ -16,16 +16,18 @@ REPO = Path(__file__).parents[2]
 IMPORT_ALL = (
     "import importlib, pkgutil, srpo\n"
     "for module in pkgutil.walk_packages(srpo.__path__, 'srpo.'):\n"
-    "    module.name == 'srpo.__main__' or importlib.import_module(module.name)"
+    "    if module.name not in ('srpo.__main__', 'srpo.runtime.cluster', 'srpo.runtime.gang',"
+    " 'srpo.runtime.ray_connection'):\n"  # those that are nothing without Ray
+    "        importlib.import_module(module.name)"
 )
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Site-packages as `pip install srpo` leaves it: links to this environment's, but for DVC, MLflow and Prefect."""
+    """Site-packages as `pip install srpo` leaves it: links to this environment's, but for the extras' packages."""
     folder = tmp_path_factory.mktemp("site")
     for entry in Path(sysconfig.get_path("purelib")).iterdir():
-        if not entry.name.startswith(("dvc", "mlflow", "prefect")):
+        if not entry.name.startswith(("dvc", "mlflow", "prefect", "ray")):
             (folder / entry.name).symlink_to(entry)
     return folder
 
