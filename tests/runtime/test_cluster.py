@@ -31,12 +31,12 @@ ADDRESS = "127.0.0.2"  # Ray replaces 127.0.0.1 by the host's own address
 
 
 class Nodes:
-    """A cluster whose head has no CPU, and the nodes that were added."""
+    """A cluster of a head with one CPU, and the nodes that are added."""
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        options = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 * 2**20}
+        options = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 * 2**20}
         self.cluster = Cluster(initialize_head=True, head_node_args=options | {"node_ip_address": ADDRESS})
         self.address = self.cluster.address
 
@@ -50,7 +50,6 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("PYTHONPATH", str(REPO))
         found = Nodes()
-        found.add()
         found.add()
         yield found
         found.cluster.shutdown()
@@ -70,7 +69,7 @@ def journal(path: Path) -> list[tuple[str, str]]:
     return [(name, pid) for name, pid in (line.split() for line in path.read_text().splitlines())]
 
 
-@pytest.mark.parametrize("storage", ["copy", "shared"])
+@pytest.mark.parametrize("storage", ["copy", pytest.param("shared", marks=pytest.mark.slow)])
 def test_nodes_share_units(round: Round, tmp_path: Path, storage: str) -> None:
     params = round.params.runtime.cluster
     round = Round.of(with_cluster(load_params(), params, cluster_storage=storage), round.root, "001")
@@ -86,6 +85,7 @@ def test_nodes_share_units(round: Round, tmp_path: Path, storage: str) -> None:
     assert [path.name for path in units.paths[0].parent.iterdir() if path not in units.paths] == []
 
 
+@pytest.mark.slow
 def test_bad_input_names_the_node(round: Round, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^input-1.txt: bad .on machine {ADDRESS}.$"):
         make_units(sleepers(round, 3, 0, tmp_path / "journal", bad=1))
