@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +119,22 @@ def refiner() -> None:
     edit(Path("data/base/model_index.json"), text_encoder=[None, None])
 
 
+def guidance_as_input() -> None:
+    edit(UNET.with_name("config.json"), time_cond_proj_dim=256)
+
+
+def without_tokenizer() -> None:
+    shutil.rmtree("data/base/tokenizer_2")
+
+
+def without_part() -> None:
+    (UNET.parents[1] / "text_encoder" / "model.safetensors").unlink()
+
+
+def without_configuration() -> None:
+    UNET.with_name("config.json").unlink()
+
+
 def another_prediction() -> None:
     edit(SCHEDULER, prediction_type="flow_prediction")
 
@@ -132,6 +149,10 @@ def another_prediction() -> None:
         (inpainting, "takes 9 channels"),
         (stable_diffusion_1, "as in Stable Diffusion 1.5 and 2"),
         (refiner, "is SDXL's refiner"),
+        (guidance_as_input, "takes the guidance scale as an input"),
+        (without_tokenizer, "holds no tokenizer_2/vocab.json"),
+        (without_part, "holds no text_encoder/model.safetensors"),
+        (without_configuration, "holds no unet/config.json"),
         (another_prediction, "its prediction_type 'flow_prediction' is not supported"),
     ],
 )
@@ -167,6 +188,18 @@ def test_unsupported_single_files_are_refused(tmp_path: Path, shapes: dict[str, 
     file = tmp_path / "one.safetensors"
     save_file(original(**shapes), file)
     with pytest.raises(UserError, match=reason):
+        check_checkpoint("model.base", file)
+
+
+def test_damaged_single_files_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "one.safetensors"
+    save_file(original(input=[8, 4, 3, 3], size=[8, 2816], text=[8]), file)
+    check_checkpoint("model.base", file)
+    os.truncate(file, file.stat().st_size - 100)
+    with pytest.raises(UserError, match=r"one\.safetensors: cut off after \d+ bytes"):
+        check_checkpoint("model.base", file)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 6938040682\n")
+    with pytest.raises(UserError, match=r"one\.safetensors: a Git-LFS pointer"):
         check_checkpoint("model.base", file)
 
 
