@@ -18,6 +18,7 @@ from srpo.data.scores import read_scores
 from srpo.errors import UserError
 from srpo.rewards.batches import is_flat
 from srpo.rounds import Round, RoundFiles
+from srpo.stages import score as score_stage
 from srpo.stages.base import pin_base
 from srpo.stages.generate import generate
 from srpo.stages.score import score
@@ -91,6 +92,39 @@ def test_odd_rewards_are_counted(params: Params, world: Path, caplog) -> None:
         table.with_columns(reward.alias("reward")).filter(pl.col("reward").is_finite())["reward"].mean(), rel=1e-5
     )
     assert "select 001: reward is NaN or infinite for 3 candidates; reward is constant for 1 prompts" in caplog.text
+
+
+def test_another_judge_costs_its_own_scores(params: Params, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Add a judge to a scored round, and take it away: what select depends on stays byte by byte."""
+    files, base, loaded = RoundFiles(world, "001"), RoundFiles(world, "base"), []
+    load = score_stage.load_pinned_rewards
+
+    def note(params: Params, root: Path, names: list[str]) -> dict:
+        loaded.append(names)
+        return load(params, root, names)
+
+    def contents() -> dict[str, bytes]:
+        paths = [*sorted(files.scores.rglob("*.parquet")), base.folder / "selecting.json"]
+        return {str(path.relative_to(world)): path.read_bytes() for path in paths}
+
+    generate(Round.of(params, world, "001"))
+    score(Round.of(params, world, "001"))
+    select(Round.of(params, world, "001"))
+    before = contents()
+    monkeypatch.setattr(score_stage, "load_pinned_rewards", note)
+    path = world / "params.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("rewards:\n", "rewards:\n  other: {kind: clip, model: data/judge, role: judge}\n", 1))
+    pin_base(Round.of(load_params(), world, "base"))
+    score(Round.of(load_params(), world, "001"))
+    after = contents()
+    assert loaded == [["other"]]
+    assert after == before | {"rounds/001/scores/judge/other.parquet": after["rounds/001/scores/judge/other.parquet"]}
+    path.write_text(text)
+    pin_base(Round.of(load_params(), world, "base"))
+    score(Round.of(load_params(), world, "001"))
+    assert loaded == [["other"]] and contents() == before
+    assert not {"judge", "accuracy", "other"} & {*pl.read_parquet_schema(parquet.shards(files.winners)[0])}
 
 
 def test_all_candidates_invalid(params: Params, world: Path) -> None:
