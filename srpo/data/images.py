@@ -35,6 +35,12 @@ def decode_image(cell: Mapping[str, Any]) -> Image.Image:
     return Image.open(io.BytesIO(cell["bytes"])).convert("RGB")
 
 
+def image_size(cell: Mapping[str, Any]) -> tuple[int, int]:
+    """Return width and height of an image cell, without decoding it."""
+    with Image.open(io.BytesIO(cell["bytes"])) as image:
+        return image.size
+
+
 def decode_images(cells: Iterable[Mapping[str, Any]]) -> np.ndarray:
     """Return uint8 [n, height, width, 3] of one or more image cells of one size, decoded on all cores.
 

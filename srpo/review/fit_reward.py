@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import softplus
 
 from srpo.config.reward_families import FAMILIES
+from srpo.data.images import image_size
 from srpo.errors import UserError
 from srpo.evaluation.bootstrap import Estimate, mean_interval
 from srpo.models.hub import Source
@@ -194,12 +195,16 @@ def _features(encoder: ClipEncoder, found: Sequence[Preference]) -> dict[tuple[I
         for path, place in (one.chosen, *one.others):
             wanted.setdefault(path, {})[place, one.prompt] = None
     features: dict[tuple[ImageKey, str], torch.Tensor] = {}
-    for path, keys in wanted.items():  # images of one dataset have one size
+    for path, keys in wanted.items():
         images = Images(path)
         for part in batched(keys, BATCH):
-            pixels = to_tensor({"bytes": images.bytes_at(place)} for place, _ in part)
-            values = head_features(encoder, pixels, [prompt for _, prompt in part]).double()
-            features |= {((path, place), prompt): row for (place, prompt), row in zip(part, values, strict=True)}
+            sizes: dict[tuple[int, int], dict[tuple[int, str], dict[str, Any]]] = {}
+            for key in part:
+                cell = {"bytes": images.bytes_at(key[0])}
+                sizes.setdefault(image_size(cell), {})[key] = cell
+            for cells in sizes.values():
+                values = head_features(encoder, to_tensor(cells.values()), [prompt for _, prompt in cells]).double()
+                features |= {((path, place), text): row for (place, text), row in zip(cells, values, strict=True)}
     return features
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from srpo.config.loader import Params
 from srpo.data import parquet
-from srpo.data.images import decode_image
+from srpo.data.images import decode_image, image_size
 from srpo.data.imported import imported_shards
 from srpo.data.prompts import Prompt, check_disjoint, load_prompts
 from srpo.data.schemas import CANDIDATE_FIELDS
@@ -118,7 +118,7 @@ def _check(round: Round, sources: list[Path]) -> None:
     settings, param = round.params.generate, f"rounds.{round.key}.generate.candidates"
     again = f"import them again with `srpo candidates import {round.key}`"
     first = next(parquet.read_rows(sources[0], ["candidate_id", "image"]))
-    size = decode_image(first["image"]).size
+    size = image_size(first["image"])
     if size != (settings.width, settings.height):
         raise UserError(f"{param}: images of {size[0]} x {size[1]}, not {settings.width} x {settings.height}; {again}")
     if not first["candidate_id"].startswith(f"{round.key}-p"):

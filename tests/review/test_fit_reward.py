@@ -66,12 +66,14 @@ def test_the_fit_is_the_minimum() -> None:
 
 @pytest.fixture
 def project(world: Path) -> Round:
-    """Round 001 of 40 prompts with 4 candidates each, of one color and different brightness."""
+    """Round 001 of 40 prompts with 4 candidates each, of different brightness and, by prompt, of two sizes."""
     round = Round.of(load_params(), world, "001")
     rng, rows = np.random.default_rng(0), []
     for i in range(COUNT):
         for index in range(CANDIDATES):
-            pixels = np.clip(rng.normal(40 + 170 * rng.random(), 12, (SIZE, SIZE, 3)), 0, 255).astype(np.uint8)
+            pixels = np.clip(rng.normal(40 + 170 * rng.random(), 12, (SIZE, SIZE * (1 + i % 2), 3)), 0, 255).astype(
+                np.uint8
+            )
             identity = {"candidate_id": f"001-p{i}-{index}", "prompt_id": f"p{i}", "prompt": f"a red circle, {i}"}
             rows.append(dict.fromkeys(CANDIDATE_FIELDS) | identity | {"index": index, "image": encode_image(pixels)})
     parquet.write_table(round.files.candidates / "shard-00000.parquet", rows, CANDIDATE_FIELDS)
@@ -100,9 +102,10 @@ def test_a_reward_learns_what_people_pick(project: Round, capsys: pytest.Capture
     spec = RewardParams(kind="head", model="data/fitted-reward", role="select")
     reward = load_reward(spec, project.root, torch.device("cpu"))
     rows = list(parquet.read_rows(project.files.candidates))
-    images = to_tensor(row["image"] for row in rows)
-    scores = reward.score(images, [row["prompt"] for row in rows]).reshape(COUNT, CANDIDATES)
-    brightness = images.float().mean(dim=(1, 2, 3)).reshape(COUNT, CANDIDATES)
+    images = [to_tensor([row["image"]]) for row in rows]
+    scores = torch.cat([reward.score(one, [row["prompt"]]) for one, row in zip(images, rows, strict=True)])
+    brightness = torch.stack([one.float().mean() for one in images]).reshape(COUNT, CANDIDATES)
+    scores = scores.reshape(COUNT, CANDIDATES)
     assert (scores.argmax(dim=1) == brightness.argmax(dim=1)).float().mean() > 0.7
     first = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     assert run(["fit-reward", "001", "--clip", "data/reward"]) == 0  # replaces its own folder, by the same bytes
