@@ -223,6 +223,13 @@ class SelectParams(Section):
     )
 
 
+class InitialLora(Section):
+    """A LoRA to start training from, of the same rank and modules."""
+
+    path: str = Field(min_length=1, description="a .safetensors file, or a folder with one")
+    sha256: str = Field(pattern="[0-9a-f]{64}", description="of the file, so that another one reruns the training")
+
+
 class TrainParams(Section):
     """Fine-tuning on the winners' latents."""
 
@@ -231,7 +238,20 @@ class TrainParams(Section):
         ge=1, le=1024, description="LoRA rank; the same for all rounds of a path, which continue their parent's adapter"
     )
     target_modules: list[str] = Field(
-        default=["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="UNet modules that get LoRA"
+        default=["to_q", "to_k", "to_v", "to_out.0"],
+        min_length=1,
+        description="UNet modules that get LoRA, linear or convolutions, such as conv1 and conv2",
+    )
+    alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="LoRA's change is scaled by alpha / rank; null is the rank, a scale of 1"
+    )
+    use_rslora: bool = Field(False, description="scale LoRA's change by alpha / sqrt(rank) instead (rsLoRA)")
+    use_dora: bool = Field(False, description="also train the magnitude of each weight's outputs (DoRA)")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the inputs of LoRA's layers that training drops"
+    )
+    initial_lora: InitialLora | None = Field(
+        None, description="a LoRA that training starts from where it would start from base's weights"
     )
     objective: Literal["sft", "dpo", "nft"] = Field(
         "sft",
@@ -275,6 +295,12 @@ class TrainParams(Section):
         description="dpo, nft: stop when the winners' error of recent steps is that many times the error of the model"
         " that training started from; null never",
     )
+
+    @model_validator(mode="after")
+    def _initial_lora_is_trained(self) -> TrainParams:
+        if self.initial_lora and self.method == "full":
+            raise ValueError("initial_lora: method is full, which trains no LoRA; merge it with model.loras")
+        return self
 
 
 class EvaluateParams(SamplingParams):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,10 +20,15 @@ from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from srpo.config.schema import InitialLora, TrainParams
 from srpo.errors import UserError, one_line
+from srpo.lineage.checkpoint_files import lora_file
 from srpo.lineage.record import UNET_FILE, WEIGHTS_FILE, check_weights
+from srpo.models.lora_dropout import LoraDropout
+from srpo.models.lora_files import read_lora
 from srpo.models.merging import merge_lora, surviving_share
 from srpo.rounds import BASE, Round
+from srpo.storage.hashing import file_digest
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +121,7 @@ class TrainableUNet:
     """A UNet in training. Its trained parameters are those that require gradients, all float32."""
 
     unet: UNet2DConditionModel
+    dropout: LoraDropout | None = None
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -133,30 +140,47 @@ class TrainableUNet:
 class LoraUNet(TrainableUNet):
     """A UNet whose own weights are frozen, with a LoRA in training."""
 
-    def __init__(self, unet: UNet2DConditionModel, rank: int, modules: list[str], seed: int) -> None:
+    def __init__(self, unet: UNet2DConditionModel, settings: TrainParams, seed: int) -> None:
+        """Add a LoRA that changes nothing yet.
+
+        Raises:
+            UserError: `train.target_modules` names a module that the UNet lacks or that can't have LoRA.
+        """
         unet.requires_grad_(False)
         self.unet = unet
+        self.dropout: LoraDropout | None = None
         self._reference: str | None = None
-        # alpha = rank keeps the scale at 1, so that readers of the file need no alpha
-        self._config = LoraConfig(r=rank, lora_alpha=rank, target_modules=modules)
+        alpha = settings.alpha or settings.rank
+        self._scale = alpha / (math.sqrt(settings.rank) if settings.use_rslora else settings.rank)
+        self._config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=alpha,
+            target_modules=list(settings.target_modules),
+            use_rslora=settings.use_rslora,
+            use_dora=settings.use_dora,
+            lora_dropout=settings.lora_dropout,
+        )
         torch.manual_seed(seed)  # PEFT draws LoRA's A matrices from the global generator
         self._add("default")
+        if settings.lora_dropout:
+            self.dropout = LoraDropout(unet, "default")
 
-    def load(self, file: Path, *, with_reference: bool) -> None:
-        """Start from the LoRA of a file.
+    def load(self, state: Mapping[str, torch.Tensor], *, with_reference: bool) -> None:
+        """Start from a LoRA.
 
         Args:
+            state: its tensors by PEFT's names, at a scale of 1.
             with_reference: keep a frozen copy of it for `reference`.
 
         Raises:
             ValueError: it has another rank or other modules.
-            UserError: it can't be read.
         """
-        with _adapter_errors(file):
-            state = _peft_state(file)
+        state = {name: value / self._scale if ".lora_B." in name else value for name, value in state.items()}
         self._set(state, "default")
         if with_reference:
             self._reference = "reference"
+            self._config = copy.copy(self._config)
+            self._config.lora_dropout = 0.0
             self._add("reference")
             self._set(state, "reference")
             self.unet.set_adapter("default")
@@ -177,22 +201,29 @@ class LoraUNet(TrainableUNet):
                 self.unet.enable_adapters()
 
     def save(self, folder: Path) -> None:
-        """Write the LoRA in diffusers' layout."""
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
-        layers = {name: value.float().cpu().contiguous() for name, value in layers.items()}
+        """Write the LoRA in diffusers' layout, at a scale of 1, so that readers of the file need no alpha."""
+        state = get_peft_model_state_dict(self.unet)
+        state = {name: value.float() * (self._scale if ".lora_B." in name else 1) for name, value in state.items()}
+        converted = convert_state_dict_to_diffusers(state)
+        if not any(".lora_A." in name for name in converted):  # diffusers reads PEFT's names, too, but no mixture
+            state = converted
+        layers = {name: value.cpu().contiguous() for name, value in state.items()}
         StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=layers)
 
     def _add(self, name: str) -> None:
         with warnings.catch_warnings():  # PEFT warns of a second adapter, which is intended
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            self.unet.add_adapter(self._config, name)
+            try:
+                self.unet.add_adapter(self._config, name)
+            except ValueError as error:
+                raise UserError(f"train.target_modules: {one_line(error):.200}") from None
         for parameter in self.unet.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
 
-    def _set(self, state: dict[str, torch.Tensor], name: str) -> None:
+    def _set(self, state: Mapping[str, torch.Tensor], name: str) -> None:
         try:
-            result = set_peft_model_state_dict(self.unet, state, adapter_name=name)
+            result = set_peft_model_state_dict(self.unet, dict(state), adapter_name=name)
         except RuntimeError as error:
             raise ValueError(str(error)) from None
         if result.unexpected_keys or len(get_peft_model_state_dict(self.unet, adapter_name=name)) != len(state):
@@ -242,13 +273,41 @@ def make_trainable_unet(
         device = unet.device
         start = with_adapter(unet, folder).to(device) if folder else unet
         return FullUNet(start, with_reference=with_reference, dtype=dtype)
-    model = LoraUNet(unet, settings.rank, list(settings.target_modules), round.params.seed)
+    state = None
+    what = f"those of parent {parent}; keep them"
     if file and folder:
         check_weights(folder)
+        with _adapter_errors(file):
+            state = _peft_state(file)
+    elif settings.initial_lora:
+        state = _initial_state(unet, settings.initial_lora)
+        what = "those of train.initial_lora; set them to its own, or merge it with model.loras"
+    model = LoraUNet(unet, settings, round.params.seed)
+    if state:
         try:
-            model.load(file, with_reference=with_reference)
+            model.load(state, with_reference=with_reference)
         except ValueError:
-            raise UserError(
-                f"rounds.{round.key}.train: rank or target_modules differ from those of parent {parent}; keep them"
-            ) from None
+            raise UserError(f"rounds.{round.key}.train: rank, target_modules or use_dora differ from {what}") from None
     return model
+
+
+def _initial_state(unet: UNet2DConditionModel, lora: InitialLora) -> dict[str, torch.Tensor]:
+    """Return a LoRA file's tensors by PEFT's names, at a scale of 1.
+
+    Raises:
+        UserError: it is missing, of another kind, or another one than the sha256 says.
+    """
+    key = "train.initial_lora"
+    file = lora_file(key, Path(), lora.path)
+    if (found := file_digest(file)) != lora.sha256:
+        raise UserError(f"{key}.sha256: that of {lora.path} is {found}; set it, if this is the file you mean")
+    state: dict[str, torch.Tensor] = {}
+    networks: dict[str, torch.nn.Module | None] = {"unet": unet}
+    for module, layer in read_lora(key, file, networks).get("unet", {}).items():
+        if layer.mid is not None or layer.per_input:
+            raise UserError(f"{key}: {lora.path}: its kind can only be merged, with model.loras")
+        state |= {f"{module}.lora_A.weight": layer.down, f"{module}.lora_B.weight": layer.up.float() * layer.scale}
+        if layer.magnitude is not None:
+            shape = (1, -1, 1, 1) if layer.up.ndim == 4 else (-1,)  # as PEFT has them
+            state[f"{module}.lora_magnitude_vector"] = layer.magnitude.reshape(shape)
+    return state

@@ -104,7 +104,7 @@ def read_lora(key: str, file: Path, networks: Mapping[str, torch.nn.Module | Non
         if network not in places:
             if network in networks:
                 continue
-            raise UserError(f"{key}: {file} has a layer of another model, {name}; take a LoRA of SDXL")
+            raise UserError(f"{key}: {file} has a layer of the {network}, {name}; only model.loras takes it")
         if layer not in places[network]:
             raise UserError(f"{key}: {file} has a layer {name} that the base's {network} lacks; take a LoRA of SDXL")
         parts[network].setdefault(places[network][layer], {})[part] = tensor

@@ -19,9 +19,13 @@ def surviving_share(unet: UNet2DConditionModel, dtype: torch.dtype) -> float:
     lost = 0.0
     total = 0.0
     for layer, name in _merged_one_by_one(unet):
-        weight = layer.get_base_layer().weight.data
-        change = layer.get_delta_weight(name).detach()
-        rounded = (weight + change).to(dtype).float() - weight.to(dtype).float()
+        weight = layer.get_base_layer().weight
+        original = weight.data.clone()
+        layer.merge(adapter_names=[name])
+        change = weight.data - original
+        rounded = weight.data.to(dtype).float() - original.to(dtype).float()
+        weight.data = original
+        layer.merged_adapters.clear()
         lost += float((rounded - change).square().sum(dtype=torch.float64))
         total += float(change.square().sum(dtype=torch.float64))
     return max(0.0, 1 - lost / total) if total else 1.0

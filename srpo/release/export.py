@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 NUM_IMAGES = 8
 MERGED = "merged"
+MAGNITUDE = ".lora_magnitude_vector"
 
 
 def export(
@@ -84,14 +85,21 @@ def export(
 
 
 def write_kohya(adapter: Path, path: Path) -> None:
-    """Write a diffusers LoRA with kohya's names: `lora_unet_<module>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
+    """Write a diffusers LoRA with kohya's names.
 
+    They are `lora_unet_<module>` with `.lora_down.weight`, `.lora_up.weight`, `.alpha` and, of a DoRA, `.dora_scale`.
     Values do not change. Alpha is the rank, so the scale is 1, as in training.
     """
     from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
     from safetensors.torch import load_file, save_file
 
-    state = convert_state_dict_to_kohya(convert_unet_state_dict_to_peft(load_file(adapter / WEIGHTS_FILE)))
+    layers = convert_unet_state_dict_to_peft(load_file(adapter / WEIGHTS_FILE))
+    magnitudes = {name: layers.pop(name) for name in list(layers) if name.endswith(MAGNITUDE)}
+    state = convert_state_dict_to_kohya(layers)
+    for name, value in magnitudes.items():
+        module = name.removesuffix(MAGNITUDE).replace("unet.", "lora_unet.").replace(".", "_")
+        ups = state[f"{module}.lora_up.weight"]
+        state[f"{module}.dora_scale"] = value.view(-1, *[1] * (ups.ndim - 1))
     ranks = sorted({int(value) for name, value in state.items() if name.endswith(".alpha")})
     metadata = {
         "ss_base_model_version": "sdxl_base_v1-0",  # WebUIs filter LoRAs by it

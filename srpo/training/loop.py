@@ -48,6 +48,7 @@ class _Batch:
         levels: noise levels [n].
         text: int64 [n], rows of the prompt embeddings.
         weights: float32 [n].
+        dropout_seeds: of LoRA's dropout, int64 [n].
     """
 
     winners: list[torch.Tensor]
@@ -56,6 +57,7 @@ class _Batch:
     levels: torch.Tensor
     text: torch.Tensor
     weights: torch.Tensor
+    dropout_seeds: torch.Tensor
 
     def __getitem__(self, part: list[int]) -> _Batch:
         return _Batch(
@@ -65,6 +67,7 @@ class _Batch:
             levels=self.levels[part],
             text=self.text[part],
             weights=self.weights[part],
+            dropout_seeds=self.dropout_seeds[part],
         )
 
 
@@ -184,6 +187,7 @@ class TrainingLoop:
         levels = self.schedule.draw_levels(len(indices), generator)
         dropped = torch.rand(len(indices), generator=generator) < self.settings.caption_dropout
         text = torch.where(dropped, len(self.embeds) - 1, self.winners.prompt_indices[indices])
+        seeds = torch.tensor([derive_seed(*self.seed, "dropout", step, row) for row in range(len(indices))])
         share = self._share(len(indices))
         indices = indices[share]
         return _Batch(
@@ -193,6 +197,7 @@ class TrainingLoop:
             levels=levels[share],
             text=text[share],
             weights=self.winners.weights[indices],
+            dropout_seeds=seeds[share],
         )
 
     def _share(self, total: int) -> slice:
@@ -235,15 +240,18 @@ class TrainingLoop:
         noise = torch.stack(batch.noise)
         levels = batch.levels
         text = batch.text
+        seeds = batch.dropout_seeds
         if batch.losers is not None:  # the same noise and noise level for both
             clean = torch.cat([clean, torch.stack(batch.losers).float()])
-            noise, levels, text = (torch.cat([value, value]) for value in (noise, levels, text))
+            noise, levels, text, seeds = (torch.cat([value, value]) for value in (noise, levels, text, seeds))
         noisy = self.schedule.noised(clean, noise, levels)
         timesteps = self.schedule.timesteps(levels)
         reference = None
         if self.loss.pairs:
             with torch.no_grad(), self.model.reference() as reference_unet:
                 reference = self._predict(reference_unet, noisy, timesteps, text)
+        if self.model.dropout:
+            self.model.dropout.seeds = seeds.tolist()
         predicted = self._predict(unet, noisy, timesteps, text)
         target = self.schedule.target(clean, noise, levels).to(self.device)
         weight = self.schedule.weight(batch.levels, self.settings.snr_gamma).to(self.device)

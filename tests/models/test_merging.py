@@ -29,7 +29,8 @@ def base_unet(params: Params, dtype: torch.dtype) -> torch.nn.Module:
 
 def write_adapter(params: Params, folder: Path, size: float) -> dict[str, torch.Tensor]:
     """Write a LoRA that changes each weight by about `size` of itself; return its changes by weight."""
-    trained = LoraUNet(base_unet(params, torch.float32), rank=2, modules=["to_q", "to_out.0"], seed=0)
+    settings = params.train.model_copy(update={"rank": 2, "target_modules": ["to_q", "to_out.0"]})
+    trained = LoraUNet(base_unet(params, torch.float32), settings, seed=0)
     generator = torch.Generator().manual_seed(1)
     weights = {name: value for name, value in trained.unet.named_parameters() if "base_layer.weight" in name}
     for name, value in trained.parameters.items():
