@@ -8,6 +8,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
@@ -34,7 +35,11 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def slow(kind: str) -> ParameterSet:
+    return pytest.param(kind, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("kind", ["dora", slow("rslora"), slow("dropout")])
 def test_each_kind_is_trained_sampled_and_exported(params: Params, root: Path, kind: str) -> None:
     wanted = with_train(params, learning_rate=1e-2, **KINDS[kind])
     base = predict(Sampler(params).unet)
@@ -60,7 +65,7 @@ def test_each_kind_is_trained_sampled_and_exported(params: Params, root: Path, k
     assert torch.allclose(predict(unet), sampled, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["dora", "dropout"])
+@pytest.mark.parametrize("kind", [slow("dora"), "dropout"])
 def test_each_kind_resumes_to_the_same_bytes(params: Params, root: Path, kind: str) -> None:
     files = RoundFiles(root, "001")
     wanted = with_runtime(with_train(params, steps=5, **KINDS[kind]), checkpoint_every=2)
@@ -91,7 +96,7 @@ def test_modules_that_are_not_there_are_refused(params: Params, root: Path) -> N
         train(Round.of(with_train(params, target_modules=["to_nothing"]), root, "001"))
 
 
-@pytest.mark.parametrize("kind", ["rslora", "dora"])
+@pytest.mark.parametrize("kind", [slow("rslora"), "dora"])
 def test_a_round_starts_from_a_lora_of_ones_own(params: Params, root: Path, kind: str) -> None:
     wanted = with_train(params, learning_rate=1e-2, **KINDS[kind])
     train(Round.of(wanted, root, "001"))
