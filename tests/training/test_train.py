@@ -98,12 +98,8 @@ def test_lineage_names_the_winners_that_were_used(params: Params, root: Path) ->
 def test_a_missing_or_other_parent_is_refused(params: Params, root: Path) -> None:
     with pytest.raises(UserError, match=rf"{UNET_FILE}: missing; run train of round 001"):
         train(Round.of(with_train(params, method="full"), root, "002"))
-    with pytest.raises(
-        UserError, match=r"rounds\.002\.train: rank, target_modules or use_dora differ from those of parent 001"
-    ):
+    with pytest.raises(UserError, match=r"rounds\.002\.train: .* or use_dora differ from those of parent 001"):
         train(Round.of(with_train(params, rank=3), root, "002"))
-    with pytest.raises(
-        UserError, match=r"rounds\.002\.train: rank, target_modules or use_dora differ from those of parent 001"
-    ):
+    with pytest.raises(UserError, match=r"rounds\.002\.train: .* or use_dora differ from those of parent 001"):
         train(Round.of(with_train(params, target_modules=["to_q"]), root, "002"))
     train(Round.of(with_train(params, rank=3, start="base"), root, "002"))  # who starts from base may choose
