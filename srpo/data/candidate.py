@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import numpy as np
+    from concurrent.futures import Future
+    from typing import Any
+
     import torch
 
 
 @dataclass(eq=False)
 class Candidate:
-    """One candidate. `image` uint8 [height, width, 3] and `latents` float16 are None if it was stopped early."""
+    """One candidate. `image`, its cell, and `latents` float16 are None if it was stopped early."""
 
     row: int
     index: int
@@ -22,4 +24,4 @@ class Candidate:
     stopped_at: int = 0
     would_stop_at: int | None = None
     latents: torch.Tensor | None = None
-    image: np.ndarray | None = None
+    image: Future[dict[str, Any]] | None = None

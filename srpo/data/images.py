@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -28,6 +28,11 @@ def encode_image(pixels: np.ndarray) -> dict[str, Any]:
 def encode_images(images: Iterable[np.ndarray]) -> list[dict[str, Any]]:
     """Return the image cells of uint8 pixels [height, width, 3] each, encoded on all cores."""
     return list(_pool().map(encode_image, images))
+
+
+def encode_later(pixels: np.ndarray) -> Future[dict[str, Any]]:
+    """Return the image cell of uint8 pixels [height, width, 3], which is encoded beside the caller."""
+    return _pool().submit(encode_image, pixels)
 
 
 def decode_image(cell: Mapping[str, Any]) -> Image.Image:

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import logging
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from srpo.models.hub import hide_loading_bars
 from srpo.rewards.protocol import Reward
 from srpo.rewards.validated import ValidatedReward, reward_errors
 from srpo.rounds import BASE, RoundFiles
+from srpo.runtime import distributed
 from srpo.runtime.device import pick_device, pick_reward_dtype
 from srpo.storage.hashing import file_digest
 
@@ -41,16 +42,27 @@ def load_rewards(specs: Mapping[str, RewardParams], runtime: RuntimeParams, root
     return rewards
 
 
-def load_pinned_rewards(params: Params, root: Path, names: Collection[str] | None = None) -> dict[str, ValidatedReward]:
-    """Load the reward models of a project with these names, or all, as stage `base` recorded them.
+def load_pinned_rewards(params: Params, root: Path) -> dict[str, ValidatedReward]:
+    """Load all reward models of a project as stage `base` recorded them.
+
+    A worker does not compare them with the record: the process that started it has called `check_rewards`.
 
     Raises:
         UserError: one can't be loaded, or differs from what stage `base` recorded.
     """
-    specs = {name: spec for name, spec in params.rewards.items() if names is None or name in names}
-    for name in specs:
+    if not distributed.is_worker():
+        check_rewards(params.rewards, root)
+    return load_rewards(params.rewards, params.runtime, root)
+
+
+def check_rewards(names: Iterable[str], root: Path) -> None:
+    """Compare these reward models with what stage `base` recorded.
+
+    Raises:
+        UserError: one has changed.
+    """
+    for name in names:
         check_pinned(root, RoundFiles(root, BASE).rewards, name, f"rewards.{name}.model")
-    return load_rewards(specs, params.runtime, root)
 
 
 def reward_code(spec: RewardParams, root: Path) -> str | None:

@@ -21,6 +21,8 @@ def make_units(units: Units) -> None:
         UserError: a unit's input is bad.
     """
     runtime = units.round.params.runtime
+    if unfinished(units.paths) and not distributed.is_worker():
+        units.check()
     if is_shared(runtime) and (left := unfinished(units.paths)):
         if runtime.cluster:
             require("ray", "runtime.cluster")

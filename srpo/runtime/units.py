@@ -31,6 +31,8 @@ class Units:
             with values that can be pickled.
         inputs: files and folders of the project that all units read.
         inputs_of: returns those that one unit reads besides.
+        check: compares the inputs with their records, and raises a UserError. Called once, and only if there is a unit
+            to make, in the process that others get their work from.
     """
 
     round: Round
@@ -39,6 +41,7 @@ class Units:
     load: Callable[[Round], AbstractContextManager[Make]]
     inputs: Sequence[Path] = ()
     inputs_of: Callable[[Path], Sequence[Path]] = lambda _: ()
+    check: Callable[[], None] = lambda: None
 
 
 def unfinished(units: Sequence[Path]) -> list[Path]:

@@ -15,6 +15,7 @@ import torch
 
 from srpo.config.schema import EarlyRejectionParams, GenerateParams, ImageSize
 from srpo.data.candidate import Candidate
+from srpo.data.images import encode_later
 from srpo.errors import UserError
 from srpo.rewards.batches import BATCH, is_flat
 from srpo.rewards.protocol import Reward
@@ -84,7 +85,7 @@ class EarlyRejection:
                 candidate.latents = latent
                 candidate.stopped_at = self.stops[segment]
                 if segment == len(self.stops) - 1:
-                    candidate.image = image.numpy()
+                    candidate.image = encode_later(image.numpy())
                     candidate.would_stop_at = candidate.would_stop_at or candidate.stopped_at
                     self.on_images(1)
                 else:

@@ -83,6 +83,7 @@ def encode_candidates(round: Round) -> None:
             partial(_load, places),
             model_inputs(round),
             lambda unit: [shards[unit.name]] if inside else [],
+            partial(check_base, round.root),
         )
     )
     if not distributed.is_worker():
@@ -96,7 +97,6 @@ def _load(places: Mapping[str, str], round: Round) -> Iterator[Make]:
     Args:
         places: the imported shard of each unit, relative to the project, by the unit's name.
     """
-    check_base(round.root)
     encoder = ImageEncoder(round.params)
     name = f"encode {round.key}"
     with tqdm(unit="img", desc=name, mininterval=2, disable=not distributed.draws_progress()) as progress:

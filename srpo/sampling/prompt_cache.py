@@ -34,10 +34,22 @@ def prompt_embeds(
     Args:
         negatives: the negative prompt of each prompt; None, or an empty sequence, is the empty prompt.
     """
-    distinct = list(dict.fromkeys(text for text in negatives if text is not None))
-    rows = {text: len(prompts) + number for number, text in enumerate(distinct)}
-    embeds = _stored(sampler, [*prompts, *distinct], root).to(sampler.device)
+    texts = _texts(prompts, negatives)
+    rows = {text: row for row, text in enumerate(texts) if row >= len(prompts)}
+    embeds = _stored(sampler, texts, root).to(sampler.device)
     return replace(embeds, negatives=tuple(-1 if text is None else rows[text] for text in negatives))
+
+
+def encode_ahead(sampler: Sampler, groups: Sequence[tuple[Sequence[str], Sequence[str | None]]], root: Path) -> None:
+    """Encode the prompts and negative prompts of groups that the cache lacks, then free the text encoders' memory.
+
+    Does nothing for a base without identity, whose embeddings are not kept in files.
+    """
+    if _identity(root, sampler.model.variant):
+        for prompts, negatives in groups:
+            if not _file(sampler, _texts(prompts, negatives), root).exists():
+                prompt_embeds(sampler, prompts, root, negatives)
+        sampler.release_text_encoders()
 
 
 class StoredEmbeds:
@@ -77,6 +89,11 @@ class StoredEmbeds:
         return self._parts[part], row
 
 
+def _texts(prompts: Sequence[str], negatives: Sequence[str | None]) -> list[str]:
+    """Return the prompts, and the distinct negative prompts after them."""
+    return [*prompts, *dict.fromkeys(text for text in negatives if text is not None)]
+
+
 def _stored(sampler: Sampler, prompts: Sequence[str], root: Path) -> PromptEmbeds:
     """Return `sampler.encode(prompts)` on the CPU, memory-mapped from `.srpo/cache/embeds/`.
 
@@ -86,17 +103,23 @@ def _stored(sampler: Sampler, prompts: Sequence[str], root: Path) -> PromptEmbed
     identity = _identity(root, sampler.model.variant)
     if identity is None:
         return _loaded(_encoded(sampler, prompts))
-    cache = root / ".srpo" / "cache" / "embeds"
+    file = _file(sampler, prompts, root)
+    cache = file.parent.parent
     for stale in cache.glob("*"):
         if stale.name != identity:
             shutil.rmtree(stale, ignore_errors=True)
-    inputs = [str(sampler.unet.dtype), sampler.device.type, sampler.model.long_prompts, list(prompts)]
-    file = cache / identity / f"{value_digest(inputs)[:32]}.safetensors"
     tensors = _read(file)
     if tensors is None:
         save_with_checksum(_encoded(sampler, prompts), file)
         tensors = load_with_checksum(file)
     return _loaded(tensors)
+
+
+def _file(sampler: Sampler, prompts: Sequence[str], root: Path) -> Path:
+    identity = _identity(root, sampler.model.variant)
+    assert identity
+    inputs = [str(sampler.unet.dtype), sampler.device.type, sampler.model.long_prompts, list(prompts)]
+    return root / ".srpo" / "cache" / "embeds" / identity / f"{value_digest(inputs)[:32]}.safetensors"
 
 
 def _encoded(sampler: Sampler, prompts: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -24,12 +24,12 @@ from srpo.config.schema import SamplingParams
 from srpo.models.adapters import with_adapter
 from srpo.models.pipeline import TEXT_PARTS, load_pipeline, optimize_for_inference
 from srpo.runtime.device import pick_device, pick_dtype
-from srpo.sampling.batch_invariant import BatchInvariant
+from srpo.sampling.batch_invariant import BatchInvariant, tile_rows
 from srpo.sampling.conditioning import Conditioning, PromptEmbeds, stacked, time_ids
 from srpo.sampling.text_encoding import encode_prompts
 
 log = logging.getLogger(__name__)
-# rows that a network sees at once on a CPU
+# rows that a small network sees at once on a CPU
 UNET_ROWS = 64
 DECODER_ROWS = 32
 CUDA_DECODER_ROWS = 8  # the decoder takes far more memory for an image than the UNet
@@ -66,6 +66,8 @@ class Sampler:
         self.unet = pipeline.unet.eval()
         self.vae = pipeline.vae.eval()
         self.batch_invariant = BatchInvariant() if self.device.type == "cpu" else None
+        self._unet_rows = tile_rows(self.unet, UNET_ROWS)
+        self._decoder_rows = tile_rows(self.vae, DECODER_ROWS) if self.batch_invariant else CUDA_DECODER_ROWS
         self.batch_size = params.runtime.batch_size
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
@@ -81,6 +83,12 @@ class Sampler:
     @cached_property
     def _text_pipeline(self) -> StableDiffusionXLPipeline:
         return load_pipeline(self.model, self.unet.dtype, unet=None, vae=None).to(self.device)
+
+    def release_text_encoders(self) -> None:
+        """Free the memory of the text encoders; `encode` loads them again."""
+        self.__dict__.pop("_text_pipeline", None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def noise(self, generators: Sequence[torch.Generator], height: int, width: int) -> torch.Tensor:
         """Return unit noise, float32 [n, channels, height / 8, width / 8], one image per CPU generator."""
@@ -160,9 +168,7 @@ class Sampler:
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Return uint8 pixels [n, height, width, 3] on the CPU, from clean latents [n, channels, h, w]."""
-        return torch.cat(
-            [self._decode(part) for part in latents.split(DECODER_ROWS if self.batch_invariant else CUDA_DECODER_ROWS)]
-        )
+        return torch.cat([self._decode(part) for part in latents.split(self._decoder_rows)])
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         config = self.vae.config
@@ -173,7 +179,7 @@ class Sampler:
             scaled = latents * std / config.scaling_factor + mean
         else:
             scaled = latents / config.scaling_factor
-        images = self._run(DECODER_ROWS, lambda x: self.vae.decode(x, return_dict=False)[0], scaled)
+        images = self._run(self._decoder_rows, lambda x: self.vae.decode(x, return_dict=False)[0], scaled)
         images = (images.float() / 2 + 0.5).clamp(0, 1) * 255
         return images.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
 
@@ -216,7 +222,7 @@ class Sampler:
             conditions = {"text_embeds": pooled, "time_ids": time_ids}
             return self.unet(latents, timestep, tokens, added_cond_kwargs=conditions, return_dict=False)[0]
 
-        return self._run(UNET_ROWS, predict, latents, *conditioning)
+        return self._run(self._unet_rows, predict, latents, *conditioning)
 
     def _run(self, tile: int, function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
         return self.batch_invariant.run(tile, function, *tensors) if self.batch_invariant else function(*tensors)
@@ -235,37 +241,49 @@ def sample_images(
     sampling: SamplingParams,
     on_images: Callable[[int], Any] = lambda count: None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return all latents and images of `sample_batches`, in the order of `rows`, each in one tensor.
+
+    Args:
+        on_images: called with the number of images after each micro-batch.
+    """
+    order: list[int] = []
+    latents = []
+    images = []
+    for numbers, final, decoded in sample_batches(sampler, embeds, rows, seeds, sampling):
+        order += numbers
+        latents.append(final)
+        images.append(decoded)
+        on_images(len(numbers))
+    back = torch.tensor(order).argsort()
+    return torch.cat(latents)[back], torch.cat(images)[back]
+
+
+def sample_batches(
+    sampler: Sampler, embeds: PromptEmbeds, rows: Sequence[int], seeds: Sequence[int], sampling: SamplingParams
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """Sample image i from `embeds` row `rows[i]` and seed `seeds[i]`; prompts and candidates mix in a batch.
 
     Args:
         embeds: from `prompt_embeds` or `Sampler.encode`; a batch has conditioning of one length.
         sampling: steps, guidance and size; its `negative_prompt` is not read, `embeds` holds the negative prompts.
-        on_images: called with the number of images after each micro-batch.
 
-    Returns:
-        Latents float16 [n, channels, h, w], and the pixels decoded from exactly those, uint8 [n, height, width, 3].
+    Yields:
+        For every micro-batch the numbers i of its images, latents float16 [n, channels, h, w], and the pixels decoded
+        from exactly those, uint8 [n, height, width, 3].
 
     Raises:
         torch.OutOfMemoryError: there is not even memory for one image.
     """
 
-    def run(batch: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = [row for row, _ in batch]
-        generators = seeded(seed for _, seed in batch)
+    def run(batch: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        of_batch = [rows[i] for i in batch]
+        generators = seeded(seeds[i] for i in batch)
         noise = sampler.noise(generators, sampling.height, sampling.width)
-        final = sampler.denoise(noise, embeds[rows], embeds.negative(rows), sampling, generators).half()
+        final = sampler.denoise(noise, embeds[of_batch], embeds.negative(of_batch), sampling, generators).half()
         return final, sampler.decode(final)
 
-    latents = []
-    images = []
-    order: list[int] = []
     for group in embeds.groups(rows):
-        order += group
-        queue = deque((rows[i], seeds[i]) for i in group)
+        queue = deque(group)
         while queue:
             batch, (final, decoded) = sampler.run_with_oom_backoff(queue, run)
-            latents.append(final)
-            images.append(decoded)
-            on_images(len(batch))
-    back = torch.tensor(order).argsort()
-    return torch.cat(latents)[back], torch.cat(images)[back]
+            yield batch, final, decoded

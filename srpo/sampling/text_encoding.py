@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from srpo.sampling.batch_invariant import tile_rows
 from srpo.sampling.conditioning import PromptEmbeds
 
-ROWS = 32  # chunks encoded at once
+ROWS = 32  # chunks encoded at once, except by large encoders on a CPU
 
 
 @torch.inference_mode()
@@ -31,7 +32,8 @@ def encode_prompts(
     Args:
         pipeline: with tokenizers and text encoders.
         chunked: read long prompts to their end.
-        padded: always encode ROWS chunks at once, so that a result does not depend on the prompts beside it.
+        padded: always encode the same number of chunks at once, so that a result does not depend on the prompts beside
+            it.
     """
     texts = [*prompts, ""]
     ids_1, ids_2 = (
@@ -65,11 +67,16 @@ def _encode(
     """Return tokens [chunks, length, dim] and pooled [chunks, pooled_dim]."""
     tokens = []
     pooled = []
-    for start in range(0, len(ids_1), ROWS):
-        parts = [ids[start : start + ROWS] for ids in (ids_1, ids_2)]
+    rows = (
+        min(tile_rows(encoder, ROWS) for encoder in (pipeline.text_encoder, pipeline.text_encoder_2))
+        if padded
+        else ROWS
+    )
+    for start in range(0, len(ids_1), rows):
+        parts = [ids[start : start + rows] for ids in (ids_1, ids_2)]
         count = len(parts[0])
         if padded:
-            parts = [part + part[-1:] * (ROWS - count) for part in parts]
+            parts = [part + part[-1:] * (rows - count) for part in parts]
         first, second = (
             encoder(torch.tensor(part, device=encoder.device), output_hidden_states=True)
             for encoder, part in zip((pipeline.text_encoder, pipeline.text_encoder_2), parts, strict=True)

@@ -110,7 +110,8 @@ def evaluate(round: Round) -> None:
     ]
     left = sum(len(batches[path].places) for path in unfinished(list(batches)))
     by_name = {path.name: batch for path, batch in batches.items()}
-    make_units(Units(round, "evaluate", list(batches), partial(_load_models, prompts, by_name, left, rewards), inputs))
+    load = partial(_load_models, prompts, by_name, left, rewards)
+    make_units(Units(round, "evaluate", list(batches), load, inputs, check=partial(check_base, round.root)))
     if distributed.is_worker():
         return
     out = scratch / "evaluation"
@@ -137,10 +138,10 @@ def _load_models(
         rewards: None to load them.
     """
     params = round.params
-    check_base(round.root)
     sampler = Sampler(params, round.files.adapter, fast=True)
     negatives = negative_prompts(prompts, params.evaluate.negative_prompt)
     embeds = prompt_embeds(sampler, [prompt.prompt for prompt in prompts], round.root, negatives)
+    sampler.release_text_encoders()
     rewards = load_pinned_rewards(params, round.root) if rewards is None else rewards
     extractors = load_extractors(params, round.root, rewards)
     texts = [

@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from srpo.data import parquet
 from srpo.data.candidate import Candidate
-from srpo.data.images import encode_images
+from srpo.data.images import encode_later
 from srpo.data.prompt_draw import Draw, draw_prompts
 from srpo.data.prompts import Prompt, check_disjoint, load_prompts, named_texts, negative_prompts
 from srpo.data.schemas import CANDIDATE_FIELDS
@@ -61,7 +61,8 @@ def generate(round: Round) -> None:
     if rules := round.params.generate.early_rejection:
         inputs += [*reward_inputs(round, [rules.reward]), round.base_files.preview]
     left = sum(len(shards[path.name]) for path in unfinished(paths)) * round.params.generate.candidates_per_prompt
-    make_units(Units(round, "generate", paths, partial(_load, shards, left), inputs))
+    check = partial(check_base, round.root)
+    make_units(Units(round, "generate", paths, partial(_load, shards, left), inputs, check=check))
     if not distributed.is_worker():
         publish(scratch, round.files.candidates)
 
@@ -75,6 +76,7 @@ def _load(shards: Mapping[str, Sequence[Prompt]], left: int, round: Round) -> It
         left: images that are still to be made, for the progress bar.
     """
     sampler, rejection = _load_models(round)
+    _encode_prompts(round, sampler, list(shards.values()))
     # the redirection keeps log lines out of the bar
     with logging_redirect_tqdm(), _progress(round, left) as progress:
 
@@ -130,7 +132,6 @@ def _load_models(round: Round) -> tuple[Sampler, EarlyRejection | None]:
     from srpo.sampling.early_rejection import EarlyRejection
     from srpo.sampling.sampler import Sampler
 
-    check_base(round.root)
     params = round.params
     sampler = Sampler(params, round.parent_files.adapter, fast=True)
     rules = params.generate.early_rejection
@@ -138,6 +139,23 @@ def _load_models(round: Round) -> tuple[Sampler, EarlyRejection | None]:
         return sampler, None
     rewards = load_rewards({rules.reward: params.rewards[rules.reward]}, params.runtime, round.root)
     return sampler, EarlyRejection(sampler, params.generate, rewards[rules.reward])
+
+
+def _encode_prompts(round: Round, sampler: Sampler, parts: Sequence[Sequence[Prompt]]) -> None:
+    """Encode all prompts before the first image, so that text encoders need no memory after it.
+
+    Processes begin at different shards, and find those of the others in the cache.
+    """
+    from srpo.sampling.prompt_cache import encode_ahead
+
+    own = len(parts) * distributed.rank() // distributed.world_size()
+    groups = [_texts(round, part) for part in (*parts[own:], *parts[:own])]
+    encode_ahead(sampler, groups, round.root)
+
+
+def _texts(round: Round, prompts: Sequence[Prompt]) -> tuple[list[str], Sequence[str | None]]:
+    """Return texts and negative prompts."""
+    return [prompt.prompt for prompt in prompts], negative_prompts(prompts, round.params.generate.negative_prompt)
 
 
 def _sample(
@@ -149,12 +167,12 @@ def _sample(
 ) -> list[Candidate]:
     """Return all candidates of these prompts."""
     from srpo.sampling.prompt_cache import prompt_embeds
-    from srpo.sampling.sampler import sample_images
+    from srpo.sampling.sampler import sample_batches
     from srpo.sampling.sizes import of_size, rows_by_size
 
     settings = round.params.generate
-    texts = [prompt.prompt for prompt in prompts]
-    embeds = prompt_embeds(sampler, texts, round.root, negative_prompts(prompts, settings.negative_prompt))
+    texts, negatives = _texts(round, prompts)
+    embeds = prompt_embeds(sampler, texts, round.root, negatives)
     candidates = [
         _seeded(round, prompt, row, index)
         for row, prompt in enumerate(prompts)
@@ -167,11 +185,13 @@ def _sample(
             continue
         rows = [candidate.row for candidate in group]
         seeds = [candidate.seed for candidate in group]
-        latents, images = sample_images(sampler, embeds, rows, seeds, of_size(settings, size), on_images)
-        for candidate, latent, image in zip(group, latents, images, strict=True):
-            candidate.latents = latent
-            candidate.image = image.numpy()
-            candidate.stopped_at = candidate.would_stop_at = settings.num_inference_steps
+        for numbers, latents, images in sample_batches(sampler, embeds, rows, seeds, of_size(settings, size)):
+            for number, latent, image in zip(numbers, latents, images, strict=True):
+                candidate = group[number]
+                candidate.latents = latent
+                candidate.image = encode_later(image.numpy())  # while the device makes the next ones
+                candidate.stopped_at = candidate.would_stop_at = settings.num_inference_steps
+            on_images(len(numbers))
     return candidates
 
 
@@ -184,18 +204,14 @@ def _seeded(round: Round, prompt: Prompt, row: int, index: int) -> Candidate:
 
 
 def _write(round: Round, unit: Path, prompts: Sequence[Prompt], candidates: Sequence[Candidate]) -> None:
-    cells = iter(encode_images(candidate.image for candidate in candidates if candidate.image is not None))
-    rows = [
-        _row(round, prompts[candidate.row], candidate, None if candidate.image is None else next(cells))
-        for candidate in candidates
-    ]
+    rows = [_row(round, prompts[candidate.row], candidate) for candidate in candidates]
     parquet.write_table(unit, rows, CANDIDATE_FIELDS)
     rejected = sum(candidate.image is None for candidate in candidates)
     suffix = f", {rejected} of them rejected early" if rejected else ""
     log.info("generate %s: wrote %s, %d candidates%s", round.key, unit.name, len(rows), suffix)
 
 
-def _row(round: Round, prompt: Prompt, candidate: Candidate, cell: dict[str, Any] | None) -> dict[str, Any]:
+def _row(round: Round, prompt: Prompt, candidate: Candidate) -> dict[str, Any]:
     latents = candidate.latents
     return {
         "candidate_id": f"{round.key}-{prompt.id}-{candidate.index:04d}",
@@ -203,7 +219,7 @@ def _row(round: Round, prompt: Prompt, candidate: Candidate, cell: dict[str, Any
         "prompt": prompt.prompt,
         "index": candidate.index,
         "seed": candidate.seed,
-        "image": cell,
+        "image": None if candidate.image is None else candidate.image.result(),
         "latents": None if latents is None else parquet.latents_bytes(latents.numpy()),
         "latents_shape": None if latents is None else list(latents.shape),
         "steps": round.params.generate.num_inference_steps,

@@ -22,7 +22,7 @@ from srpo.data import parquet
 from srpo.data.schemas import IDENTITY_FIELDS, SCORE_FIELDS, with_rewards
 from srpo.data.scores import INVALID, invalid_path, read_source, score_path, write_scores
 from srpo.rewards.batches import BATCH, is_flat, score_batch, to_tensor
-from srpo.rewards.loading import load_pinned_rewards, reward_code
+from srpo.rewards.loading import check_rewards, load_rewards, reward_code
 from srpo.rewards.validated import ValidatedReward
 from srpo.rounds import Round
 from srpo.runtime import distributed
@@ -62,6 +62,7 @@ def score(round: Round) -> None:
         partial(_load, missing),
         [*reward_inputs(round, missing), round.base_files.rewards],
         lambda unit: [shards[unit]],
+        partial(check_rewards, [name for name in missing if name != INVALID], round.root),
     )
     make_units(units)
     if distributed.is_worker():
@@ -87,7 +88,8 @@ def score(round: Round) -> None:
 @contextmanager
 def _load(missing: Collection[str], round: Round) -> Iterator[Make]:
     """Load the rewards among the columns that are missing."""
-    rewards = load_pinned_rewards(round.params, round.root, missing)
+    specs = {name: spec for name, spec in round.params.rewards.items() if name in missing}
+    rewards = load_rewards(specs, round.params.runtime, round.root)
     name = f"score {round.key}"
     with tqdm(unit="img", desc=name, mininterval=2, disable=not distributed.draws_progress()) as progress:
 

@@ -59,6 +59,8 @@ def train(round: Round, on_step: OnStep = lambda metrics, step: None) -> None:
         gang = Gang(round, "train", train, lambda: _read(round, pattern), pattern, [files.training, files.adapter])
         run_gang(gang, runtime.processes, on_step)
         return
+    if not distributed.is_worker():
+        check_base(round.root)
     if distributed.is_parent(runtime):
         distributed.run(lambda: ["train", round.key], runtime.processes)
         return
@@ -123,7 +125,6 @@ def _prepare(round: Round, winners: Winners, loss: Loss, accelerator: Accelerato
         params = round.params.model_copy(
             update={"runtime": round.params.runtime.model_copy(update={"dtype": "float32"})}
         )
-    check_base(round.root)
     sampler = Sampler(params)
     dtype = pick_dtype(round.params.runtime, sampler.device)
     return TrainingLoop(

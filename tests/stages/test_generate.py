@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from srpo.config.loader import Params, load_params
 from srpo.data import parquet
 from srpo.rounds import Round, RoundFiles
+from srpo.sampling import batch_invariant
 from srpo.sampling.sampler import Sampler
+from srpo.stages import generate as module
 from srpo.stages.base import pin_base
 from srpo.stages.generate import generate
 from srpo.stages.score import score
@@ -40,6 +43,41 @@ def test_candidates_do_not_depend_on_batch_size(params: Params, world: Path) -> 
     rows = list(parquet.read_rows(files.candidates))
     assert len(rows) == 4 * 3
     assert len({row["seed"] for row in rows}) == len({tuple(row["latents"]) for row in rows}) == len(rows)
+
+
+def test_large_networks_give_the_same_without_padding(
+    params: Params, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows run one by one, and text encoders have left memory when the first image is made."""
+    monkeypatch.setattr(batch_invariant, "LARGE_WEIGHTS", 1000)
+    real = Sampler.denoise
+
+    def denoise(self: Sampler, *arguments, **options) -> torch.Tensor:
+        assert self._unet_rows == self._decoder_rows == 1
+        assert "_text_pipeline" not in vars(self)
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Sampler, "denoise", denoise)
+    files, found = RoundFiles(world, "001"), []
+    for size in (1, 5):
+        shutil.rmtree(world / ".srpo" / "cache", ignore_errors=True)
+        generate(Round.of(with_batch_size(params, size), world, "001"))
+        found.append(content(files.candidates))
+    assert found[0] == found[1]
+
+
+def test_a_worker_does_not_hash_the_base_again(params: Params, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+    monkeypatch.setattr(module, "check_base", checked.append)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    generate(Round.of(params, world, "001"))
+    assert not checked
+    monkeypatch.delenv("RANK")
+    generate(Round.of(params, world, "001"))
+    assert not checked, "nothing was left to make"
+    generate(Round.of(params, world, "001"))
+    assert checked == [world]
 
 
 def test_out_of_memory_halves_the_batch(

@@ -18,6 +18,7 @@ from srpo.data.scores import read_scores
 from srpo.errors import UserError
 from srpo.rewards.batches import is_flat
 from srpo.rounds import Round, RoundFiles
+from srpo.runtime import distributed
 from srpo.stages import score as score_stage
 from srpo.stages.base import pin_base
 from srpo.stages.generate import generate
@@ -135,6 +136,19 @@ def test_all_candidates_invalid(params: Params, world: Path) -> None:
     score(Round.of(params, world, "001"))
     with pytest.raises(UserError, match=r"rounds\.001\.select: no winner is left of 12 candidates \(12 invalid\)"):
         select(Round.of(params, world, "001"))
+
+
+def test_models_are_compared_once_before_workers_start(
+    params: Params, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate(Round.of(params, world, "001"))
+    with (world / "data" / "judge" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    monkeypatch.setattr(distributed, "run", lambda *_, **__: pytest.fail("workers were started"))
+    shared = params.model_copy(update={"runtime": params.runtime.model_copy(update={"processes": 2})})
+    with pytest.raises(UserError, match=r"rewards\.judge\.model: .* has changed since stage base ran"):
+        score(Round.of(shared, world, "001"))
 
 
 def test_is_flat() -> None:
