@@ -148,6 +148,8 @@ def round_cost(params: Params, train_prompts: int, eval_prompts: int, copies: in
     generate = params.generate
     candidates = _drawn(generate, train_prompts) * generate.candidates_per_prompt
     candidate = image_tflop(mean_steps(generate), generate.guidance_scale, generate.height, generate.width)
+    if generate.candidates:  # imported, and encoded in a fraction of the time
+        candidate = 0.0
     size = generate.height * generate.width / PIXELS
     rewards = sum(REWARD_TFLOP.get(spec.kind, OTHER_REWARD_TFLOP) for spec in params.rewards.values())
     saved_bytes = round_bytes(params, train_prompts, eval_prompts)

@@ -44,7 +44,7 @@ def check_prompts(params: Params, root: Path) -> tuple[list[CheckResult], tuple[
         return results, None
     train, held_out = files
     read = text_read(params.model, tokenizer) if tokenizer else lambda text: None
-    draws = _check_draws(params, train)
+    draws = _check_draws(params, root, train)
     results += [_check_disjoint(train, held_out, read), *draws]
     if problem := untrained_sizes(train, params.generate, held_out, params.evaluate):
         results.append(CheckResult("evaluate.sizes", "warn", problem))
@@ -96,11 +96,16 @@ def _check_texts(
     return CheckResult(key, "warn" if warnings else "ok", text)
 
 
-def _check_draws(params: Params, pool: Sequence[Prompt]) -> list[CheckResult]:
-    """Check what rounds draw from the pool; return problems only."""
+def _check_draws(params: Params, root: Path, pool: Sequence[Prompt]) -> list[CheckResult]:
+    """Check what rounds draw from the pool, or import; return problems only."""
     results = []
     for key in params.rounds:
         settings = params.for_round(key).generate
+        if settings.candidates:
+            if not (root / settings.candidates).is_dir():
+                text = f"{settings.candidates}: no such folder; `dvc pull` restores it if it is under DVC"
+                results.append(CheckResult(f"rounds.{key}.generate.candidates", "fail", text))
+            continue
         fitting = sum(Draw(None, settings.tags).fits(prompt) for prompt in pool)
         if not fitting:
             text = f"no prompt of {params.prompts.train} has these tags: change them"

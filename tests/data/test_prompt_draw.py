@@ -78,11 +78,14 @@ def test_a_round_makes_candidates_for_its_draw(world: Path) -> None:
 
 
 def test_tags_that_no_prompt_has_are_one_line(world: Path) -> None:
-    set_generate(r001={"tags": {"style": ["photo"]}}, r002={"prompts_per_round": 9})
+    set_generate(
+        r001={"tags": {"style": ["photo"]}}, r002={"prompts_per_round": 9}, r003={"candidates": "data/candidates-0"}
+    )
     params = load_params()
     pin_base(Round.of(params, world, "base"))
     with pytest.raises(UserError, match=r"^rounds\.001\.generate\.tags: no prompt of data/prompts/train\.jsonl"):
         generate(Round.of(params, world, "001"))
     found = {result.name: result for result in check_prompts(params, world)[0]}
     assert found["rounds.001.generate.tags"].state == "fail"
+    assert found["rounds.003.generate.candidates"].state == "fail"
     assert "only 4 prompts fit" in found["rounds.002.generate.prompts_per_round"].text

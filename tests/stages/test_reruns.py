@@ -50,7 +50,7 @@ if stage == "base":
     write("selecting.json", json.dumps(of_role("select")))
     write("preview.json", "{{}}")
 if stage == "generate":
-    write("candidates/x", mix(params["generate"], params["seed"]))
+    write("candidates/x", mix(params["generate"], params["rounds"][key]["generate"], params["seed"]))
 if stage == "score":
     for role in ("select", "judge"):
         for name, spec in of_role(role).items():
@@ -99,6 +99,11 @@ CHANGES: dict[str, tuple[str, Any, list[str]]] = {
         "generate.guidance_scale",
         4.0,
         ["base", "generate@001", "score@001", "select@001", *AFTER_SELECT],
+    ),
+    "other imported candidates": (
+        "rounds.001.generate.candidates",
+        "data/candidates-0123456789abcdef",
+        ["generate@001", "score@001", "select@001", *AFTER_SELECT],
     ),
     "other hardware": ("runtime.batch_size", 1, []),
     "another campaign in MLflow": ("tracking.campaign", "second", []),
