@@ -46,6 +46,7 @@ def params(world: Path) -> Params:
 def test_each_chunk_is_encoded_as_a_prompt(params: Params) -> None:
     embeds = Sampler(params).encode(TEXTS)
     assert [embeds.num_chunks(row) for row in range(5)] == [1, 2, 3, 1, 1]
+    assert embeds.groups([0, 1, 2, 3, 1]) == [[0, 3], [1, 4], [2]], "a batch has prompts of one length"
     pipeline = load_pipeline(params.model, torch.float32)
     letters = LONG.split()
     parts = [" ".join(letters[:READ]), " ".join(letters[READ:])]
