@@ -98,11 +98,11 @@ def test_odd_rewards_are_counted(params: Params, world: Path, caplog) -> None:
 def test_another_judge_costs_its_own_scores(params: Params, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Add a judge to a scored round, and take it away: what select depends on stays byte by byte."""
     files, base, loaded = RoundFiles(world, "001"), RoundFiles(world, "base"), []
-    load = score_stage.load_pinned_rewards
+    load = score_stage.load_rewards
 
-    def note(params: Params, root: Path, names: list[str]) -> dict:
-        loaded.append(names)
-        return load(params, root, names)
+    def note(specs: dict, *arguments) -> dict:
+        loaded.append(list(specs))
+        return load(specs, *arguments)
 
     def contents() -> dict[str, bytes]:
         paths = [*sorted(files.scores.rglob("*.parquet")), base.folder / "selecting.json"]
@@ -112,7 +112,7 @@ def test_another_judge_costs_its_own_scores(params: Params, world: Path, monkeyp
     score(Round.of(params, world, "001"))
     select(Round.of(params, world, "001"))
     before = contents()
-    monkeypatch.setattr(score_stage, "load_pinned_rewards", note)
+    monkeypatch.setattr(score_stage, "load_rewards", note)
     path = world / "params.yaml"
     text = path.read_text()
     path.write_text(text.replace("rewards:\n", "rewards:\n  other: {kind: clip, model: data/judge, role: judge}\n", 1))
