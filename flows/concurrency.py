@@ -18,6 +18,15 @@ from flows.process import Stopped, stopping
 LIMIT = "gpu"
 POLL_SECONDS = 2.0
 LEASE_SECONDS = 60  # the minimum; the slot of a killed flow is free after it
+ACQUISITION = "ConcurrencySlotAcquisitionWithLeaseService"  # of Prefect: logs each slot that it did not get as an error
+
+
+class _TakenSlots(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return ACQUISITION not in record.getMessage()
+
+
+_taken_slots_filter = _TakenSlots()
 
 
 def ensure_limit() -> None:
@@ -39,6 +48,7 @@ def slot(logger: logging.Logger | logging.LoggerAdapter) -> Iterator[None]:
     Raises:
         Stopped: the flow is being stopped.
     """
+    logging.getLogger("prefect._internal.concurrency").addFilter(_taken_slots_filter)  # errors are raised here, too
     with contextlib.ExitStack() as stack:
         logged = False
         while True:

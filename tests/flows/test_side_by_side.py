@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +49,7 @@ def test_two_slots_run_siblings_in_parallel(siblings: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_slot_runs_siblings_in_sequence(siblings: Path) -> None:
+def test_one_slot_runs_siblings_in_sequence(siblings: Path, caplog: pytest.LogCaptureFixture) -> None:
     set_slots(1)
     for key in ("001", "001b"):
         (siblings / f"trouble-generate-{key}").write_text("linger")
@@ -54,6 +57,8 @@ def test_one_slot_runs_siblings_in_sequence(siblings: Path) -> None:
     spans = [line.split() for line in (siblings / "spans.txt").read_text().splitlines()]
     assert len(spans) == 2 * (1 + 2 + 2)
     assert all(a[0] == "start" and b == ["end", a[1]] for a, b in zip(spans[::2], spans[1::2], strict=True)), spans
+    assert "Waiting for a slot" in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR], "waiting is no error"
 
 
 @pytest.mark.slow
@@ -63,6 +68,25 @@ def test_failure_ends_its_branch_only(siblings: Path) -> None:
     with pytest.raises(BadInput, match=r"^params\.yaml: seed: too odd$"):
         srpo_rounds(rounds=["001", "001b"], stages=["base", "generate", "score"])
     assert sorted(ran(siblings)) == ["base@base", "generate@001", "generate@001b", "score@001b"]
+
+
+@pytest.mark.slow
+def test_two_flows_by_hand_share_a_database(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Each starts its own Prefect server, both on the same SQLite file."""
+    other = shutil.copytree(workspace, tmp_path_factory.mktemp("other") / "project")
+    command = [sys.executable, "-m", "flows.rounds", "--round", "001", "--stage", "base", "--stage", "generate"]
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    flows = [
+        subprocess.Popen(
+            command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for root in (workspace, other)
+    ]
+    for flow in flows:
+        words, _ = flow.communicate(timeout=540)
+        assert flow.returncode == 0, words
+        assert "2 stages ran" in words
+        assert not re.search(r"ERROR|CRITICAL|Traceback|database is locked", words), words
 
 
 def test_existing_limit_keeps_its_slots(prefect_server: str) -> None:
