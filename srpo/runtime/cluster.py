@@ -61,6 +61,7 @@ class _Process:
 
     actor: Any
     unit: Path | None = None
+    received: Any = None
     node: Node | None = None
     content: Any = None
     since: float = 0.0
@@ -144,7 +145,7 @@ class _Driver:
             give_up(result)
         process.node, missing = result
         self._has_started = True
-        self._inputs.send(process.actor, missing)
+        process.received = self._inputs.send(process.actor, missing)
         self._deal(process)
         return 0
 
@@ -157,7 +158,9 @@ class _Driver:
         own = {}
         if self._inputs.files is not None:
             own = {self._relative(path): _put(path) for path in self._units.inputs_of(unit)}
-        call, process.content = process.actor.make.options(num_returns=2).remote(self._relative(unit), own)
+        call, process.content = process.actor.make.options(num_returns=2).remote(
+            self._relative(unit), own, process.received
+        )
         self._calls[call] = process
 
     def _written(self, unit: Path, content: Any, seconds: float, address: str) -> int:
@@ -223,12 +226,15 @@ class Inputs:
         self._paths = {sha256: round.root / name for name, sha256 in (self.files or {}).items()}
         self._sent: dict[str, list[Any]] = {}
 
-    def send(self, actor: Any, missing: set[str]) -> None:
-        """Send the contents with these digests to a process; each is put into the object store once."""
+    def send(self, actor: Any, missing: set[str]) -> Any:
+        """Send the contents with these digests to a process; each is put into the object store once.
+
+        Returns:
+            A reference to None, or to the problem that the process had with them.
+        """
         for sha256 in missing - self._sent.keys():
             self._sent[sha256] = _put(self._paths[sha256])
-        if missing:
-            actor.receive.remote({sha256: self._sent[sha256] for sha256 in missing})
+        return actor.receive.remote({sha256: self._sent[sha256] for sha256 in missing})
 
 
 def _put(path: Path) -> list[Any]:

@@ -106,10 +106,14 @@ class _Attempt:
                     " for runtime.processes",
                     *(self._gang.stage, self._gang.round.key, len(starts)),
                 )
+        received = []
         for member, result in zip(self._members, ray.get(starts), strict=True):
             if isinstance(result, Problem):
                 give_up(result)
-            self._inputs.send(member, result[1])
+            received.append(self._inputs.send(member, result[1]))
+        for problem in ray.get(received):
+            if problem:
+                give_up(problem)
         meeting = ray.get(self._members[0].meeting_point.remote())
         size = len(self._members)
         runs = [member.run.remote(rank, size, *meeting) for rank, member in enumerate(self._members)]

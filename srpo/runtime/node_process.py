@@ -102,11 +102,12 @@ class NodeProcess:
         self.round = replace(work.round, root=self._files.root)
         return self.node, self._files.missing(work.files)
 
-    def receive(self, files: Mapping[str, Iterable[Any]]) -> None:
+    def receive(self, files: Mapping[str, Iterable[Any]]) -> Problem | None:
         """Keep the contents of files, by their digests."""
         import ray
 
-        self._files.add({sha256: (ray.get(part) for part in parts) for sha256, parts in files.items()})
+        contents = {sha256: (ray.get(part) for part in parts) for sha256, parts in files.items()}
+        return self.problem_of(lambda: self._files.add(contents)) if files else None
 
     def lay_out(self) -> None:
         """Put the inputs where the project has them, and make that the working directory, as it is of commands."""
@@ -139,18 +140,21 @@ class UnitMaker(NodeProcess):
         self._warnings = _Warnings()
         logging.getLogger().addHandler(self._warnings)
 
-    def make(self, name: str, own: Mapping[str, Iterable[Any]]) -> tuple[Problem | list[str], np.ndarray | None]:
+    def make(
+        self, name: str, own: Mapping[str, Iterable[Any]], received: Problem | None
+    ) -> tuple[Problem | list[str], np.ndarray | None]:
         """Make one unit.
 
         Args:
             name: the unit's path relative to the project.
             own: contents of files that only this unit reads, by their relative paths.
+            received: what `receive` returned.
 
         Returns:
             A problem, or the warnings of this unit; and the file's bytes, uint8, unless it stays where it is.
         """
         unit = self.round.root / name
-        if problem := self.problem_of(lambda: self._make_with(unit, own)):
+        if problem := received or self.problem_of(lambda: self._make_with(unit, own)):
             return problem, None
         warnings = self._warnings.taken()
         if self.work.files is None:

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +23,7 @@ from srpo.runtime.node_process import Node, version_problem, versions
 
 LOOPBACK = "127.0.0.1"
 CONNECT_SECONDS = 10
+CHECK_SECONDS = 300  # a node starts a process for it
 OBJECT_STORE_BYTES = 100 * 2**20  # of a cluster on this machine, whose units do not pass through it
 
 
@@ -41,15 +41,26 @@ def connected(runtime: RuntimeParams) -> Iterator[None]:
     else:
         _check_reachable(runtime.cluster or "")
         options |= {"address": runtime.cluster}
+    ray._private.worker._worker_logs_enabled = False  # else Ray prints a page for each process that ends
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise UserError(f"runtime.cluster: {runtime.cluster}: {one_line(error):.200}") from error
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # Ray's own exits with the bare number
+    ended_by: list[int] = []
+
+    def end(number: int, _frame: object) -> None:
+        ended_by.append(number)
+        raise KeyboardInterrupt  # a SystemExit would lose its status on its way through Ray
+
+    signal.signal(signal.SIGTERM, end)
     try:
         _check_versions()
         yield
+    except KeyboardInterrupt:
+        if ended_by:
+            raise SystemExit(128 + ended_by[0]) from None
+        raise
     finally:
         ray.shutdown()
         signal.signal(signal.SIGTERM, handler)
@@ -89,17 +100,18 @@ def _check_versions() -> None:
     """Compare the versions of all nodes with this machine's, before there is work."""
     wanted = versions()
     task = ray.remote(num_cpus=0)(versions)
-    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    calls = {
-        address: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
-        for node, address in nodes.items()
-    }
-    for address, call in calls.items():
+    nodes = [Node(node["NodeID"], node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]]
+    calls = [
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote() for node in nodes
+    ]
+    for node, call in zip(nodes, calls, strict=True):
         try:
-            found = ray.get(call)
+            found = ray.get(call, timeout=CHECK_SECONDS)
         except RayError as error:
+            if not is_alive(node):
+                continue
             raise UserError(
-                f"runtime.cluster: machine {address} can't run srpo ({one_line(error)[-200:]}); install it there"
+                f"runtime.cluster: machine {node.address} can't run srpo ({one_line(error)[-200:]}); install it there"
             ) from None
         if problem := version_problem(wanted, found):
-            raise UserError(f"runtime.cluster: machine {address} {problem}")
+            raise UserError(f"runtime.cluster: machine {node.address} {problem}")
