@@ -271,10 +271,15 @@ class TrainParams(Section):
     )
     steps: PositiveInt = Field(description="optimizer steps")
     batch_size: PositiveInt = Field(description="winners per optimizer step, summed over processes")
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(description="peak AdamW learning rate")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "prodigy"] = Field(
+        "adamw", description="the 8-bit ones and prodigy need the extra `optimizers`; paged_adamw_8bit needs CUDA"
+    )
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="peak learning rate; prodigy finds its own and takes 1"
+    )
     warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="steps of linear warm-up")
     lr_schedule: Literal["constant", "cosine"] = Field("constant", description="after warm-up")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="decoupled weight decay")
     snr_gamma: Annotated[float, Field(gt=0)] | None = Field(
         None, description="gamma of min-SNR loss weighting; null disables it"
     )

@@ -7,9 +7,11 @@ from importlib.util import find_spec
 from srpo.errors import UserError
 
 EXTRAS = {
+    "bitsandbytes": ("bitsandbytes", "optimizers"),
     "dvc": ("DVC", "dvc"),
     "mlflow": ("MLflow", "tracking"),
     "prefect": ("Prefect", "flows"),
+    "prodigyopt": ("prodigyopt", "optimizers"),
     "ray": ("Ray", "cluster"),
 }
 

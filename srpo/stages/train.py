@@ -64,6 +64,8 @@ def train(round: Round, on_step: OnStep = lambda metrics, step: None) -> None:
     if distributed.is_parent(runtime):
         distributed.run(lambda: ["train", round.key], runtime.processes)
         return
+    if round.params.runtime.dtype == "float16":
+        raise UserError("runtime.dtype: gradients underflow in float16; train in bfloat16 or float32")
     accelerator = Accelerator(cpu=pick_device(round.params.runtime).type == "cpu", mixed_precision="no")
     if accelerator.num_processes > settings.batch_size:
         raise UserError(

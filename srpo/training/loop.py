@@ -31,6 +31,7 @@ from srpo.training.dataset import Winners, batch_indices
 from srpo.training.divergence import DivergenceMonitor
 from srpo.training.losses import Loss, pair_metrics
 from srpo.training.noise_schedule import NoiseSchedule, prediction_type_mismatch
+from srpo.training.optimizers import make_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class TrainingLoop:
         settings = self.settings
         is_main = self.accelerator.is_main_process
         trained = list(self.model.parameters.values())
-        optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        optimizer = make_optimizer(settings, trained, self.device)
         ema = EMAModel(trained, decay=settings.ema_decay) if settings.ema_decay else None
         state = TrainingState(self.model.parameters, optimizer, ema)
         monitor = DivergenceMonitor(settings.max_loss_ratio, settings.max_winner_error_ratio, settings.batch_size)
