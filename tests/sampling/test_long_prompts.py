@@ -107,6 +107,7 @@ def test_generate_is_the_same_in_any_batch(params: Params, world: Path, rejectin
     assert [row["prompt"] for row in found[0]] == [text for text in TEXTS for _ in range(3)]
 
 
+@pytest.mark.slow
 def test_all_stages_read_long_prompts(params: Params, world: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_prompts(world / "data/prompts/train.jsonl", TEXTS, "t")
     write_prompts(world / "data/prompts/eval.jsonl", [text + " green" for text in TEXTS], "e")
