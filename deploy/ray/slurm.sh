@@ -9,7 +9,8 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 set -euo pipefail
-export RAY_USAGE_STATS_ENABLED=0
+export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token # the token is in the home folder, which nodes share
+ray get-auth-token --generate > /dev/null
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')

@@ -138,7 +138,7 @@ class UnitMaker(NodeProcess):
         super().__init__(wanted)
         self._make: Callable[[Path], None] | None = None
         self._warnings = _Warnings()
-        logging.getLogger().addHandler(self._warnings)
+        logging.getLogger("srpo").addHandler(self._warnings)
 
     def make(
         self, name: str, own: Mapping[str, Iterable[Any]], received: Problem | None
@@ -190,7 +190,7 @@ def _cores_per_gpu() -> int:
 
 
 class _Warnings(logging.Handler):
-    """Collects warnings, which the driver logs."""
+    """Collects this package's warnings, which the driver logs."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

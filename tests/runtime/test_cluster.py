@@ -164,10 +164,10 @@ def test_nodes_come_and_go(round: Round, nodes: Nodes, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_thirty_kills(round: Round, nodes: Nodes, tmp_path: Path) -> None:
     """SIGKILL of processes, nodes and drivers at seeded moments."""
-    chance, lines, count, workers = random.Random(0), tmp_path / "journal", 400, 3
+    chance, lines, count, workers = random.Random(0), tmp_path / "journal", 600, 3
     kinds = ["process"] * 14 + ["node"] * 8 + ["driver"] * 8
     chance.shuffle(kinds)
-    command = partial(start, round.root, nodes.address, lines, count, 0.5)
+    command = partial(start, round.root, nodes.address, lines, count, 2)
     node, driver, seen = nodes.add(), command(), 0
     for kind in kinds:
         wait_for(lambda: lines.exists() and len(journal(lines)) >= seen + chance.randint(1, 5))  # noqa: B023
