@@ -46,6 +46,7 @@ def check_capacity(params: Params, root: Path, prompt_counts: tuple[int, int] | 
     return [
         *results,
         check_memory(rounds, devices),
+        check_cards(rounds),
         check_disk(rounds, root, prompt_counts, links),
         *check_time(rounds, devices, prompt_counts, links),
     ]
@@ -94,6 +95,17 @@ def check_memory(rounds: dict[str, Params], devices: list[Device]) -> CheckResul
             key = "batch_size" if stage == "sampling" else "train_batch_size, or set gradient_checkpointing"
             return CheckResult("memory", "warn", f"{text}: lower runtime.{key}")
     return CheckResult("memory", "ok", text)
+
+
+def check_cards(rounds: dict[str, Params]) -> CheckResult:
+    """Say with which keys of `runtime` the round that needs most fits into GPUs of several sizes."""
+    largest = max(rounds.values(), key=cost.training_gb)
+    found = []
+    for size in cost.CARDS:
+        keys = cost.fitting_keys(largest, size)
+        values = ", ".join(f"{name} {str(value).lower()}" for name, value in (keys or {}).items())
+        found.append(f"{size} GB: {values or 'does not fit'}")
+    return CheckResult("memory by GPU", "ok", f"{'; '.join(found)} (computed)")
 
 
 def check_disk(rounds: dict[str, Params], root: Path, prompt_counts: tuple[int, int], links: bool) -> CheckResult:

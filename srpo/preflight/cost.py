@@ -11,6 +11,7 @@ All functions take the params of one round, with its overrides applied (`Params.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from srpo.config.loader import Params
@@ -25,7 +26,10 @@ UNET_WEIGHTS = 2.567e9
 TEXT_WEIGHTS = 0.818e9
 VAE_WEIGHTS = 0.084e9
 LORA_WEIGHTS_PER_RANK = 1.4515e6  # of the default target_modules, attention's four projections
-OPTIMIZER_BYTES = 16  # per trained weight: float32 weight, gradient and AdamW's two moments
+# per trained weight: float32 weight and gradient, and what the optimizer keeps
+OPTIMIZER_BYTES = {"adamw": 16, "adamw_8bit": 10, "paged_adamw_8bit": 10, "adafactor": 8, "prodigy": 24}
+DECODER_ROWS = 8  # images that the decoder takes at once
+CARDS = (8, 12, 16, 24, 48, 80)  # GB
 DENOISE_GB = 0.18  # per row in the UNet; 16 bits, 1024 x 1024
 DECODE_GB = 2.4  # per image in the decoder; 16 bits, 1024 x 1024
 # activations kept for one sample's backward pass, without and with checkpointing: counted, LoRA's float32 inputs added
@@ -185,7 +189,8 @@ def sampling_gb(params: Params) -> float:
     vae_width = 4 if params.model.vae is None else width  # SDXL's own VAE runs in float32
     weights = (width * (UNET_WEIGHTS + TEXT_WEIGHTS) + vae_width * VAE_WEIGHTS) / GB
     rows = params.runtime.batch_size * scale
-    return CONTEXT_GB + weights + max(rows * 2 * DENOISE_GB * width / 2, rows * DECODE_GB * vae_width / 2)
+    decoded = min(params.runtime.batch_size, DECODER_ROWS) * scale
+    return CONTEXT_GB + weights + max(rows * 2 * DENOISE_GB * width / 2, decoded * DECODE_GB * vae_width / 2)
 
 
 def training_gb(params: Params) -> float:
@@ -193,13 +198,41 @@ def training_gb(params: Params) -> float:
     train = params.train
     runtime = params.runtime
     width = _bytes_per_number(params)
-    weights = width * (UNET_WEIGHTS + TEXT_WEIGHTS + VAE_WEIGHTS) / GB
+    unet = width * UNET_WEIGHTS / GB
+    encoding = width * (TEXT_WEIGHTS + VAE_WEIGHTS) / GB  # before the first step; then they are freed
     trained = UNET_WEIGHTS if train.method == "full" else train.rank * LORA_WEIGHTS_PER_RANK
     share = -(-train.batch_size // runtime.processes)
     rows = min(runtime.train_batch_size or share, share) * (1 if train.objective == "sft" else 2)
     activations = CHECKPOINTED_GB if runtime.gradient_checkpointing else TRAIN_GB
     scale = params.generate.height * params.generate.width / PIXELS
-    return CONTEXT_GB + weights + trained * OPTIMIZER_BYTES / GB + rows * activations * scale * width / 2
+    training = trained * OPTIMIZER_BYTES[train.optimizer] / GB + rows * activations * scale * width / 2
+    return CONTEXT_GB + unet + max(encoding, training)
+
+
+def fitting_keys(params: Params, gb: float) -> dict[str, int | bool] | None:
+    """Return the keys of `runtime` with which a round fits into a device's memory, the fastest; None if none do."""
+    runtime = params.runtime
+    share = -(-params.train.batch_size // runtime.processes)
+    sampling = ({"batch_size": rows} for rows in _halves(runtime.batch_size))
+    training = (
+        {"train_batch_size": rows, "gradient_checkpointing": checkpointing}
+        for checkpointing in (runtime.gradient_checkpointing, True)
+        for rows in _halves(min(runtime.train_batch_size or share, share))
+    )
+
+    def first(options: Iterable[dict[str, int]], need: Callable[[Params], float]) -> dict[str, int] | None:
+        return next((keys for keys in options if need(_with_runtime(params, keys)) <= gb), None)
+
+    fitting = first(sampling, sampling_gb), first(training, training_gb)
+    return None if fitting[0] is None or fitting[1] is None else fitting[0] | fitting[1]
+
+
+def _halves(rows: int) -> list[int]:
+    return [rows] if rows == 1 else [rows, *_halves(rows // 2)]
+
+
+def _with_runtime(params: Params, keys: dict[str, int]) -> Params:
+    return params.model_copy(update={"runtime": params.runtime.model_copy(update=keys)})
 
 
 def round_bytes(params: Params, train_prompts: int, eval_prompts: int) -> float:

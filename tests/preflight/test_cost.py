@@ -109,6 +109,22 @@ def test_memory(sdxl: Params) -> None:
     assert cost.training_gb(changed(sdxl, "train", method="full")) - spared > 35  # 16 bytes a weight
 
 
+def test_keys_that_make_a_round_fit(sdxl: Params) -> None:
+    """README's table is what `srpo check` computes, and each row fits where the next larger one does not."""
+    table = (Path(__file__).parents[2] / "README.md").read_text()
+    for size in cost.CARDS:
+        keys = cost.fitting_keys(sdxl, size)
+        values = "does not fit | |" if keys is None else " | ".join(str(value).lower() for value in keys.values())
+        assert f"| {size} GB | {values} |" in table
+        if keys:
+            fitting = changed(sdxl, "runtime", **keys)
+            assert max(cost.sampling_gb(fitting), cost.training_gb(fitting)) <= size
+            larger = changed(fitting, "runtime", batch_size=2 * fitting.runtime.batch_size)
+            assert cost.sampling_gb(larger) > size or fitting.runtime.batch_size == sdxl.runtime.batch_size
+    full, quantized = (changed(sdxl, "train", method="full", optimizer=name) for name in ("adamw", "adamw_8bit"))
+    assert cost.fitting_keys(full, 80) and not cost.fitting_keys(full, 48) and cost.fitting_keys(quantized, 48)
+
+
 def test_shards_of_the_preset_are_250_to_500_mb(sdxl: Params) -> None:
     one = changed(sdxl, "select", top_fraction=1e-9)
     grown = cost.round_bytes(one, 29, 1) - cost.round_bytes(one, 1, 1)
