@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def train(round: Round, on_step: OnStep = lambda metrics, step: None) -> None:
-    """Write `rounds/<key>/adapter/` and `rounds/<key>/training.csv`.
+    """Write `rounds/<key>/adapter/` and `rounds/<key>/training.csv`, in the processes or cluster of `runtime`.
 
     A killed run resumes at its last checkpoint and ends with the same bytes. With several processes (`RANK` and
     `WORLD_SIZE` in the environment) each computes its share of every batch, and the first one writes.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -162,38 +161,6 @@ def test_nodes_come_and_go(round: Round, nodes: Nodes, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_thirty_kills(round: Round, nodes: Nodes, tmp_path: Path) -> None:
-    """SIGKILL of processes, nodes and drivers at seeded moments."""
-    chance, lines, count, workers = random.Random(0), tmp_path / "journal", 600, 3
-    kinds = ["process"] * 14 + ["node"] * 8 + ["driver"] * 8
-    chance.shuffle(kinds)
-    command = partial(start, round.root, nodes.address, lines, count, 2)
-    node, driver, seen = nodes.add(), command(), 0
-    for kind in kinds:
-        wait_for(lambda: lines.exists() and len(journal(lines)) >= seen + chance.randint(1, 5))  # noqa: B023
-        time.sleep(chance.random())
-        assert driver.poll() is None, "too few units"
-        if kind == "process":
-            kill(chance.choice([pid for pid in sorted({pid for _, pid in journal(lines)}) if is_maker(pid)]))
-        elif kind == "node":
-            nodes.cluster.remove_node(node, allow_graceful=False)
-            node = nodes.add()
-        else:
-            driver.kill()
-            driver.communicate()
-            driver = command()
-        seen = len(journal(lines))
-    _, told = driver.communicate(timeout=600)
-    nodes.cluster.remove_node(node)
-    assert driver.returncode == 0, told
-    made = journal(lines)
-    assert len({name for name, _ in made}) == count
-    # a driver loses the units in work, and those that it has not written
-    assert len(made) - count <= kinds.count("process") + kinds.count("node") + kinds.count("driver") * 2 * workers
-    print(f"{len(made) - count} units of {count} were made again in {len(kinds)} kills")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 @pytest.mark.parametrize("cluster", ["local", None])
 def test_nothing_outlives_the_driver(
@@ -327,12 +294,6 @@ def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-def is_maker(pid: str) -> bool:
-    with suppress(psutil.Error):
-        return "ray::UnitMaker" in " ".join(psutil.Process(int(pid)).cmdline())
-    return False
 
 
 def kill(pid: str) -> None:
