@@ -42,7 +42,7 @@ def run(argv: list[str]) -> int:
     overwrites_bar = distributed.rank() > 0 and sys.stderr.isatty()
     line_format = "\r\x1b[K%(message)s" if overwrites_bar else "%(message)s"
     logging.basicConfig(level=logging.INFO, format=line_format, stream=sys.stderr, force=True)
-    for library in ("alembic", "mlflow", "httpx", "httpx2", "transformers", "datasets"):
+    for library in ("alembic", "bitsandbytes", "mlflow", "httpx", "httpx2", "transformers", "datasets"):
         logging.getLogger(library).setLevel(logging.ERROR)
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # read when it is imported; it raises what it logs
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -86,7 +86,7 @@ def coded(name: str, **values: object) -> Change:
 
 BASE: dict[str, tuple[Change, str]] = {
     "no folder": (param("model/base", "data/nowhere"), "model.base: "),
-    "a reward's folder": (param("model/base", "data/reward"), "model.base: data/reward"),
+    "a reward's folder": (param("model/base", "data/reward"), "model.base: can't load 'data/reward' as"),
     "another VAE that is a CLIP": (param("model/vae", "data/reward"), "model.vae: can't load 'data/reward' as a VAE"),
     "no index": (removed("data/base/model_index.json"), "model.base: "),
     "index not JSON": (content("data/base/model_index.json", "{"), "model.base: "),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +60,11 @@ def test_what_is_missing_is_one_line(params: Params, root: Path, monkeypatch: py
 def test_float16_is_refused(params: Params, root: Path) -> None:
     with pytest.raises(UserError, match=r"^runtime\.dtype: .* float16; train in bfloat16"):
         train(Round.of(with_runtime(params, dtype="float16"), root, "001"))
+
+
+@pytest.mark.slow
+def test_bitsandbytes_is_silent() -> None:
+    """PEFT imports it where it is installed, and it would warn of kernels for other models in every stage."""
+    import_all = "import srpo.cli, sys; srpo.cli.run(['--help']); import peft; assert 'bitsandbytes' in sys.modules"
+    done = subprocess.run([sys.executable, "-c", import_all], capture_output=True, text=True, env=os.environ)
+    assert (done.returncode, done.stderr) == (0, "")
