@@ -115,7 +115,7 @@ def check_disk(rounds: dict[str, Params], root: Path, prompt_counts: tuple[int, 
     needed = copies * sum(cost.round_bytes(params, *prompt_counts) for params in remaining.values()) / cost.GB
     free = shutil.disk_usage(root).free / cost.GB
     cache = "" if links else ", with a copy of each file in DVC's cache"
-    text = f"{needed:.0f} GB for {len(remaining)} remaining rounds{cache} (PNGs of 1.5 MB), {free:.0f} GB free"
+    text = f"{needed:.0f} GB for {len(remaining)} remaining rounds{cache} (images of 1.4 MB), {free:.0f} GB free"
     if needed <= free:
         return CheckResult("disk", "ok", text)
     hint = "" if links else "; `dvc config cache.type hardlink,symlink` avoids the copies"
@@ -135,7 +135,8 @@ def check_time(
         machines = {name: cost.Machine(cost.peak_tflops(name) or 1.0, processes, cores) for name in names}
         if not results:
             evaluation = cost.evaluation_cost(params, prompt_counts[1])
-            hours = ", ".join(f"{name} {evaluation.hours(machine, 1):.1f}" for name, machine in machines.items())
+            by_name = {name: evaluation.hours(machine, processes) for name, machine in machines.items()}
+            hours = ", ".join(f"{name} {value:.1f}" for name, value in by_name.items())
             results.append(CheckResult(f"round {BASE}", "ok", f"hours of evaluation: {hours}"))
         work = cost.round_cost(params, *prompt_counts, copies=1 if links else 2)
         results.append(CheckResult(f"round {key}", "ok", _describe(work, machines)))

@@ -36,7 +36,7 @@ DECODE_GB = 2.4  # per image in the decoder; 16 bits, 1024 x 1024
 TRAIN_GB = 8.0
 CHECKPOINTED_GB = 1.5
 CONTEXT_GB = 1.5  # of driver, kernels and allocator
-PNG_BYTES = 1.5e6  # per image of 1024 x 1024
+IMAGE_BYTES = 1.36e6  # lossless WebP of a photograph of 1024 x 1024
 LATENT_BYTES = 2 * 4 / 64  # per pixel: four float16 channels for 8 x 8 pixels
 # One image through the image encoder at its input size (224 to 336 pixels), by reward family: twice the published MACs.
 REWARD_TFLOP = {
@@ -45,9 +45,9 @@ REWARD_TFLOP = {
 }  # fmt: skip
 OTHER_REWARD_TFLOP = 25.0  # of vqascore's 11 billion weights; an upper bound for a class of one's own
 INCEPTION_TFLOP = 0.012
-ENCODE_SECONDS = 0.117  # PNG, level 1
-DECODE_SECONDS = 0.054  # PNG to a tensor
-STATISTICS_SECONDS = 0.052  # saturation, contrast, edges and color entropy
+ENCODE_SECONDS = 0.04  # lossless WebP
+DECODE_SECONDS = 0.025  # to a tensor, and the search for images of one color
+STATISTICS_SECONDS = 0.016  # saturation, contrast, edges and color entropy
 HASH_BYTES_PER_SECOND = 0.5e9  # MD5 by DVC
 COPY_BYTES_PER_SECOND = 1e9  # into DVC's cache where it holds copies
 SHARED_STAGES = ("generate", "score", "train", "evaluate")  # that run in runtime.processes
@@ -239,11 +239,11 @@ def round_bytes(params: Params, train_prompts: int, eval_prompts: int) -> float:
     """Return bytes of a round's outputs: candidates, winners, sample images and the adapter, without DVC's cache."""
     generate = params.generate
     evaluate = params.evaluate
-    candidate = generate.height * generate.width * (PNG_BYTES / PIXELS + LATENT_BYTES)
+    candidate = generate.height * generate.width * (IMAGE_BYTES / PIXELS + LATENT_BYTES)
     images = _drawn(generate, train_prompts) * (generate.candidates_per_prompt + params.select.top_fraction)
     samples = min(evaluate.samples, eval_prompts) * evaluate.images_per_prompt * _eval_pixels(params)
     adapter = 2 * UNET_WEIGHTS if params.train.method == "full" else 4 * params.train.rank * LORA_WEIGHTS_PER_RANK
-    return images * candidate + samples * PNG_BYTES / PIXELS + adapter
+    return images * candidate + samples * IMAGE_BYTES / PIXELS + adapter
 
 
 def peak_tflops(device: str) -> float | None:

@@ -70,12 +70,13 @@ def test_hours_on_the_machine(sdxl: Params) -> None:
     hours = work.stage_hours(one)
     assert list(hours) == ["generate", "score", "train", "evaluate", "save"]
     assert hours["generate"] == pytest.approx(work.generate.tflop / 989 / 0.4 / 3600)
-    assert hours["score"] == pytest.approx(32_000 * cost.DECODE_SECONDS / 16 / 3600), "decoding is slower than rewards"
+    assert hours["score"] == pytest.approx(work.score.tflop / 989 / 0.4 / 3600), "16 cores decode faster than that"
     assert work.gpu_hours(one) < sum(hours.values()) < 1.1 * work.gpu_hours(one)
     eight = work.stage_hours(cost.Machine(peak=989, processes=8, cores=16))
     assert eight["train"] == pytest.approx(hours["train"] / 8) and eight["evaluate"] == hours["evaluate"] / 8
     few_cores = work.stage_hours(cost.Machine(peak=989, processes=8, cores=1))
     assert few_cores["generate"] == pytest.approx(max(hours["generate"] / 8, 32_000 * cost.ENCODE_SECONDS / 3600))
+    assert few_cores["score"] == pytest.approx(32_000 * cost.DECODE_SECONDS / 3600), "one core decodes slower"
     copied = cost.round_cost(sdxl, 4000, 1000, copies=2)
     assert copied.save_seconds == pytest.approx(1.5 * work.save_seconds)
 
