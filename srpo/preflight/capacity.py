@@ -135,7 +135,7 @@ def check_time(
         machines = {name: cost.Machine(cost.peak_tflops(name) or 1.0, processes, cores) for name in names}
         if not results:
             evaluation = cost.evaluation_cost(params, prompt_counts[1])
-            by_name = {name: evaluation.hours(machine, processes) for name, machine in machines.items()}
+            by_name = {name: evaluation.hours(machine) for name, machine in machines.items()}
             hours = ", ".join(f"{name} {value:.1f}" for name, value in by_name.items())
             results.append(CheckResult(f"round {BASE}", "ok", f"hours of evaluation: {hours}"))
         work = cost.round_cost(params, *prompt_counts, copies=1 if links else 2)

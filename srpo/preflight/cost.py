@@ -50,7 +50,6 @@ DECODE_SECONDS = 0.025  # to a tensor, and the search for images of one color
 STATISTICS_SECONDS = 0.016  # saturation, contrast, edges and color entropy
 HASH_BYTES_PER_SECOND = 0.5e9  # MD5 by DVC
 COPY_BYTES_PER_SECOND = 1e9  # into DVC's cache where it holds copies
-SHARED_STAGES = ("generate", "score", "train", "evaluate")  # that run in runtime.processes
 # Dense bf16 peaks in TFLOP/s from the manufacturers' data sheets; the first name contained in the device's name counts.
 PEAKS = {
     "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10G": 70.0,
@@ -58,6 +57,7 @@ PEAKS = {
 }  # fmt: skip
 EXAMPLES = ("H200", "H100", "A100", "RTX 4090")
 SHARE = 0.4  # of the bf16 peak that compiled PyTorch is assumed to reach; without compiling, an H200 reached .37
+TRAIN_SPEED = 0.45  # an H200 reached .15 to .18 of the peak in training a LoRA with 4 and 8 samples at once
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,25 @@ class Machine:
 
 @dataclass(frozen=True)
 class StageCost:
-    """Work of one stage: TFLOP on devices, and CPU seconds that are spent beside them on all cores."""
+    """Work of one stage.
+
+    Attributes:
+        tflop: on all devices together.
+        cpu_seconds: spent beside the devices, on all cores.
+        speed: of a device, compared with sampling.
+    """
 
     tflop: float = 0.0
     cpu_seconds: float = 0.0
+    speed: float = 1.0
 
-    def hours(self, machine: Machine, processes: int) -> float:
-        """Return hours from start to end in that many processes."""
-        device_seconds = self.tflop / (machine.peak * machine.share) / processes
-        return max(device_seconds, self.cpu_seconds / machine.cores) / 3600
+    def device_seconds(self, machine: Machine) -> float:
+        """Return seconds of computation, summed over devices."""
+        return self.tflop / (machine.peak * machine.share * self.speed)
+
+    def hours(self, machine: Machine) -> float:
+        """Return hours from start to end."""
+        return max(self.device_seconds(machine) / machine.processes, self.cpu_seconds / machine.cores) / 3600
 
 
 @dataclass(frozen=True)
@@ -102,16 +112,13 @@ class RoundCost:
 
     def stage_hours(self, machine: Machine) -> dict[str, float]:
         """Return hours from start to end by stage."""
-        hours = {}
-        for stage in ("generate", "score", "train", "evaluate"):
-            processes = machine.processes if stage in SHARED_STAGES else 1
-            hours[stage] = getattr(self, stage).hours(machine, processes)
-        return hours | {"save": self.save_seconds / 3600}
+        stages = {"generate": self.generate, "score": self.score, "train": self.train, "evaluate": self.evaluate}
+        return {name: stage.hours(machine) for name, stage in stages.items()} | {"save": self.save_seconds / 3600}
 
     def gpu_hours(self, machine: Machine) -> float:
         """Return hours of computation, summed over devices."""
-        tflop = sum(stage.tflop for stage in (self.generate, self.score, self.train, self.evaluate))
-        return tflop / (machine.peak * machine.share) / 3600
+        stages = (self.generate, self.score, self.train, self.evaluate)
+        return sum(stage.device_seconds(machine) for stage in stages) / 3600
 
 
 def unet_tflop(height: int, width: int) -> float:
@@ -160,7 +167,7 @@ def round_cost(params: Params, train_prompts: int, eval_prompts: int, copies: in
     return RoundCost(
         generate=StageCost(candidates * candidate, candidates * size * ENCODE_SECONDS),
         score=StageCost(candidates * rewards, candidates * size * DECODE_SECONDS),
-        train=StageCost(_training_tflop(params)),
+        train=StageCost(_training_tflop(params), speed=TRAIN_SPEED),
         evaluate=evaluation_cost(params, eval_prompts),
         save_seconds=saved_bytes / HASH_BYTES_PER_SECOND + (copies - 1) * saved_bytes / COPY_BYTES_PER_SECOND,
     )
