@@ -77,7 +77,7 @@ def make_project(root: Path, prompts: int, per_prompt: int) -> float:
     build_campaign(root, rounds=(KEY,))
     raw = json.loads((root / PARAMS_FILE).read_text(encoding="utf-8"))
     for channel, reward in enumerate(raw["rewards"].values()):
-        reward |= {"kind": "bench.load:Colour", "model": str(channel)}
+        reward |= {"kind": "bench.load:Color", "model": str(channel)}
     (root / PARAMS_FILE).write_text(json.dumps(raw), encoding="utf-8")
     files = RoundFiles(root, KEY)
     shutil.rmtree(files.candidates)
