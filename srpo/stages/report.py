@@ -9,12 +9,14 @@ import polars as pl
 
 from srpo.config.loader import Params
 from srpo.data import parquet
+from srpo.data.prompts import load_prompts
 from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.data.scores import read_scores
 from srpo.lineage.record import read_lineage
 from srpo.reporting import charts, contact_sheets
 from srpo.reporting.html import chart, embedded_image, numbers, render_page
 from srpo.reporting.table import SET_MEASURES
+from srpo.reporting.tags import TagRow, scores_by_tag
 from srpo.rounds import BASE, Round, RoundFiles
 from srpo.selection.audit import PREFIX
 from srpo.storage.files import publish
@@ -26,7 +28,7 @@ def report(round: Round) -> None:
     """Write `rounds/<key>/report/`: index.html, winners.png and tuned.png.
 
     The page embeds its images and loads nothing. The same files give the same bytes. Of other rounds, only the
-    evaluations of base and of the parent are read.
+    evaluations of base and of the parent are read; of the prompt files, only the tags of the eval prompts.
 
     Raises:
         UserError: a dataset of the round is missing or damaged.
@@ -56,6 +58,7 @@ def report(round: Round) -> None:
         lineage=_lineage_rows(files),
         selection=_selection(files),
         rejection=_early_rejection(round.params, files),
+        tags=_tags(round, float(measured[round.key]["guidance"])),
     )  # fmt: skip
     scratch = scratch_folder(round.root, "report", round.key)
     (scratch / "index.html").write_text(page, encoding="utf-8")
@@ -130,6 +133,18 @@ def _selection(files: RoundFiles) -> dict[str, Any]:
     scores = read_scores(files.scores, {})
     winners = parquet.table(files.winners, ["candidate_id"])
     return {"candidates": scores.height, "prompts": scores["prompt_id"].n_unique(), "winners": winners.height}
+
+
+def _tags(round: Round, guidance: float) -> dict[str, list[TagRow]]:
+    """Return the scores by tag of base and of the round, at the reported guidance."""
+    rewards = list(round.params.rewards)
+
+    def scores(files: RoundFiles) -> pl.DataFrame:
+        table = parquet.table(files.evaluation / "per_prompt.parquet", ["prompt_id", "guidance", *rewards])
+        return table.filter((pl.col("guidance") - guidance).abs() < 1e-4)
+
+    prompts = load_prompts(round.root / round.params.prompts.eval)
+    return scores_by_tag(prompts, scores(round.base_files), scores(round.files), rewards)
 
 
 def _early_rejection(params: Params, files: RoundFiles) -> list[tuple[str, float | None]]:

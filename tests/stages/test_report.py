@@ -157,7 +157,7 @@ def test_report_is_deterministic(project: Path) -> None:
 def test_reads_only_base_parent_and_round(project: Path) -> None:
     before = (RoundFiles(project, "002").report / "index.html").read_bytes()
     for needless in ("001/candidates", "001/winners", "001/adapter", "001/evaluation/samples.parquet",
-                     "base/evaluation/per_prompt.parquet", "002/evaluation/per_prompt.parquet"):  # fmt: skip
+                     "001/evaluation/per_prompt.parquet"):  # fmt: skip
         path = project / "rounds" / needless
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     report(Round.of(load_params(project / "params.yaml"), project, "002"))
@@ -169,6 +169,20 @@ def test_missing_numbers_do_not_stop_the_report(project: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"diversity": float("nan"), "kid": None}))
     report(Round.of(load_params(project / "params.yaml"), project, "002"))
     assert {"nan", "-"} <= set(Page(project).words)
+
+
+def test_scores_are_shown_by_tag(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srpo.reporting.tags.MIN_PROMPTS", 2)
+    params = load_params(project / "params.yaml")
+    path = project / params.prompts.eval
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    kinds = ["<b>round</b>", "<b>round</b>", "square", "square", "rare"]
+    lines = [json.dumps(row | {"tags": {"shape": kind}}) for row, kind in zip(rows, kinds, strict=True)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    report(Round.of(params, project, "002"))
+    page = Page(project)
+    assert {"By kind of prompt", "shape", "<b>round</b>", "square"} <= set(page.words)
+    assert "rare" not in page.words
 
 
 def test_scores_of_another_run_are_an_error(project: Path) -> None:
