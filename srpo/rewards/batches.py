@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,6 +14,9 @@ from srpo.rewards.protocol import Reward
 
 # Scores may depend on the batch in the last bit, so its size is a constant and not set by hardware.
 BATCH = 64
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def is_flat(images: torch.Tensor) -> torch.Tensor:
@@ -31,6 +35,19 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
+
+
+def computed_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield `function(item)` for each item in order; the next one is computed in a thread while one is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: Future[Result] | None = None
+        for item in items:
+            following = pool.submit(function, item)
+            if waiting:
+                yield waiting.result()
+            waiting = following
+        if waiting:
+            yield waiting.result()
 
 
 def score_batch(rewards: Mapping[str, Reward], images: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:

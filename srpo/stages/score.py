@@ -9,19 +9,20 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from srpo.data import parquet
 from srpo.data.schemas import IDENTITY_FIELDS, SCORE_FIELDS, with_rewards
 from srpo.data.scores import INVALID, invalid_path, read_source, score_path, write_scores
-from srpo.rewards.batches import BATCH, is_flat, score_batch, to_tensor
+from srpo.rewards.batches import BATCH, computed_ahead, is_flat, score_batch, to_tensor
 from srpo.rewards.loading import check_rewards, load_rewards, reward_code
 from srpo.rewards.validated import ValidatedReward
 from srpo.rounds import Round
@@ -36,6 +37,7 @@ from srpo.storage.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 PLAN = "plan.json"
+Row = Mapping[str, Any]
 
 
 def score(round: Round) -> None:
@@ -142,32 +144,52 @@ def _score_shard(
     texts = [row["prompt"] for row, done in zip(parquet.read_rows(shard, ["prompt"]), finished, strict=True) if done]
     for reward in rewards.values():
         reward.prepare(texts[start : start + BATCH] for start in range(0, len(texts), BATCH))
-    waiting: list[Mapping[str, Any]] = []
-    for row in parquet.read_rows(shard, [*IDENTITY_FIELDS, "prompt", "image", "latents_shape"]):
-        waiting.append(row)
-        if sum(other["image"] is not None for other in waiting) == BATCH:
-            yield from _score_rows(waiting, rewards, nonfinite)
-            progress.update(BATCH)
-            waiting = []
-    yield from _score_rows(waiting, rewards, nonfinite)
-    progress.update(sum(row["image"] is not None for row in waiting))
+    rows = parquet.read_rows(shard, [*IDENTITY_FIELDS, "prompt", "image", "latents_shape"])
+    for part, groups in computed_ahead(_decode, _parts(rows)):  # decoding goes on while the device scores
+        yield from _score_rows(part, groups, rewards, nonfinite)
+        progress.update(sum(len(group.rows) for group in groups))
 
 
-def _score_rows(
-    rows: list[Mapping[str, Any]], rewards: Mapping[str, ValidatedReward], nonfinite: set[str]
-) -> list[dict[str, Any]]:
-    scored: dict[str, dict[str, Any]] = {}
-    sizes: dict[tuple[int, ...], list[Mapping[str, Any]]] = {}
+class _Group(NamedTuple):
+    """Candidates of one size. `images` are uint8 [n, 3, height, width], `flat` has whether each is a single color."""
+
+    rows: list[Row]
+    images: torch.Tensor
+    flat: list[bool]
+
+
+def _parts(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Yield consecutive rows, BATCH of them with an image; the last ones may be fewer."""
+    part: list[Row] = []
+    for row in rows:
+        part.append(row)
+        if sum(other["image"] is not None for other in part) == BATCH:
+            yield part
+            part = []
+    yield part
+
+
+def _decode(rows: list[Row]) -> tuple[list[Row], list[_Group]]:
+    sizes: dict[tuple[int, ...], list[Row]] = {}
     for row in rows:
         if row["image"] is not None:
             sizes.setdefault(tuple(row["latents_shape"]), []).append(row)
+    groups = []
     for finished in sizes.values():
         images = to_tensor(row["image"] for row in finished)
-        scores = score_batch(rewards, images, [row["prompt"] for row in finished])
-        flat = is_flat(images).tolist()
-        for i, row in enumerate(finished):
+        groups.append(_Group(finished, images, is_flat(images).tolist()))
+    return rows, groups
+
+
+def _score_rows(
+    rows: list[Row], groups: list[_Group], rewards: Mapping[str, ValidatedReward], nonfinite: set[str]
+) -> list[dict[str, Any]]:
+    scored: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        scores = score_batch(rewards, group.images, [row["prompt"] for row in group.rows])
+        for i, row in enumerate(group.rows):
             values = {name: scores[name][i].item() for name in rewards}
-            scored[row["candidate_id"]] = values | {INVALID: flat[i] or row["candidate_id"] in nonfinite}
+            scored[row["candidate_id"]] = values | {INVALID: group.flat[i] or row["candidate_id"] in nonfinite}
     stopped = dict.fromkeys(rewards) | {INVALID: True}
     return [{name: row[name] for name in IDENTITY_FIELDS} | scored.get(row["candidate_id"], stopped) for row in rows]
 
