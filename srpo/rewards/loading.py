@@ -97,7 +97,7 @@ def load_reward(spec: RewardParams, root: Path, device: torch.device, dtype: tor
     model = spec.model
     if model and (root / model).exists():
         model = str(root / model)
-    elif model:
+    elif model and ":" not in spec.kind:  # what `model` means to a class of one's own is not known
         log.info("loading %s from the Hub's cache or the Hub: %s@%s", spec.kind, model, spec.revision or "main")
     hide_loading_bars()
     return family(model, spec.revision, device, dtype or torch.float32)
