@@ -34,7 +34,10 @@ def read_sweep(files: HasEvaluation) -> dict[str, dict[str, float]]:
     """Read the evaluation's `guidance.csv` of a round, or of `base`: all metrics, by guidance scale."""
     path = files.evaluation / "guidance.csv"
     with reading(path), path.open(newline="", encoding="utf-8") as file:
-        rows = [dict(row) for row in csv.DictReader(file)]
+        lines = file.readlines()
+        rows = [dict(row) for row in csv.DictReader(lines)]
+        if not rows or not lines[-1].endswith("\n") or any(None in row.values() for row in rows):
+            raise ValueError("it is cut off")
         return {row.pop("guidance"): {name: float(value) for name, value in row.items() if value} for row in rows}
 
 

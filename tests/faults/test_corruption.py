@@ -36,7 +36,7 @@ REPORTED = [
     Case("rounds/001/scores/select/reward.parquet", ("select", "001"), column="reward"),
     Case("rounds/001/scores/judge/judge.parquet", ("report", "001"), column="judge"),
     Case("rounds/001/winners/shard-00000*", ("train", "001")),
-    Case("rounds/001/winners/shard-00000*", ("report", "001"), column="reward"),
+    Case("rounds/001/winners/shard-00000*", ("report", "001"), column="candidate_id"),
     Case("rounds/001/adapter/*.safetensors", ("evaluate", "001")),
     Case("rounds/001/adapter/*.safetensors", ("generate", "002")),
     Case("rounds/base/evaluation/features.safetensors", ("evaluate", "001")),

@@ -79,7 +79,7 @@ def rater(browser, address: str, name: str, **settings):
 
 
 def press(page, key: str) -> None:
-    """Press a key that decides, and wait for the next page."""
+    """Press a key that leads to another page, and wait for it."""
     before = page.url
     page.keyboard.press(key)
     page.wait_for_url(lambda url: url != before)
@@ -126,9 +126,9 @@ def test_twenty_picks_by_keyboard_outlive_the_server(project: Path, browser) -> 
                 press(page, "0" if number == 4 else "2")  # the first one again
             press(page, "u")
             press(page, "3")
-            page.keyboard.press("ArrowLeft")
+            press(page, "ArrowLeft")
             sync_api.expect(page.locator(".chosen")).to_have_count(1)
-            page.keyboard.press("ArrowRight")
+            press(page, "ArrowRight")
             sync_api.expect(page.locator(".chosen")).to_have_count(0)
             press(page, "s")
             assert "accuracy" in page.text_content("figcaption >> nth=0")

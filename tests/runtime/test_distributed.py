@@ -82,7 +82,7 @@ def test_bad_input_in_a_worker_is_reported_once(project: Path) -> None:
     _, told = process.communicate(timeout=300)
     assert process.returncode == 2
     assert told.count("srpo: error: ") == 1 and told.startswith(
-        "srpo: error: model.base: data/judge holds no model_index.json"
+        "srpo: error: model.base: can't load 'data/judge' as an SDXL pipeline: "
     )
     assert len(told.splitlines()) == 1
 

@@ -50,9 +50,7 @@ def test_a_project_starts_and_is_checked(installed: Path, tmp_path: Path) -> Non
     done = run(installed, tmp_path, "-m", "srpo", "init", "project")
     assert done.returncode == 0, done.stderr
     project = tmp_path / "project"
-    originals = {"params.yaml": "presets/sdxl.yaml"} | {
-        name: name for name in ("dvc.yaml", "prefect.yaml", ".gitignore")
-    }
+    originals = {"params.yaml": "presets/sdxl.yaml"} | {name: name for name in ("dvc.yaml", ".gitignore")}
     for name, original in originals.items():
         assert (project / name).read_bytes() == (REPO / original).read_bytes()
     checked = run(installed, project, "-m", "srpo", "check")
