@@ -137,7 +137,7 @@ class Stage:
             for path, stamp in done.items():
                 out = self.root / "rounds" / "001" / "candidates" / path.name
                 assert out.stat().st_mtime_ns == stamp, f"{path.name}: a finished shard was made again"
-        elif "going on" in (self.root / ".log").read_text():
+        elif "resuming" in (self.root / ".log").read_text():
             self.outcome.resumed += 1
 
     def _files(self) -> set[Path]:
