@@ -14,6 +14,7 @@ from srpo.data.prompt_cleaning import clean_prompt
 from srpo.data.prompt_sources import Row, read_source
 from srpo.data.prompts import LONGEST, Prompt
 from srpo.errors import UserError
+from srpo.storage.files import atomic_write
 from srpo.storage.hashing import derive_seed
 from srpo.storage.json_files import write_json
 
@@ -153,13 +154,10 @@ def _id(text: str) -> str:
 
 
 def _write(path: Path, prompts: Sequence[Prompt]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
         for prompt in prompts:
             row = {"id": prompt.id, "prompt": prompt.prompt} | ({"tags": prompt.tags} if prompt.tags else {})
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    partial.replace(path)
 
 
 def _most_frequent(counts: dict[str, int]) -> str:

@@ -12,6 +12,7 @@ from srpo.config.schema import ModelParams
 from srpo.errors import UserError
 from srpo.lineage.checkpoint_files import lora_file
 from srpo.models.lora_files import read_lora
+from srpo.models.merging import share_of_changes
 
 log = logging.getLogger(__name__)
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")
@@ -42,17 +43,5 @@ def merge_base_loras(pipeline: StableDiffusionXLPipeline, model: ModelParams, dt
                         f"{key}: {file}: its layer {module} does not fit the base's {network}; take a LoRA of SDXL"
                     ) from None
     if dtype != torch.float32 and originals:
-        share = 100 * _surviving_share(originals, dtype)
+        share = 100 * share_of_changes(((original, weight.data) for weight, original in originals.items()), dtype)
         log.info("model.loras: merged; %.1f %% of their change survives in %s", share, str(dtype).split(".")[-1])
-
-
-def _surviving_share(originals: dict[torch.nn.Parameter, torch.Tensor], dtype: torch.dtype) -> float:
-    """Return what `merging.surviving_share` returns, of weights that are merged already."""
-    lost = 0.0
-    total = 0.0
-    for weight, original in originals.items():
-        change = weight.data - original
-        rounded = weight.data.to(dtype).float() - original.to(dtype).float()
-        lost += float((rounded - change).square().sum(dtype=torch.float64))
-        total += float(change.square().sum(dtype=torch.float64))
-    return max(0.0, 1 - lost / total) if total else 1.0

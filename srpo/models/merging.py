@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,19 +16,30 @@ def surviving_share(unet: UNet2DConditionModel, dtype: torch.dtype) -> float:
     share is 1 - |r - c|^2 / |c|^2, at least 0, of the rounded change r and the exact change c of all weights: 1 is all
     of it. The UNet stays as it is.
     """
+    return share_of_changes(_changes(unet), dtype)
+
+
+def share_of_changes(changes: Iterable[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype) -> float:
+    """Return the share of `surviving_share`, from float32 weights without and with the change."""
     lost = 0.0
     total = 0.0
+    for original, weight in changes:
+        change = weight - original
+        rounded = weight.to(dtype).float() - original.to(dtype).float()
+        lost += float((rounded - change).square().sum(dtype=torch.float64))
+        total += float(change.square().sum(dtype=torch.float64))
+    return max(0.0, 1 - lost / total) if total else 1.0
+
+
+def _changes(unet: UNet2DConditionModel) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield each weight without and with the active LoRA."""
     for layer, name in _merged_one_by_one(unet):
         weight = layer.get_base_layer().weight
         original = weight.data.clone()
         layer.merge(adapter_names=[name])
-        change = weight.data - original
-        rounded = weight.data.to(dtype).float() - original.to(dtype).float()
+        yield original, weight.data
         weight.data = original
         layer.merged_adapters.clear()
-        lost += float((rounded - change).square().sum(dtype=torch.float64))
-        total += float(change.square().sum(dtype=torch.float64))
-    return max(0.0, 1 - lost / total) if total else 1.0
 
 
 def merge_lora(unet: UNet2DConditionModel) -> None:

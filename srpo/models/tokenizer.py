@@ -71,15 +71,13 @@ def text_read(model: ModelParams, tokenizer: CLIPTokenizer) -> Callable[[str], s
     return read if model.long_prompts == "cut" else lambda text: None
 
 
-def warn_of_cut_prompts(stage: str, prompts: Iterable[tuple[str, str]], round: Round) -> None:
+def warn_of_cut_prompts(stage: str, prompts: Iterable[tuple[str, str]], round: Round, tokenizer: CLIPTokenizer) -> None:
     """Log once how many of these prompts the text encoders do not read to their end.
 
     Args:
         prompts: name and text of each.
     """
-    model = round.params.model
-    tokenizer = load_tokenizer(model, round.root)
-    read = text_read(model, tokenizer)
+    read = text_read(round.params.model, tokenizer)
     names = [(name, read(text) is not None) for name, text in prompts]
     cut = [name for name, is_cut in names if is_cut]
     if cut:

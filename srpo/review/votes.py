@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from srpo.data import parquet
+from srpo.data.eval_scores import at_guidance, read_eval_scores
 from srpo.errors import UserError
 from srpo.review.agreement import human_win_rate, krippendorff_alpha, vote_agreement
 from srpo.review.journal import Decision
@@ -89,10 +89,8 @@ def reward_differences(round: Round, against: str) -> Differences:
     """Return each reward's differences at the guidance of the samples, which is the reported one."""
     tables = []
     for key in (round.key, against):
-        columns = ["prompt_id", "index", "guidance", *round.params.rewards]
-        table = parquet.table(RoundFiles(round.root, key).evaluation / "per_prompt.parquet", columns)
-        reported = (pl.col("guidance") - round.params.evaluate.guidance_scale).abs() < 1e-4
-        tables.append(table.filter(reported))
+        scores = read_eval_scores(RoundFiles(round.root, key), round.params.rewards)
+        tables.append(at_guidance(scores, round.params.evaluate.guidance_scale))
     both = tables[0].join(tables[1], on=["prompt_id", "index"], suffix="_other")
     return {
         name: {(row[0], row[1]): row[2] for row in both.select("prompt_id", "index", difference).iter_rows()}

@@ -187,7 +187,7 @@ class Member(NodeProcess):
         if self.work.files is None:
             return steps, {}, []
         files = {}
-        names = [path.relative_to(self.round.root).as_posix() for path in self._checkpoints()]
+        names = self._checkpoints()
         for name in names:
             path = self.round.root / name
             if name not in self._sent:
@@ -209,10 +209,10 @@ class Member(NodeProcess):
     def _run(self) -> None:
         self.lay_out()
         # what came from the driver is no news
-        self._sent = {
-            path.relative_to(self.round.root).as_posix() for path in self.round.root.glob(self.work.checkpoints)
-        }
+        self._sent = set(self._checkpoints())
         self.work.load(self.round, lambda metrics, step: self._steps.append((dict(metrics), step)))
 
-    def _checkpoints(self) -> list[Path]:
-        return sorted(self.round.root.glob(self.work.checkpoints))
+    def _checkpoints(self) -> list[str]:
+        """Return the names of all checkpoints, relative to the project."""
+        root = self.round.root
+        return sorted(path.relative_to(root).as_posix() for path in root.glob(self.work.checkpoints))

@@ -44,6 +44,7 @@ from srpo.rounds import BASE, Round
 from srpo.runtime import distributed
 from srpo.runtime.inputs import model_inputs, reward_inputs
 from srpo.runtime.make_units import is_shared, make_units
+from srpo.runtime.progress import image_progress
 from srpo.runtime.units import Make, Units, unfinished
 from srpo.sampling.prompt_cache import prompt_embeds
 from srpo.sampling.sampler import Sampler, sample_images
@@ -151,7 +152,7 @@ def _load_models(
     ]
     for reward in rewards.values():
         reward.prepare(texts)
-    with _progress(round, left) as progress:
+    with image_progress(f"evaluate {round.key}", left) as progress:
 
         def make(unit: Path) -> None:
             batch = batches[unit.name]
@@ -169,7 +170,7 @@ def _load_prompts(round: Round) -> list[Prompt]:
     train = load_prompts(round.root / paths.train)
     check_disjoint(train, prompts, text_read(round.params.model, tokenizer))
     if not distributed.is_worker():
-        warn_of_cut_prompts("evaluate", named_texts(prompts, round.params.evaluate.negative_prompt), round)
+        warn_of_cut_prompts("evaluate", named_texts(prompts, round.params.evaluate.negative_prompt), round, tokenizer)
         if problem := untrained_sizes(train, round.params.generate, prompts, round.params.evaluate):
             log.warning("evaluate %s: %s", round.key, problem)
     if (len(prompts) - 1) * round.params.evaluate.images_per_prompt < 2:
@@ -204,17 +205,6 @@ def _plan(round: Round, prompts: Sequence[Prompt]) -> tuple[Path, dict[Path, Bat
             sampled = [i for i, (row, _) in enumerate(batch) if reported and row < settings.samples]
             units[scratch / f"guidance-{guidance}-{number:05d}.safetensors"] = Batch(guidance, size, batch, sampled)
     return scratch, units
-
-
-def _progress(round: Round, left: int) -> tqdm:
-    processes = distributed.world_size()
-    return tqdm(
-        total=left // processes,
-        unit="img",
-        desc=f"evaluate {round.key}{f' (1 of {processes} processes)' if processes > 1 else ''}",
-        mininterval=2,
-        disable=not distributed.draws_progress(),
-    )
 
 
 def _sample(

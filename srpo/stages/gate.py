@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from srpo.data import parquet
+from srpo.data.eval_scores import at_guidance, read_eval_scores
 from srpo.data.records import headline, read_drift, read_sweep
 from srpo.evaluation.bootstrap import Estimate, win_rate
 from srpo.evaluation.gate import HACKING, best_guidance, best_of_sweep, image_stat_shifts, judge_round
 from srpo.review.votes import frozen_votes, human_record, reward_differences
-from srpo.rounds import BASE, Round, RoundFiles
+from srpo.rounds import BASE, Round
 from srpo.storage.json_files import write_json
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def _judge(round: Round, sweep: Sweep) -> dict[str, Any]:
     base_sweep = read_sweep(round.base_files)
     parent_sweep = read_sweep(round.parent_files)
     scores, base, parent = (
-        _scores(files, list(params.rewards)) for files in (round.files, round.base_files, round.parent_files)
+        read_eval_scores(files, params.rewards) for files in (round.files, round.base_files, round.parent_files)
     )
     best: dict[str, Estimate] = {}
     over_parent: dict[str, Estimate] = {}
@@ -107,20 +107,12 @@ def _human_metrics(human: Mapping[str, Any] | None) -> dict[str, float | int | N
     return metrics | agreement
 
 
-def _scores(files: RoundFiles, rewards: list[str]) -> pl.DataFrame:
-    return parquet.table(files.evaluation / "per_prompt.parquet", ["prompt_id", "index", "guidance", *rewards])
-
-
 def _win_rate(scores: pl.DataFrame, other: pl.DataFrame, name: str, guidance: float, other_guidance: float) -> Estimate:
-    one = _at(scores, guidance)
-    two = _at(other, other_guidance)
+    one = at_guidance(scores, guidance)
+    two = at_guidance(other, other_guidance)
     return win_rate(one[name].to_numpy(), two[name].to_numpy(), one["prompt_id"].to_list())
 
 
 def _missing(scores: pl.DataFrame, name: str, guidance: float) -> float:
     """Return the share of scores that are NaN or infinite."""
-    return float(np.mean(~np.isfinite(_at(scores, guidance)[name].to_numpy())))
-
-
-def _at(scores: pl.DataFrame, guidance: float) -> pl.DataFrame:
-    return scores.filter((pl.col("guidance") - guidance).abs() < 1e-4).sort("prompt_id", "index")
+    return float(np.mean(~np.isfinite(at_guidance(scores, guidance)[name].to_numpy())))

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from srpo.data import parquet
@@ -28,6 +27,7 @@ from srpo.rounds import Round
 from srpo.runtime import distributed
 from srpo.runtime.inputs import model_inputs, reward_inputs
 from srpo.runtime.make_units import make_units
+from srpo.runtime.progress import image_progress
 from srpo.runtime.units import Make, Units, unfinished
 from srpo.selection.audit import is_audited
 from srpo.storage.files import publish
@@ -78,7 +78,7 @@ def _load(shards: Mapping[str, Sequence[Prompt]], left: int, round: Round) -> It
     sampler, rejection = _load_models(round)
     _encode_prompts(round, sampler, list(shards.values()))
     # the redirection keeps log lines out of the bar
-    with logging_redirect_tqdm(), _progress(round, left) as progress:
+    with logging_redirect_tqdm(), image_progress(f"generate {round.key}", left) as progress:
 
         def make(unit: Path) -> None:
             prompts = shards[unit.name]
@@ -99,7 +99,7 @@ def _plan(round: Round) -> tuple[Path, dict[str, list[Prompt]]]:
     if not prompts:
         raise UserError(f"rounds.{round.key}.generate.tags: no prompt of {params.prompts.train} has them; change tags")
     if not distributed.is_worker():
-        warn_of_cut_prompts("generate", named_texts(prompts, round.params.generate.negative_prompt), round)
+        warn_of_cut_prompts("generate", named_texts(prompts, round.params.generate.negative_prompt), round, tokenizer)
     inputs = {
         "seed": params.seed,
         "model": params.model.model_dump(),
@@ -113,17 +113,6 @@ def _plan(round: Round) -> tuple[Path, dict[str, list[Prompt]]]:
     size = settings.prompts_per_shard
     parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     return scratch, {f"shard-{number:05d}-of-{len(parts):05d}.parquet": part for number, part in enumerate(parts)}
-
-
-def _progress(round: Round, left: int) -> tqdm:
-    processes = distributed.world_size()
-    return tqdm(
-        total=left // processes,
-        unit="img",
-        desc=f"generate {round.key}{f' (1 of {processes} processes)' if processes > 1 else ''}",
-        mininterval=2,
-        disable=not distributed.draws_progress(),
-    )
 
 
 def _load_models(round: Round) -> tuple[Sampler, EarlyRejection | None]:

@@ -9,6 +9,7 @@ import polars as pl
 
 from srpo.config.loader import Params
 from srpo.data import parquet
+from srpo.data.eval_scores import at_guidance, read_eval_scores
 from srpo.data.prompts import load_prompts
 from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.data.scores import read_scores
@@ -138,13 +139,11 @@ def _selection(files: RoundFiles) -> dict[str, Any]:
 def _tags(round: Round, guidance: float) -> dict[str, list[TagRow]]:
     """Return the scores by tag of base and of the round, at the reported guidance."""
     rewards = list(round.params.rewards)
-
-    def scores(files: RoundFiles) -> pl.DataFrame:
-        table = parquet.table(files.evaluation / "per_prompt.parquet", ["prompt_id", "guidance", *rewards])
-        return table.filter((pl.col("guidance") - guidance).abs() < 1e-4)
-
     prompts = load_prompts(round.root / round.params.prompts.eval)
-    return scores_by_tag(prompts, scores(round.base_files), scores(round.files), rewards)
+    base, scores = (
+        at_guidance(read_eval_scores(files, rewards), guidance) for files in (round.base_files, round.files)
+    )
+    return scores_by_tag(prompts, base, scores, rewards)
 
 
 def _early_rejection(params: Params, files: RoundFiles) -> list[tuple[str, float | None]]:

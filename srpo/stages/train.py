@@ -15,7 +15,7 @@ from srpo.errors import UserError
 from srpo.lineage.code import import_closure_digest
 from srpo.lineage.record import check_base, write_lineage
 from srpo.models.adapters import make_trainable_unet
-from srpo.models.tokenizer import warn_of_cut_prompts
+from srpo.models.tokenizer import load_tokenizer, warn_of_cut_prompts
 from srpo.rounds import Round, RoundFiles
 from srpo.runtime import distributed
 from srpo.runtime.device import pick_device, pick_dtype
@@ -75,7 +75,8 @@ def train(round: Round, on_step: OnStep = lambda metrics, step: None) -> None:
     loss = make_loss(settings)
     winners = load_winners(round, pairs=loss.pairs)
     if accelerator.is_main_process:
-        warn_of_cut_prompts("train", ((repr(text[:40]), text) for text in winners.prompts), round)
+        tokenizer = load_tokenizer(round.params.model, round.root)
+        warn_of_cut_prompts("train", ((repr(text[:40]), text) for text in winners.prompts), round, tokenizer)
     loop = _prepare(round, winners, loss, accelerator)
     with accelerator.main_process_first():
         scratch = scratch_folder(round.root, "train", round.key, _inputs(round, winners))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo.errors import UserError
+from srpo.storage.files import atomic_write
 
 NAME = re.compile(r"([a-z]+)-([0-9a-f]{16})\.jsonl")
 
@@ -22,10 +23,8 @@ def write_rows(folder: Path, stem: str, rows: Iterable[Mapping[str, Any]]) -> Pa
     """Write these rows atomically, one JSON object a line, and return the file's path."""
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     path = folder / f"{stem}-{_digest(data)}.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    with atomic_write(path) as partial:
+        partial.write_bytes(data)
     return path
 
 

@@ -1,0 +1,24 @@
+"""The progress bar of a stage that makes images."""
+
+from __future__ import annotations
+
+from tqdm import tqdm
+
+from srpo.runtime import distributed
+
+
+def image_progress(name: str, left: int) -> tqdm:
+    """Return a bar over this process's share of the images that are still to be made; one process draws it.
+
+    Args:
+        name: stage and round.
+        left: images of all processes.
+    """
+    processes = distributed.world_size()
+    return tqdm(
+        total=left // processes,
+        unit="img",
+        desc=f"{name}{f' (1 of {processes} processes)' if processes > 1 else ''}",
+        mininterval=2,
+        disable=not distributed.draws_progress(),
+    )
