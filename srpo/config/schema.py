@@ -250,6 +250,9 @@ class TrainParams(Section):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of the inputs of LoRA's layers that training drops"
     )
+    train_text_encoder: bool = Field(
+        False, description="also train a LoRA of the same rank on the attention of both text encoders"
+    )
     initial_lora: InitialLora | None = Field(
         None, description="a LoRA that training starts from where it would start from base's weights"
     )
@@ -302,9 +305,11 @@ class TrainParams(Section):
     )
 
     @model_validator(mode="after")
-    def _initial_lora_is_trained(self) -> TrainParams:
+    def _lora_keys_fit(self) -> TrainParams:
         if self.initial_lora and self.method == "full":
             raise ValueError("initial_lora: method is full, which trains no LoRA; merge it with model.loras")
+        if self.train_text_encoder and self.method == "full":
+            raise ValueError("train_text_encoder: method is full, which trains all of the UNet and no LoRA")
         return self
 
 

@@ -14,18 +14,19 @@ from srpo.storage.hashing import derive_seed
 
 
 class LoraDropout:
-    """The dropout layers of a UNet's LoRA.
+    """The dropout layers of a model's LoRA.
 
     Attributes:
-        seeds: one per row of the batch that is next. They stay through its backward pass, since gradient checkpointing
-            computes layers again. Without seeds nothing is dropped.
+        seeds: one per sample of the batch that is next; in a text encoder each chunk of a sample has a row. They stay
+            through its backward pass, since gradient checkpointing computes layers again. Without seeds nothing is
+            dropped.
     """
 
-    def __init__(self, unet: torch.nn.Module, adapter: str) -> None:
+    def __init__(self, model: torch.nn.Module, adapter: str) -> None:
         """Replace PEFT's dropout layers of this adapter."""
         self.seeds: Sequence[int] = ()
         number = 0
-        for module in unet.modules():
+        for module in model.modules():
             layers = getattr(module, "lora_dropout", {})
             if adapter in layers and isinstance(layers[adapter], torch.nn.Dropout):
                 layers[adapter] = _SampleDropout(self, layers[adapter].p, number)
@@ -43,9 +44,10 @@ class _SampleDropout(torch.nn.Module):
         if not self.training or not self._owner.seeds:
             return x
         generator = torch.Generator(x.device)
-        rows = []
+        shape = (len(x) // len(self._owner.seeds), *x.shape[1:])
+        parts = []
         for seed in self._owner.seeds:
             generator.manual_seed(derive_seed(seed, self._number))
-            rows.append(torch.rand(x.shape[1:], generator=generator, device=x.device))
-        kept = torch.stack(rows) >= self._share
+            parts.append(torch.rand(shape, generator=generator, device=x.device))
+        kept = torch.cat(parts) >= self._share
         return x * kept / (1 - self._share)

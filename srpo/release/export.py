@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 NUM_IMAGES = 8
 MERGED = "merged"
 MAGNITUDE = ".lora_magnitude_vector"
+KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
 
 def export(
@@ -87,17 +88,22 @@ def export(
 def write_kohya(adapter: Path, path: Path) -> None:
     """Write a diffusers LoRA with kohya's names.
 
-    They are `lora_unet_<module>` with `.lora_down.weight`, `.lora_up.weight`, `.alpha` and, of a DoRA, `.dora_scale`.
-    Values do not change. Alpha is the rank, so the scale is 1, as in training.
+    They are `lora_unet_<module>`, of text encoders `lora_te1_<module>` and `lora_te2_<module>`, with
+    `.lora_down.weight`, `.lora_up.weight`, `.alpha` and, of a DoRA, `.dora_scale`. Values do not change. Alpha is the
+    rank, so the scale is 1, as in training.
     """
-    from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
-    from safetensors.torch import load_file, save_file
+    from diffusers.utils import convert_state_dict_to_kohya
+    from safetensors.torch import save_file
 
-    layers = convert_unet_state_dict_to_peft(load_file(adapter / WEIGHTS_FILE))
+    from srpo.models.adapter_files import read_adapter_file
+
+    states = read_adapter_file(adapter / WEIGHTS_FILE)
+    layers = {f"{network}.{name}": value for network, state in states.items() for name, value in state.items()}
     magnitudes = {name: layers.pop(name) for name in list(layers) if name.endswith(MAGNITUDE)}
     state = convert_state_dict_to_kohya(layers)
     for name, value in magnitudes.items():
-        module = name.removesuffix(MAGNITUDE).replace("unet.", "lora_unet.").replace(".", "_")
+        network, _, module = name.removesuffix(MAGNITUDE).partition(".")
+        module = f"{KOHYA_PREFIXES[network]}_{module.replace('.', '_')}"
         ups = state[f"{module}.lora_up.weight"]
         state[f"{module}.dora_scale"] = value.view(-1, *[1] * (ups.ndim - 1))
     ranks = sorted({int(value) for name, value in state.items() if name.endswith(".alpha")})
@@ -142,13 +148,14 @@ def merged_pipeline(params: Params, adapter: Path, dtype: str = "auto") -> Stabl
     """
     import torch
 
-    from srpo.models.adapters import with_adapter
-    from srpo.models.pipeline import load_pipeline
+    from srpo.models.adapters import apply_lora, with_adapter
+    from srpo.models.pipeline import TEXT_ENCODERS, load_pipeline
     from srpo.runtime.device import pick_device, pick_dtype
 
     stored_as = pick_dtype(params.runtime, pick_device(params.runtime)) if dtype == "auto" else getattr(torch, dtype)
     pipeline = load_pipeline(params.model, torch.float32)
     pipeline.unet = with_adapter(pipeline.unet, adapter, stored_as=stored_as)
+    apply_lora({name: getattr(pipeline, name) for name in TEXT_ENCODERS}, adapter, stored_as=stored_as)
     return pipeline.to(stored_as)
 
 

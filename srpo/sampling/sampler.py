@@ -21,8 +21,9 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 
 from srpo.config.loader import Params
 from srpo.config.schema import SamplingParams
-from srpo.models.adapters import with_adapter
-from srpo.models.pipeline import TEXT_PARTS, load_pipeline, optimize_for_inference
+from srpo.models.adapter_files import text_lora_digest
+from srpo.models.adapters import apply_lora, with_adapter
+from srpo.models.pipeline import TEXT_ENCODERS, TEXT_PARTS, load_pipeline, optimize_for_inference
 from srpo.runtime.device import pick_device, pick_dtype
 from srpo.sampling.batch_invariant import BatchInvariant, tile_rows
 from srpo.sampling.conditioning import Conditioning, PromptEmbeds, stacked, time_ids
@@ -52,6 +53,7 @@ class Sampler:
             UserError: the model or the adapter can't be loaded.
         """
         self.model = params.model
+        self._adapter = adapter
         self.device = pick_device(params.runtime)
         dtype = pick_dtype(params.runtime, self.device)
         pipeline = load_pipeline(params.model, dtype, **dict.fromkeys(TEXT_PARTS))
@@ -73,7 +75,7 @@ class Sampler:
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Return the conditioning of n prompts and, as row n, that of the empty prompt."""
         embeds = encode_prompts(
-            self._text_pipeline,
+            self.text_pipeline,
             prompts,
             chunked=self.model.long_prompts == "chunk",
             padded=self.batch_invariant is not None,
@@ -81,12 +83,21 @@ class Sampler:
         return embeds.to(self.device)
 
     @cached_property
-    def _text_pipeline(self) -> StableDiffusionXLPipeline:
-        return load_pipeline(self.model, self.unet.dtype, unet=None, vae=None).to(self.device)
+    def text_pipeline(self) -> StableDiffusionXLPipeline:
+        """Return the tokenizers and text encoders, with the adapter's part in them."""
+        pipeline = load_pipeline(self.model, self.unet.dtype, unet=None, vae=None)
+        if self._adapter and self.text_lora:
+            apply_lora({name: getattr(pipeline, name) for name in TEXT_ENCODERS}, self._adapter)
+        return pipeline.to(self.device)
+
+    @cached_property
+    def text_lora(self) -> str | None:
+        """Return what names the adapter's change of the text encoders; None if it changes none."""
+        return text_lora_digest(self._adapter) if self._adapter else None
 
     def release_text_encoders(self) -> None:
         """Free the memory of the text encoders; `encode` loads them again."""
-        self.__dict__.pop("_text_pipeline", None)
+        self.__dict__.pop("text_pipeline", None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from srpo.sampling.batch_invariant import tile_rows
 from srpo.sampling.conditioning import PromptEmbeds
@@ -77,10 +78,21 @@ def _encode(
         count = len(parts[0])
         if padded:
             parts = [part + part[-1:] * (rows - count) for part in parts]
-        first, second = (
-            encoder(torch.tensor(part, device=encoder.device), output_hidden_states=True)
-            for encoder, part in zip((pipeline.text_encoder, pipeline.text_encoder_2), parts, strict=True)
-        )
-        tokens.append(torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)[:count])
-        pooled.append(second[0][:count])
+        encoders = pipeline.text_encoder, pipeline.text_encoder_2
+        ids = (torch.tensor(part, device=encoders[0].device) for part in parts)
+        part_tokens, part_pooled = encode_ids(*encoders, *ids)
+        tokens.append(part_tokens[:count])
+        pooled.append(part_pooled[:count])
     return torch.cat(tokens), torch.cat(pooled)
+
+
+def encode_ids(
+    text_encoder: CLIPTextModel,
+    text_encoder_2: CLIPTextModelWithProjection,
+    first: torch.Tensor,
+    second: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens [n, length, dim] and pooled [n, pooled_dim] of n chunks' ids, int64 [n, length] per encoder."""
+    one = text_encoder(first, output_hidden_states=True)
+    two = text_encoder_2(second, output_hidden_states=True)
+    return torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1), two[0]

@@ -1,4 +1,4 @@
-"""Stage `train`: fine-tuning on the winners' latents, without VAE and text encoders."""
+"""Stage `train`: fine-tuning on the winners' latents, without VAE and, unless they are trained, text encoders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from srpo.errors import UserError
 from srpo.lineage.code import import_closure_digest
 from srpo.lineage.record import check_base, write_lineage
-from srpo.models.adapters import make_trainable_unet
 from srpo.models.tokenizer import load_tokenizer, warn_of_cut_prompts
 from srpo.rounds import Round, RoundFiles
 from srpo.runtime import distributed
@@ -30,7 +29,9 @@ from srpo.storage.scratch import scratch_folder
 from srpo.training.dataset import Winners, load_winners
 from srpo.training.loop import OnStep, TrainingLoop
 from srpo.training.losses import Loss, make_loss
+from srpo.training.model import TextEncoders, make_trainable
 from srpo.training.noise_schedule import make_noise_schedule
+from srpo.training.prompt_tokens import PromptTokens
 
 log = logging.getLogger(__name__)
 
@@ -130,12 +131,20 @@ def _prepare(round: Round, winners: Winners, loss: Loss, accelerator: Accelerato
         )
     sampler = Sampler(params)
     dtype = pick_dtype(round.params.runtime, sampler.device)
+    encoders: TextEncoders | None = None
+    texts: StoredEmbeds | PromptTokens
+    if settings.train_text_encoder:
+        pipeline = sampler.text_pipeline
+        encoders = TextEncoders(pipeline.text_encoder, pipeline.text_encoder_2)
+        texts = PromptTokens(pipeline, winners.prompts, chunked=params.model.long_prompts == "chunk")
+    else:
+        texts = StoredEmbeds(sampler, winners.prompts, round.root)
     return TrainingLoop(
         accelerator=accelerator,
-        model=make_trainable_unet(sampler.unet, round, with_reference=loss.pairs, dtype=dtype),
+        model=make_trainable(sampler.unet, round, with_reference=loss.pairs, dtype=dtype, encoders=encoders),
         loss=loss,
         winners=winners,
-        embeds=StoredEmbeds(sampler, winners.prompts, round.root),
+        texts=texts,
         time_ids=partial(_time_ids, sampler.pipeline.vae_scale_factor, sampler.device, sampler.unet.dtype),
         schedule=make_noise_schedule(sampler.pipeline.scheduler),
         settings=settings,

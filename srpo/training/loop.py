@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from srpo.config.schema import RuntimeParams, TrainParams
 from srpo.errors import UserError
-from srpo.models.adapters import TrainableUNet
 from srpo.rewards.batches import batched
 from srpo.runtime import distributed
 from srpo.sampling.prompt_cache import StoredEmbeds
@@ -30,8 +29,10 @@ from srpo.training.checkpoint import Row, TrainingState
 from srpo.training.dataset import Winners, batch_indices
 from srpo.training.divergence import DivergenceMonitor
 from srpo.training.losses import Loss, pair_metrics
+from srpo.training.model import TrainableModel
 from srpo.training.noise_schedule import NoiseSchedule, prediction_type_mismatch
 from srpo.training.optimizers import make_optimizer
+from srpo.training.prompt_tokens import PromptTokens
 
 log = logging.getLogger(__name__)
 
@@ -77,16 +78,17 @@ class TrainingLoop:
     """The loop and its inputs.
 
     Attributes:
-        embeds: conditioning of the winners' distinct prompts, and of the empty prompt in the last row.
+        texts: conditioning of the winners' distinct prompts, and of the empty prompt in the last row; their tokens, if
+            the text encoders are trained.
         time_ids: gives SDXL's size conditioning [1, 6] of latents' height and width.
         dtype: compute dtype.
     """
 
     accelerator: Accelerator
-    model: TrainableUNet
+    model: TrainableModel
     loss: Loss
     winners: Winners
-    embeds: StoredEmbeds
+    texts: StoredEmbeds | PromptTokens
     time_ids: Callable[[int, int], torch.Tensor]
     schedule: NoiseSchedule
     settings: TrainParams
@@ -129,10 +131,10 @@ class TrainingLoop:
         if not resumed:
             self._check_prediction_type()
 
-        unet = self._prepare_unet()
+        denoiser = self._prepare_denoiser()
         for step in self._progress(resumed):
             # step
-            loss, errors = self._backward(unet, self._sample_batch(step, next(batches)))
+            loss, errors = self._backward(denoiser, self._sample_batch(step, next(batches)))
             norm = torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm).item()
             rate = _learning_rate(settings, step)
             metrics = {"loss": loss, "learning_rate": rate, "grad_norm": norm} | errors
@@ -159,11 +161,11 @@ class TrainingLoop:
             ema.copy_to(trained)
         return history
 
-    def _prepare_unet(self) -> torch.nn.Module:
-        self.model.unet.train()
+    def _prepare_denoiser(self) -> torch.nn.Module:
+        denoiser = self.model.denoiser.train()
         if self.runtime.gradient_checkpointing:
-            self.model.unet.enable_gradient_checkpointing()
-        return self.accelerator.prepare_model(self.model.unet)
+            denoiser.enable_gradient_checkpointing()
+        return self.accelerator.prepare_model(denoiser)
 
     def _progress(self, resumed: int) -> tqdm[int]:
         total = self.settings.steps
@@ -187,7 +189,7 @@ class TrainingLoop:
         noise = [torch.randn(self.winners.shapes[index], generator=generator) for index in indices.tolist()]
         levels = self.schedule.draw_levels(len(indices), generator)
         dropped = torch.rand(len(indices), generator=generator) < self.settings.caption_dropout
-        text = torch.where(dropped, len(self.embeds) - 1, self.winners.prompt_indices[indices])
+        text = torch.where(dropped, len(self.texts) - 1, self.winners.prompt_indices[indices])
         seeds = torch.tensor([derive_seed(*self.seed, "dropout", step, row) for row in range(len(indices))])
         share = self._share(len(indices))
         indices = indices[share]
@@ -207,7 +209,7 @@ class TrainingLoop:
         count = self.accelerator.num_processes
         return slice(rank * total // count, (rank + 1) * total // count)
 
-    def _backward(self, unet: torch.nn.Module, batch: _Batch) -> tuple[float, dict[str, float]]:
+    def _backward(self, denoiser: torch.nn.Module, batch: _Batch) -> tuple[float, dict[str, float]]:
         """Add up gradients of the whole batch's mean loss over this process' share of it.
 
         Returns:
@@ -219,8 +221,8 @@ class TrainingLoop:
         names: list[str] = []
         passes = [part for group in self._groups(batch) for part in batched(group, size)]
         for number, part in enumerate(passes, start=1):
-            with contextlib.nullcontext() if number == len(passes) else self.accelerator.no_sync(unet):
-                loss, errors = self._loss(unet, batch[part])
+            with contextlib.nullcontext() if number == len(passes) else self.accelerator.no_sync(denoiser):
+                loss, errors = self._loss(denoiser, batch[part])
                 loss = loss / total
                 (loss * self.accelerator.num_processes).backward()  # gradients are averaged over processes
             names = list(errors)
@@ -232,10 +234,10 @@ class TrainingLoop:
         """Return the samples of a batch, grouped by what fits into one pass: one size, equally many chunks of text."""
         groups: dict[tuple[torch.Size, int], list[int]] = {}
         for sample, (noise, row) in enumerate(zip(batch.noise, batch.text.tolist(), strict=True)):
-            groups.setdefault((noise.shape, self.embeds.num_chunks(row)), []).append(sample)
+            groups.setdefault((noise.shape, self.texts.num_chunks(row)), []).append(sample)
         return list(groups.values())
 
-    def _loss(self, unet: torch.nn.Module, batch: _Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(self, denoiser: torch.nn.Module, batch: _Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the sum of the weighted losses of a batch, and for a loss on pairs `pair_metrics`."""
         clean = torch.stack(batch.winners).float()
         noise = torch.stack(batch.noise)
@@ -249,28 +251,25 @@ class TrainingLoop:
         timesteps = self.schedule.timesteps(levels)
         reference = None
         if self.loss.pairs:
-            with torch.no_grad(), self.model.reference() as reference_unet:
-                reference = self._predict(reference_unet, noisy, timesteps, text)
+            with torch.no_grad(), self.model.reference() as start:
+                reference = self._predict(start, noisy, timesteps, text)
         if self.model.dropout:
             self.model.dropout.seeds = seeds.tolist()
-        predicted = self._predict(unet, noisy, timesteps, text)
+        predicted = self._predict(denoiser, noisy, timesteps, text)
         target = self.schedule.target(clean, noise, levels).to(self.device)
         weight = self.schedule.weight(batch.levels, self.settings.snr_gamma).to(self.device)
         loss = (self.loss.function(predicted, reference, target, weight) * batch.weights.to(self.device)).sum()
         return loss, {} if reference is None else pair_metrics(predicted.detach(), reference, target)
 
     def _predict(
-        self, unet: torch.nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
+        self, denoiser: torch.nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
     ) -> torch.Tensor:
-        embeds = self.embeds[text.tolist()]
-        conditions = {"text_embeds": embeds.pooled, "time_ids": self.time_ids(*noisy.shape[-2:]).expand(len(noisy), -1)}
+        time_ids = self.time_ids(*noisy.shape[-2:]).expand(len(noisy), -1)
         mixed = self.settings.method == "full" and self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=mixed):
             x = noisy.to(self.device, self.dtype)
-            predicted = unet(
-                x, timesteps.to(self.device), embeds.tokens, added_cond_kwargs=conditions, return_dict=False
-            )
-        return predicted[0].float()
+            predicted = denoiser(x, timesteps.to(self.device), self.texts[text.tolist()], time_ids)
+        return predicted.float()
 
     @torch.no_grad()
     def _check_prediction_type(self) -> None:
@@ -289,7 +288,7 @@ class TrainingLoop:
             parts = zip(
                 *(value.split(size) for value in (noisy, timesteps, self.winners.prompt_indices[indices])), strict=True
             )
-            return torch.cat([self._predict(self.model.unet, *part).cpu() for part in parts])
+            return torch.cat([self._predict(self.model.denoiser, *part).cpu() for part in parts])
 
         if problem := prediction_type_mismatch(self.schedule, predict, clean, noise):
             raise UserError(f"model.base: {problem}")

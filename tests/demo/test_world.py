@@ -95,11 +95,11 @@ def test_plain_diffusers_samples_with_an_adapter(made: str, quick_world: Path, t
     from diffusers import StableDiffusionXLPipeline
 
     from srpo.config.loader import load_params
-    from srpo.models.adapters import LoraUNet
+    from srpo.training.model import LoraModel
 
     base = (quick_world if made == "now" else REPO / "data") / "base"
     settings = load_params(REPO / "params.yaml").train.model_copy(update={"rank": 2, "target_modules": ["to_q"]})
-    trained = LoraUNet(StableDiffusionXLPipeline.from_pretrained(base).unet, settings, seed=0)
+    trained = LoraModel(StableDiffusionXLPipeline.from_pretrained(base).unet, settings, seed=0)
     for name, value in trained.parameters.items():
         if "lora_B" in name:  # it starts as zeros
             torch.nn.init.ones_(value)

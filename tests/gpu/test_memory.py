@@ -10,8 +10,8 @@ import torch
 
 from bench.random_sdxl import SDXL, TOKENS, build_networks
 from srpo.config.loader import Params, load_params
-from srpo.models.adapters import LoraUNet
 from srpo.preflight import cost
+from srpo.training.model import LoraModel
 from tests.gpu.helpers import DEVICE, marks, on
 from tests.training.helpers import with_train
 
@@ -82,7 +82,7 @@ def test_lora_training_takes_the_estimated_memory(unet: torch.nn.Module, preset:
     rows = 2
     params = on(with_train(preset, batch_size=rows), dtype="auto", train_batch_size=rows)
     params = on(params, dtype="auto", gradient_checkpointing=checkpointing)
-    model = LoraUNet(unet, params.train, 0)
+    model = LoraModel(unet, params.train, 0)
     try:
         trained = list(model.parameters.values())
         unet.train()

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from srpo.config.loader import Params, load_params
 from srpo.lineage.record import WEIGHTS_FILE
-from srpo.models.adapters import LoraUNet, with_adapter
+from srpo.models.adapters import with_adapter
 from srpo.models.pipeline import load_pipeline
+from srpo.training.model import LoraModel
 
 TEXT = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"))
 
@@ -30,9 +31,9 @@ def base_unet(params: Params, dtype: torch.dtype) -> torch.nn.Module:
 def write_adapter(params: Params, folder: Path, size: float) -> dict[str, torch.Tensor]:
     """Write a LoRA that changes each weight by about `size` of itself; return its changes by weight."""
     settings = params.train.model_copy(update={"rank": 2, "target_modules": ["to_q", "to_out.0"]})
-    trained = LoraUNet(base_unet(params, torch.float32), settings, seed=0)
+    trained = LoraModel(base_unet(params, torch.float32), settings, seed=0)
     generator = torch.Generator().manual_seed(1)
-    weights = {name: value for name, value in trained.unet.named_parameters() if "base_layer.weight" in name}
+    weights = {name: value for name, value in trained.denoiser.named_parameters() if "base_layer.weight" in name}
     for name, value in trained.parameters.items():
         value.data = torch.randn(value.shape, generator=generator)
         if "lora_B" in name:
@@ -83,7 +84,7 @@ def test_a_small_change_stays_beside_the_weights(
     assert caplog.text.count("merged into bfloat16 weights") == 1, "what an export loses is said"
     weights = beside.state_dict()
     layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-    lora = weights[f"{layer}.lora_B.default_0.weight"].float() @ weights[f"{layer}.lora_A.default_0.weight"].float()
+    lora = weights[f"{layer}.lora_B.default.weight"].float() @ weights[f"{layer}.lora_A.default.weight"].float()
     exact = write_adapter(params, tmp_path / "again", 0.0005)[f"{layer}.weight"]
     assert torch.allclose(lora, exact, rtol=0.05, atol=exact.abs().max().item() / 50)
     stored = weights[f"{layer}.base_layer.weight"].float()

@@ -54,7 +54,7 @@ def test_large_networks_give_the_same_without_padding(
 
     def denoise(self: Sampler, *arguments, **options) -> torch.Tensor:
         assert self._unet_rows == self._decoder_rows == 1
-        assert "_text_pipeline" not in vars(self)
+        assert "text_pipeline" not in vars(self)
         return real(self, *arguments, **options)
 
     monkeypatch.setattr(Sampler, "denoise", denoise)

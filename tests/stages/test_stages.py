@@ -13,7 +13,6 @@ import torch
 from srpo.config.loader import Params, load_params
 from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.lineage.record import WEIGHTS_FILE, read_lineage
-from srpo.models.adapters import make_trainable_unet
 from srpo.reporting.table import verdict
 from srpo.rounds import Round, RoundFiles
 from srpo.sampling.sampler import Sampler
@@ -26,6 +25,7 @@ from srpo.stages.score import score
 from srpo.stages.select import select
 from srpo.stages.train import train
 from srpo.tracking.records import round_record
+from srpo.training.model import make_trainable
 from tests.support.world import sampling_params
 
 
@@ -127,7 +127,7 @@ def test_evaluation_pairs_base_and_round(params: Params, world: Path) -> None:
 def test_a_round_that_is_base_is_even_with_it(params: Params, world: Path) -> None:
     evaluate(Round.of(params, world, "base"))
     round = Round.of(params, world, "001")
-    untrained = make_trainable_unet(Sampler(params).unet, round, with_reference=False, dtype=torch.float32)
+    untrained = make_trainable(Sampler(params).unet, round, with_reference=False, dtype=torch.float32)
     untrained.save(RoundFiles(world, "001").adapter)  # a LoRA starts as no change
     evaluate(Round.of(params, world, "001"))
     gate(Round.of(params, world, "001"))

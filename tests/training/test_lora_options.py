@@ -16,13 +16,13 @@ from srpo.config.loader import Params
 from srpo.config.schema import InitialLora
 from srpo.errors import UserError
 from srpo.lineage.record import WEIGHTS_FILE
-from srpo.models.adapters import make_trainable_unet
 from srpo.models.lora_files import read_lora
 from srpo.release.export import write_kohya
 from srpo.rounds import Round, RoundFiles
 from srpo.sampling.sampler import Sampler
 from srpo.stages.train import train
 from srpo.storage.hashing import file_digest
+from srpo.training.model import make_trainable
 from tests.training.helpers import contents, with_runtime, with_train
 from tests.training.test_resume import interrupted
 from tests.training.test_train import predict
@@ -51,8 +51,8 @@ def test_each_kind_is_trained_sampled_and_exported(params: Params, root: Path, k
     round = Round.of(with_train(wanted, start="parent"), root, "002")
     round.parent_files.adapter.joinpath(WEIGHTS_FILE).write_bytes((adapter / WEIGHTS_FILE).read_bytes())
     (round.parent_files.adapter / "lineage.json").unlink()
-    trained = make_trainable_unet(Sampler(params).unet, round, with_reference=False, dtype=torch.float32)
-    assert torch.allclose(predict(trained.unet), sampled, atol=1e-4), "training goes on from what is sampled"
+    trained = make_trainable(Sampler(params).unet, round, with_reference=False, dtype=torch.float32)
+    assert torch.allclose(predict(trained.denoiser.unet), sampled, atol=1e-4), "training goes on from what is sampled"
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(root / "data" / "base")
     pipeline.load_lora_weights(adapter, weight_name=WEIGHTS_FILE)
@@ -110,13 +110,13 @@ def test_a_round_starts_from_a_lora_of_ones_own(params: Params, root: Path, kind
 
     def started(**values: object) -> torch.nn.Module:
         round = Round.of(with_train(wanted, **{"initial_lora": lora} | values), root, "001")
-        return make_trainable_unet(Sampler(params).unet, round, with_reference=True, dtype=torch.float32)
+        return make_trainable(Sampler(params).unet, round, with_reference=True, dtype=torch.float32)
 
     model = started()
-    assert torch.allclose(predict(model.unet), sampled, atol=1e-4)
-    with model.reference() as unet:
-        assert torch.allclose(predict(unet), sampled, atol=1e-4)
-    with pytest.raises(UserError, match=r"rank, target_modules or use_dora differ from those of train\.initial_lora"):
+    assert torch.allclose(predict(model.denoiser.unet), sampled, atol=1e-4)
+    with model.reference() as start:
+        assert torch.allclose(predict(start.unet), sampled, atol=1e-4)
+    with pytest.raises(UserError, match=r"or train_text_encoder differ from those of train\.initial_lora"):
         started(rank=3)
     with pytest.raises(UserError, match=rf"^train\.initial_lora\.sha256: .* is {lora.sha256}; set it"):
         started(initial_lora=InitialLora(path=lora.path, sha256=re.sub(".", "0", lora.sha256)))

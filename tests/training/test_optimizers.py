@@ -12,11 +12,11 @@ import torch
 
 from srpo.config.loader import Params
 from srpo.errors import UserError
-from srpo.models.adapters import make_trainable_unet
 from srpo.rounds import Round, RoundFiles
 from srpo.runtime import extras
 from srpo.sampling.sampler import Sampler
 from srpo.stages.train import train
+from srpo.training.model import make_trainable
 from srpo.training.optimizers import make_optimizer
 from tests.training.helpers import contents, losses, with_runtime, with_train
 from tests.training.test_resume import interrupted
@@ -43,7 +43,7 @@ def test_each_optimizer_resumes_to_the_same_bytes(params: Params, root: Path, na
 
 def test_what_is_missing_is_one_line(params: Params, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     round = Round.of(params, root, "001")
-    model = make_trainable_unet(Sampler(params).unet, round, with_reference=False, dtype=torch.float32)
+    model = make_trainable(Sampler(params).unet, round, with_reference=False, dtype=torch.float32)
     trained = list(model.parameters.values())
 
     def make(name: str) -> torch.optim.Optimizer:

@@ -10,11 +10,11 @@ import torch
 from srpo.config.loader import Params
 from srpo.errors import UserError
 from srpo.lineage.record import UNET_FILE, WEIGHTS_FILE, read_lineage
-from srpo.models.adapters import make_trainable_unet
 from srpo.rounds import Round, RoundFiles
 from srpo.sampling.sampler import Sampler
 from srpo.stages.train import train
 from srpo.storage.hashing import digest, file_digest
+from srpo.training.model import make_trainable
 from tests.training.helpers import contents, losses, with_train
 
 METHODS = ["lora", "full"]
@@ -56,18 +56,18 @@ def test_reference_is_the_model_training_started_from(params: Params, root: Path
     wanted = with_train(params, method=method, start=start)
     train(Round.of(with_train(params, method=method), root, "001"))
     round = Round.of(wanted, root, "002")
-    model = make_trainable_unet(Sampler(params).unet, round, with_reference=True, dtype=torch.float32)
+    model = make_trainable(Sampler(params).unet, round, with_reference=True, dtype=torch.float32)
     expected = predict(Sampler(params, RoundFiles(root, "001").adapter if start == "parent" else None).unet)
     names = set(model.parameters)
     assert names and all(value.dtype == torch.float32 for value in model.parameters.values())
-    assert torch.allclose(predict(model.unet), expected, atol=1e-5)
+    assert torch.allclose(predict(model.denoiser.unet), expected, atol=1e-5)
     with torch.no_grad():
         for value in model.parameters.values():
             value.add_(0.1)
-    trained = predict(model.unet)
-    with model.reference() as unet:
-        assert torch.allclose(predict(unet), expected, atol=1e-5)
-    assert torch.equal(predict(model.unet), trained) and not torch.allclose(trained, expected, atol=1e-3)
+    trained = predict(model.denoiser.unet)
+    with model.reference() as start:
+        assert torch.allclose(predict(start.unet), expected, atol=1e-5)
+    assert torch.equal(predict(model.denoiser.unet), trained) and not torch.allclose(trained, expected, atol=1e-3)
     assert set(model.parameters) == names, "using the reference changed what is trained"
 
 
@@ -98,8 +98,8 @@ def test_lineage_names_the_winners_that_were_used(params: Params, root: Path) ->
 def test_a_missing_or_other_parent_is_refused(params: Params, root: Path) -> None:
     with pytest.raises(UserError, match=rf"{UNET_FILE}: missing; run train of round 001"):
         train(Round.of(with_train(params, method="full"), root, "002"))
-    with pytest.raises(UserError, match=r"rounds\.002\.train: .* or use_dora differ from those of parent 001"):
+    with pytest.raises(UserError, match=r"rounds\.002\.train: .*train_text_encoder differ from those of parent 001"):
         train(Round.of(with_train(params, rank=3), root, "002"))
-    with pytest.raises(UserError, match=r"rounds\.002\.train: .* or use_dora differ from those of parent 001"):
+    with pytest.raises(UserError, match=r"rounds\.002\.train: .*train_text_encoder differ from those of parent 001"):
         train(Round.of(with_train(params, target_modules=["to_q"]), root, "002"))
     train(Round.of(with_train(params, rank=3, start="base"), root, "002"))  # who starts from base may choose

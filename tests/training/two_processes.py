@@ -18,13 +18,15 @@ CASES = {
         "batch_size": 4,
     },  # of round 002: with the parent's LoRA as a second adapter
     "replay": {"replay": 0.5, "batch_size": 3},
+    # some passes have dropped captions only, which reach no text encoder
+    "text": {"train_text_encoder": True, "objective": "nft", "batch_size": 4, "caption_dropout": 0.6},
 }
 
 
 def case(params: Params, name: str) -> tuple[str, Params]:
     """The round and the params of a case."""
     values = with_train(params, steps=4, lr_schedule="constant", warmup_steps=0, ema_decay=0.9, **CASES[name])
-    return "001" if name == "sft" else "002", with_runtime(values, train_batch_size=1)
+    return "001" if name in ("sft", "text") else "002", with_runtime(values, train_batch_size=1)
 
 
 def main() -> None:
