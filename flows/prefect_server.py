@@ -23,6 +23,7 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.settings import (
     PREFECT_API_URL,
+    PREFECT_CLIENT_MAX_RETRIES,
     PREFECT_SERVER_ANALYTICS_ENABLED,
     get_current_settings,
     temporary_settings,
@@ -38,6 +39,7 @@ START_SECONDS = 300  # the first start creates the database: 26 s on two slow co
 # without its server a flow can start no stage, and would retry for hours
 PATIENCE_SECONDS = float(os.environ.get("SRPO_SERVER_PATIENCE", "300"))
 POLL_SECONDS = 5
+RETRIES = 8  # of one call; the waits between them, 2, 4, 8... s, are 510 s in all: more than the patience
 
 
 class NoServer(RuntimeError):
@@ -88,13 +90,15 @@ def ensure_server() -> Iterator[None]:
 def exit_without_server() -> Iterator[None]:
     """While the block runs, exit with status 1 and a message if the server has been unreachable for five minutes.
 
-    While a stage runs, the process does not exit: the stage's outputs are kept in any case.
+    Until then all calls of the server are retried. While a stage runs, the process does not exit: the stage's outputs
+    are kept in any case.
     """
     ended = threading.Event()
     context = contextvars.copy_context()  # contains the server's address
     threading.Thread(target=context.run, args=(_watch, ended), name="srpo-watch", daemon=True).start()
     try:
-        yield
+        with temporary_settings(set_defaults={PREFECT_CLIENT_MAX_RETRIES: RETRIES}):
+            yield
     finally:
         ended.set()
 
@@ -133,8 +137,8 @@ def _check_server(address: str) -> None:
 
 
 def _is_unreachable() -> bool:
-    # Prefect's own client, which uses API keys and proxies
-    with get_client(sync_client=True) as client:
+    # Prefect's own client, which uses API keys and proxies; its retries would take a minute
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
         error = client.api_healthcheck()
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code >= 500

@@ -16,7 +16,7 @@ import pytest
 from prefect.settings import PREFECT_API_URL
 
 from flows import prefect_server as server
-from srpo.runtime import fork_server
+from srpo.runtime import fork_server, fork_server_process
 from tests.support.servers import free_port
 
 REPO = Path(__file__).parents[2]
@@ -86,10 +86,10 @@ def fork_server_socket() -> Iterator[str]:
             # what `dvc` and `srpo track` need; the stages are stand-ins
             wanted = [
                 item
-                for item in fork_server.PRELOAD
+                for item in fork_server_process.PRELOAD
                 if item.startswith(("dvc", "mlflow", "srpo.cli", "srpo.tracking.sync"))
             ]
-            patch.setenv(fork_server.PRELOAD_VARIABLE, " ".join(wanted))
+            patch.setenv(fork_server_process.PRELOAD_VARIABLE, " ".join(wanted))
             patch.delenv(fork_server.SOCKET_VARIABLE, raising=False)
             stack.enter_context(fork_server.running())
             address = os.environ.pop(fork_server.SOCKET_VARIABLE, "")  # for these tests, not for all that come after

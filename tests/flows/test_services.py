@@ -15,7 +15,7 @@ import pytest
 from flows.errors import StageDied
 from flows.rounds import srpo_rounds
 from flows.stages import reproduce
-from srpo.runtime import fork_server
+from srpo.runtime import fork_server, fork_server_process
 from tests.flows.conftest import BUCKET, ran, stages
 from tests.flows.test_rounds import is_gone, run_flow
 from tests.support.proxy import Proxy
@@ -40,7 +40,7 @@ def project(workspace: Path, prefect_line: Proxy, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("SRPO_SERVER_PATIENCE", "20")
     monkeypatch.delenv(fork_server.SOCKET_VARIABLE)  # the flow's own fork server must end with it
     monkeypatch.setenv(fork_server.REQUEST_VARIABLE, "1")
-    monkeypatch.setenv(fork_server.PRELOAD_VARIABLE, "dvc.cli dvc.repo dvc.commands.repro")
+    monkeypatch.setenv(fork_server_process.PRELOAD_VARIABLE, "dvc.cli dvc.repo dvc.commands.repro")
     prefect_line.down = False
     return workspace
 
@@ -52,11 +52,13 @@ def fall_in(flow: subprocess.Popen, stage: str, line: Proxy) -> list[psutil.Proc
     return psutil.Process(flow.pid).children(recursive=True)
 
 
-def test_short_absence_of_prefect(project: Path, prefect_line: Proxy) -> None:
+def test_absence_of_prefect_is_waited_out(project: Path, prefect_line: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SRPO_SERVER_PATIENCE", "300")
     (project / "trouble-evaluate-base").write_text("linger")
     flow = run_flow("--round", "001")
     fall_in(flow, "evaluate-base", prefect_line)
-    threading.Timer(10, lambda: setattr(prefect_line, "down", False)).start()
+    # longer than Prefect retries by itself
+    threading.Timer(90, lambda: setattr(prefect_line, "down", False)).start()
     told = flow.stdout.read()
     assert flow.wait(60) == 0, told[-3000:]
     assert ran(project) == BASE + stages("001")

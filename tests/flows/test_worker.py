@@ -18,7 +18,7 @@ from prefect.client.schemas.filters import LogFilter
 from prefect.client.schemas.objects import FlowRun
 
 from flows import concurrency
-from srpo.runtime import fork_server
+from srpo.runtime import fork_server, fork_server_process
 from tests.flows.conftest import REPO, ran
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -33,7 +33,7 @@ def deployed(workspace: Path, prefect_server: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SRPO_RETRY_DELAY", "0")
     monkeypatch.delenv(fork_server.SOCKET_VARIABLE)  # the flow's own fork server must end with it
     monkeypatch.setenv(fork_server.REQUEST_VARIABLE, "1")
-    monkeypatch.setenv(fork_server.PRELOAD_VARIABLE, "dvc.cli dvc.repo dvc.commands.repro")
+    monkeypatch.setenv(fork_server_process.PRELOAD_VARIABLE, "dvc.cli dvc.repo dvc.commands.repro")
     (workspace / "flows").symlink_to(REPO / "flows")
     (workspace / "prefect.yaml").symlink_to(REPO / "prefect.yaml")
     concurrency.ensure_limit()

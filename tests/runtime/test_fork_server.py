@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from srpo.runtime import fork_server, processes
+from srpo.runtime import fork_server, fork_server_process, processes
 
 # a stand-in for srpo.cli: the server is under test, not the stages
 STUB = """
@@ -41,10 +41,10 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (stub / "cli.py").write_text(STUB)
     (stub / "runtime").mkdir()
     (stub / "runtime" / "__init__.py").write_text("")
-    for module in (fork_server, processes):
+    for module in (fork_server, fork_server_process, processes):
         (stub / "runtime" / Path(module.__file__).name).write_text(Path(module.__file__).read_text())
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "stub"))
-    monkeypatch.setenv(fork_server.PRELOAD_VARIABLE, "srpo.cli")
+    monkeypatch.setenv(fork_server_process.PRELOAD_VARIABLE, "srpo.cli")
     monkeypatch.chdir(tmp_path)
     with fork_server.running():
         yield
@@ -116,7 +116,7 @@ def test_submit_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_runs_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(fork_server.SOCKET_VARIABLE, raising=False)
-    monkeypatch.setenv(fork_server.PRELOAD_VARIABLE, "json")
+    monkeypatch.setenv(fork_server_process.PRELOAD_VARIABLE, "json")
     for value in ("", "1"):
         monkeypatch.setenv(fork_server.REQUEST_VARIABLE, value)
         with fork_server.if_requested():
@@ -126,7 +126,7 @@ def test_it_runs_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_commands_wait_for_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "slow_import.py").write_text("import time; time.sleep(3)")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(fork_server.__file__).parents[2]}")
-    monkeypatch.setenv(fork_server.PRELOAD_VARIABLE, "slow_import json")
+    monkeypatch.setenv(fork_server_process.PRELOAD_VARIABLE, "slow_import json")
     monkeypatch.delenv(fork_server.SOCKET_VARIABLE, raising=False)
     with fork_server.running():
         assert "Usage" in client("--help").communicate(timeout=60)[0]
