@@ -41,6 +41,15 @@ def read_sweep(files: HasEvaluation) -> dict[str, dict[str, float]]:
         return {row.pop("guidance"): {name: float(value) for name, value in row.items() if value} for row in rows}
 
 
+def write_sweep(path: Path, sweep: Mapping[str, Mapping[str, float]]) -> None:
+    """Write a `guidance.csv`: all metrics, by guidance scale."""
+    names = list(dict.fromkeys(name for record in sweep.values() for name in record))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=["guidance", *names])
+        writer.writeheader()
+        writer.writerows({"guidance": guidance} | dict(values) for guidance, values in sweep.items())
+
+
 def read_drift(files: HasEvaluation) -> dict[str, float]:
     """Read the evaluation's `drift.json` of a round: FID and KID against base's images at the reported guidance."""
     return read_json(files.evaluation / "drift.json")

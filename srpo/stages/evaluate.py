@@ -6,7 +6,6 @@ metrics are computed from these files.
 
 from __future__ import annotations
 
-import csv
 import gc
 import logging
 import shutil
@@ -25,14 +24,13 @@ from srpo.config.schema import ImageSize
 from srpo.data import parquet
 from srpo.data.images import encode_images
 from srpo.data.prompts import Prompt, check_disjoint, load_prompts, named_texts, negative_prompts
-from srpo.data.records import headline
+from srpo.data.records import headline, write_sweep
 from srpo.data.schemas import PER_PROMPT_FIELDS, SAMPLE_FIELDS, with_rewards
 from srpo.errors import UserError
 from srpo.evaluation.accumulator import Measurements, MetricAccumulator, measure
+from srpo.evaluation.drift import FEATURES_FILE, drift_from_base, read_base_features
 from srpo.evaluation.features import load_extractors
-from srpo.evaluation.frechet import frechet_distance, gaussian
 from srpo.evaluation.gate import best_of_sweep
-from srpo.evaluation.kernel import paired_kid
 from srpo.evaluation.reference import load_reference
 from srpo.lineage.code import import_closure_digest
 from srpo.lineage.record import check_base, require_weights
@@ -93,7 +91,7 @@ def evaluate(round: Round) -> None:
     references = {}
     base_features = None
     if not distributed.is_worker():
-        base_features = None if round.key == BASE else _read_base_features(round)
+        base_features = None if round.key == BASE else read_base_features(round.base_files)
         rewards = load_pinned_rewards(params, round.root)
         references = {
             name: load_reference(round.root / params.evaluate.reference, extractor, round.root / ".srpo" / "cache")
@@ -280,15 +278,15 @@ def _write(
         sweep[str(guidance)] = accumulator.compute()
     parquet.write_table(out / "samples.parquet", samples, SAMPLE_FIELDS)
     parquet.write_table(out / "per_prompt.parquet", rows, with_rewards(PER_PROMPT_FIELDS, rewards))
-    _write_sweep(out / "guidance.csv", sweep)
+    write_sweep(out / "guidance.csv", sweep)
     if base_features is None:
-        save_with_checksum({"features": torch.cat(features)}, out / "features.safetensors")
+        save_with_checksum({"features": torch.cat(features)}, out / FEATURES_FILE)
         drift = {"drift": 0.0, "drift_kid": 0.0}
         metrics = headline(sweep, settings.guidance_scale, rewards) | drift | best_of_sweep(sweep, rewards)
         metrics |= {"verdict": "-", "finding": "-"}
         write_json(out / "metrics.json", metrics)
     else:
-        write_json(out / "drift.json", _drift(round, torch.cat(features).numpy(), base_features))
+        write_json(out / "drift.json", drift_from_base(round.base_files, torch.cat(features).numpy(), base_features))
     _report(round, sweep)
 
 
@@ -299,30 +297,3 @@ def _report(round: Round, sweep: Mapping[str, Mapping[str, float]]) -> None:
     for name in round.params.rewards:
         if missing := sum(int(record.get(f"{name}_missing", 0)) for record in sweep.values()):
             log.warning("evaluate %s: %s is NaN or infinite for %d images; left out", round.key, name, missing)
-
-
-def _read_base_features(round: Round) -> np.ndarray:
-    path = round.base_files.evaluation / "features.safetensors"
-    try:
-        return load_with_checksum(path)["features"].numpy()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable ({error}); run `srpo evaluate base`, or `dvc checkout`") from None
-
-
-def _drift(round: Round, features: np.ndarray, base: np.ndarray) -> dict[str, float]:
-    """Return FID and KID against base's images of the same prompts and noise."""
-    if base.shape != features.shape:
-        path = round.base_files.evaluation / "features.safetensors"
-        raise UserError(f"{path}: {base.shape} features, but this round has {features.shape}; run `srpo evaluate base`")
-    finite = np.isfinite(features).all(axis=1) & np.isfinite(base).all(axis=1)
-    if not finite.all():
-        features, base = features[finite], base[finite]
-    return {"drift": frechet_distance(gaussian(features), gaussian(base)), "drift_kid": paired_kid(features, base)}
-
-
-def _write_sweep(path: Path, sweep: Mapping[str, Mapping[str, float]]) -> None:
-    names = list(dict.fromkeys(name for record in sweep.values() for name in record))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=["guidance", *names])
-        writer.writeheader()
-        writer.writerows({"guidance": guidance} | dict(values) for guidance, values in sweep.items())
