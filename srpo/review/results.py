@@ -12,7 +12,7 @@ from srpo.review.agreement import human_win_rate, pick_agreement, same_choice, v
 from srpo.review.candidates import picks_dataset
 from srpo.review.journal import Decision, Journal
 from srpo.review.votes import alpha, by_pair, current_votes, reward_differences
-from srpo.rounds import Round
+from srpo.rounds import BASE, Round
 
 
 @dataclass
@@ -62,8 +62,10 @@ def vote_tables(round: Round, against: str, votes: list[Decision]) -> list[Table
             f"Krippendorff's alpha is {found_alpha:.2f} over {shared} pairs of several raters"
             " (1: all agree, 0: chance)."
         )
+    frozen = f" They count in the gate after `srpo votes {round.key} --freeze`." * (against == BASE)
     note = (
-        f"Win rate: an equal vote counts half, 95 % interval over prompts; 0.5 is no difference. {agreement}{outdated}"
+        "Win rate: an equal vote counts half, 95 % interval over prompts; 0.5 is no difference."
+        f" {agreement}{outdated}{frozen}"
     )
     tables = [Table(title, note, ["rater", "win rate", "votes", "prompts", "equal", "left"], rows)]
     differences = reward_differences(round, against)
