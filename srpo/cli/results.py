@@ -66,9 +66,9 @@ def lineage(
     from rich.console import Console
 
     from srpo.lineage import graph
-    from srpo.release import registry
+    from srpo.release.provenance import provenance
 
-    found = registry.provenance(params, root, which)
+    found = provenance(params, root, which)
     if check:
         graph.verify(root, found)
     if as_json:

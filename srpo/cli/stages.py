@@ -53,8 +53,8 @@ def train(key: RoundKey) -> None:
         from srpo.tracking.live import live
 
         shards(round.files.winners)  # else MLflow would record a training that can't start
-        with live(round) as curve:
-            train(round, curve.log)
+        with live(round) as on_step:
+            train(round, on_step)
 
 
 @app.command(rich_help_panel=PANEL)

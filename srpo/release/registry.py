@@ -21,16 +21,15 @@ from typing import TYPE_CHECKING, Any
 from srpo.config.loader import Params
 from srpo.data.records import read_gate
 from srpo.errors import UserError
-from srpo.lineage import graph
 from srpo.lineage.dvc_lock import read_dvc_lock, recorded
 from srpo.lineage.record import adapter_weights, read_lineage
 from srpo.release.mlflow_model import save_model
 from srpo.release.model_card import license_of
 from srpo.rounds import Round
 from srpo.storage.hashing import dvc_digest, file_digest
-from srpo.tracking.connection import as_default, reason
+from srpo.tracking.campaign import CAMPAIGN, PROJECT, Campaign, opened
+from srpo.tracking.connection import reason
 from srpo.tracking.records import round_params, round_record
-from srpo.tracking.runs import CAMPAIGN, PROJECT, Campaign, opened
 from srpo.tracking.sync import sync_round
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ def promote(round: Round, decision: Decision, adapter: str | None = None) -> Mod
     if adapter not in (None, current):
         raise UserError(f"rounds/{round.key}/adapter: changed since the decision; promote it again")
     sync_round(round)
-    with _registry(round.params, round.root) as campaign:
+    with registry(round.params, round.root) as campaign:
         client, name = campaign.client, model_name(round.params, campaign)
         version = _find(_versions(client, name), current)
         approval = decision.tags(read_gate(round.files)["verdict"])
@@ -174,59 +173,21 @@ def look_up(params: Params, root: Path, which: str) -> ModelVersion:
 
 
 def _known(params: Params, root: Path) -> tuple[str, list[ModelVersion]]:
-    with _registry(params, root) as campaign:
+    with registry(params, root) as campaign:
         name = model_name(params, campaign)
         return name, _versions(campaign.client, name)
 
 
-def provenance(params: Params, root: Path, which: str) -> graph.Node:
-    """Return the provenance of a round, below the versions of its adapter; or of a version, as it was registered.
-
-    Args:
-        which: a round of params.yaml; any other name is the number or alias of a version.
-
-    Raises:
-        UserError: it is neither; the round has no adapter in this project folder; or MLflow can't be reached to look
-            up a version.
-    """
-    if which not in params.rounds:
-        version = look_up(params, root, which)
-        return _below([version], registered_provenance(params, root, version))
-    tree = graph.round_provenance(root, which)
-    try:
-        same = [v for v in versions(params, root) if v.tags.get("srpo.adapter") == tree.children[0].sha256]
-    except UserError as error:
-        return graph.Node(name="versions", detail=f"unknown: {error}", children=[tree])
-    return _below(same, tree)
-
-
-def _below(known: list[ModelVersion], tree: graph.Node) -> graph.Node:
-    if not known:
-        return graph.Node(name="no registered version", children=[tree])
-    names = ", ".join(" ".join([f"{v.name} {number(v)}", *(f"@{alias}" for alias in v.aliases)]) for v in known)
-    return graph.Node(name=names, detail=f"Git {known[-1].tags['srpo.git_revision'][:12]}", children=[tree])
-
-
-def registered_provenance(params: Params, root: Path, version: ModelVersion) -> graph.Node:
-    """Return the provenance that was uploaded when the version was registered.
-
-    Raises:
-        UserError: MLflow can't be reached or does not have it.
-    """
-    from mlflow.artifacts import download_artifacts
-
-    with _registry(params, root) as campaign, tempfile.TemporaryDirectory() as folder:
-        place = f"models:/{version.name}/{version.version}/{graph.FILE}"
-        path = download_artifacts(place, dst_path=folder, tracking_uri=campaign.uri)
-        return graph.Node.model_validate_json(Path(path).read_text(encoding="utf-8"))
-
-
 @contextlib.contextmanager
-def _registry(params: Params, root: Path) -> Iterator[Campaign]:
+def registry(params: Params, root: Path) -> Iterator[Campaign]:
+    """Connect to MLflow's registry.
+
+    Raises:
+        UserError: MLflow can't be reached, or a request in the block failed.
+    """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", UPLOAD_SECONDS)
     try:
-        # a registry in a database looks up logged models at MLflow's default address, not at the client's
-        with opened(params, root) as campaign, as_default(campaign.uri):
+        with opened(params, root) as campaign:
             yield campaign
     except UserError:
         raise

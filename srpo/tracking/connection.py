@@ -8,7 +8,6 @@ import os
 import re
 import socket
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -18,7 +17,6 @@ from srpo.errors import UserError, one_line, without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment
 
 log = logging.getLogger(__name__)
 
@@ -26,19 +24,19 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "10",
+    "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "30",  # seconds; the samples are a training's heartbeat, too
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 ARTIFACTS_FOLDER = "mlartifacts"
 # the columns of MLflow's database that hold absolute paths of artifacts
-PATH_COLUMNS = (
-    ("experiments", "artifact_location"),
-    ("runs", "artifact_uri"),
-    ("logged_models", "artifact_location"),
-    ("model_versions", "source"),
-    ("model_versions", "storage_location"),
-)
+PATH_COLUMNS = {
+    "experiments": ["artifact_location"],
+    "runs": ["artifact_uri"],
+    "logged_models": ["artifact_location"],
+    "model_versions": ["source", "storage_location"],
+}
 TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens on chat traces
 REMEDIES = {
     r"database schema|Can't locate revision": (
@@ -52,8 +50,8 @@ REMEDIES = {
 }
 
 
-def connect(tracking: TrackingParams, folder: Path) -> tuple[MlflowClient, str, str]:
-    """Connect to MLflow and return its client, its address and the experiment's id; make the experiment if needed.
+def connect(tracking: TrackingParams, folder: Path) -> tuple[MlflowClient, str]:
+    """Make the project's MLflow this process's default; return a client and the experiment's id.
 
     An experiment that was deleted in MLflow is restored. Artifact paths in a SQLite database follow a project folder
     that moved.
@@ -66,40 +64,28 @@ def connect(tracking: TrackingParams, folder: Path) -> tuple[MlflowClient, str, 
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
+    import mlflow
 
     for chatty in ("mlflow", "alembic", "urllib3.connectionpool"):
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
-    uri, database = tracking.uri, _sqlite_file(tracking.uri, folder)
-    if database:
-        uri = f"sqlite:///{database}"
-    _ping_database(uri)
-    client = MlflowClient(tracking_uri=uri)
+    found = re.fullmatch(r"sqlite:///(.*)", tracking.uri)
+    database = (folder / found[1]).resolve() if found else None
+    _ping_database(tracking.uri)
+    mlflow.set_tracking_uri(f"sqlite:///{database}" if database else tracking.uri)
+    client = mlflow.MlflowClient()
     # without a server MLflow's default is the current folder
-    artifacts = (database.parent if database else folder) / ARTIFACTS_FOLDER if not uri.startswith("http") else None
+    location = None
+    if not tracking.uri.startswith("http"):
+        location = ((database.parent if database else folder) / ARTIFACTS_FOLDER).as_uri()
     experiment = client.get_experiment_by_name(tracking.experiment)
     if experiment is None:
-        location = artifacts.as_uri() if artifacts else None
-        return client, uri, client.create_experiment(tracking.experiment, location, TRAINING_VIEW)
+        return client, client.create_experiment(tracking.experiment, location, TRAINING_VIEW)
     if experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
         log.warning("MLflow: the experiment %s was deleted in MLflow; restored it and its runs", tracking.experiment)
-    if database and artifacts:
-        _move_artifact_paths(database, experiment, artifacts)
-    return client, uri, experiment.experiment_id
-
-
-@contextlib.contextmanager
-def as_default(uri: str) -> Iterator[None]:
-    """Make `uri` MLflow's default address, for its functions that take no client."""
-    import mlflow
-
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(uri)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(before)
+    if database and location:
+        _move_artifact_paths(database, experiment.artifact_location, location)
+    return client, experiment.experiment_id
 
 
 def reason(error: Exception) -> str:
@@ -109,11 +95,6 @@ def reason(error: Exception) -> str:
     text = without_secrets(one_line(error))
     remedy = next((words for pattern, words in REMEDIES.items() if re.search(pattern, text, re.IGNORECASE)), None)
     return f"{type(error).__name__}: {text:.100}: {remedy}" if remedy else f"{type(error).__name__}: {text:.160}"
-
-
-def _sqlite_file(uri: str, folder: Path) -> Path | None:
-    found = re.fullmatch(r"sqlite:///(.*)", uri)
-    return (folder / found[1]).resolve() if found else None
 
 
 def _ping_database(uri: str) -> None:
@@ -127,15 +108,15 @@ def _ping_database(uri: str) -> None:
         socket.create_connection((address.hostname, address.port or port), timeout=10).close()
 
 
-def _move_artifact_paths(database: Path, experiment: Experiment, artifacts: Path) -> None:
+def _move_artifact_paths(database: Path, old: str, new: str) -> None:
     """Correct the paths in the database after its folder was moved or copied."""
-    old, new = experiment.artifact_location, artifacts.as_uri()
     if old == new or not (old.startswith("file:") and old.endswith(f"/{ARTIFACTS_FOLDER}")):
         return
     with contextlib.closing(sqlite3.connect(database, timeout=30)) as connection, connection:
-        for table, column in PATH_COLUMNS:
-            connection.execute(
-                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR {column} LIKE ?",
-                (new, len(old) + 1, old, f"{old}/%"),
-            )
+        for table, columns in PATH_COLUMNS.items():
+            for column in columns:
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR {column} LIKE ?",
+                    (new, len(old) + 1, old, f"{old}/%"),
+                )
     log.warning("MLflow: the project folder has moved; artifact paths in %s now start with %s", database.name, new)

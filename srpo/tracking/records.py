@@ -11,14 +11,14 @@ from typing import Any
 from srpo.config.loader import STAGES_WITH_OVERRIDES, Params
 from srpo.config.tree import ancestors, order
 from srpo.data.metric_keys import IMAGE_STATS
-from srpo.data.records import read_gate, read_metrics, read_sweep
+from srpo.data.records import read_metrics, read_sweep
 from srpo.lineage.dvc_lock import read_dvc_lock, recorded, round_hashes
 from srpo.lineage.identity import base_identity
-from srpo.lineage.record import adapter_weights, read_lineage
+from srpo.lineage.record import read_lineage
 from srpo.reporting.table import SET_MEASURES, show, verdict
 from srpo.rounds import BASE, Round
 from srpo.storage import git
-from srpo.storage.hashing import file_digest, value_digest
+from srpo.storage.hashing import value_digest
 
 Point = tuple[str, float, int]
 """Name, value and step of a metric."""
@@ -27,61 +27,64 @@ GUIDANCE_STEPS = 100  # the step of a sweep's point is guidance times this, as s
 
 
 @dataclass
-class RoundRecord:
-    """The contents of one round's run in MLflow.
+class Record:
+    """What a run in MLflow should have.
 
     Attributes:
-        weights: identity of what the run is about: sha256 of the round's adapter, or base's digest or revision.
-        training: points of the training curve, with the optimizer step.
-        evaluation: headline numbers with step 0, and the guidance sweep with step guidance x 100.
+        weights: of a round's run, the identity of its weights: sha256 of the adapter, or base's digest or revision.
+        curves: points by what they are of: of a round's run, `training` with the optimizer step; and `evaluation` with
+            headline numbers at step 0 and the guidance sweep at guidance x 100.
         params: resolved settings, values cut at MLflow's limit.
         datasets: DVC's hashes of the round's datasets, by name.
         artifacts: files by their paths in MLflow.
     """
 
-    weights: str
-    training: list[Point] = field(default_factory=list)
-    evaluation: list[Point] = field(default_factory=list)
+    weights: str = ""
+    curves: dict[str, list[Point]] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
     datasets: dict[str, str] = field(default_factory=dict)
     artifacts: dict[str, Path] = field(default_factory=dict)
 
 
-def round_record(round: Round) -> RoundRecord | None:
+def round_record(round: Round) -> Record | None:
     """Return everything that the files of a round, or of base, have for MLflow; None before it has an adapter."""
     files = round.files
     if not (files.adapter / "lineage.json").exists():
         return None
-    lineage = read_lineage(files)
-    base, hashes = lineage["base"], round_hashes(round.root, round.key)
-    identity = base_identity(base)
-    record = RoundRecord(weights=lineage["adapter"] if round.key != BASE else identity or base["source"])
-    record.params = round_params(round)
-    record.datasets = {name: hashes[name] for name in ("candidates", "winners") if name in hashes}
-    record.tags = {f"dvc.{name}": value for name, value in hashes.items()}
-    record.tags["srpo.base"] = f"{base['source']} {identity or 'not pinned'}"
+    lineage, hashes = read_lineage(files), round_hashes(round.root, round.key)
+    base, identity = lineage["base"], base_identity(lineage["base"])
+    tags = {f"dvc.{name}": value for name, value in hashes.items()}
+    tags["srpo.base"] = f"{base['source']} {identity or 'not pinned'}"
     if revision := git.revision(round.root):
-        record.tags["srpo.git_revision"] = revision
+        tags["srpo.git_revision"] = revision
     if round.key != BASE:
-        record.tags |= {f"srpo.{name}": lineage[name] or "none" for name in ("adapter", "parent_adapter", "winners")}
-        record.tags["srpo.code"] = lineage["code"]
-    if files.training.exists():
-        record.training = _training_points(files.training)
-    if (files.evaluation / "metrics.json").exists():
-        metrics = read_metrics(files)
-        record.tags["srpo.verdict"] = verdict(metrics)
-        numbers = headline(round.params, metrics)
-        record.tags["mlflow.note.content"] = _note(round, verdict(metrics), numbers)
-        record.evaluation = [(name, value, 0) for name, value in numbers.items()]
-        record.evaluation += _sweep_points(round)
+        names = ("adapter", "parent_adapter", "winners", "code")
+        tags |= {f"srpo.{name}": lineage[name] or "none" for name in names}
     paths = {
         "lineage.json": files.adapter / "lineage.json",
         "selection.json": files.winners / "selection.json",
         **{name: files.evaluation / name for name in ("metrics.json", "gate.json", "guidance.csv")},
         **{f"report/{name}": files.report / name for name in ("index.html", "winners.png", "tuned.png")},
     }
-    record.artifacts = {name: path for name, path in paths.items() if path.exists()}
+    record = Record(
+        weights=lineage["adapter"] if round.key != BASE else identity or base["source"],
+        tags=tags,
+        params=round_params(round),
+        datasets={name: hashes[name] for name in ("candidates", "winners") if name in hashes},
+        artifacts={name: path for name, path in paths.items() if path.exists()},
+    )
+    if files.training.exists():
+        record.curves["training"] = _training_points(files.training)
+    if "metrics.json" in record.artifacts:
+        metrics = read_metrics(files)
+        numbers = headline(round.params, metrics)
+        tags["srpo.verdict"] = verdict(metrics)
+        tags["mlflow.note.content"] = (  # what MLflow's page of the round shows above its metrics
+            f"{', '.join(f'{name} {show(value)}' for name, value in numbers.items())}\n\n"
+            f"Gate: {verdict(metrics)}. Metrics under `sweep/` have guidance x {GUIDANCE_STEPS} as step."
+        )
+        record.curves["evaluation"] = [*((name, value, 0) for name, value in numbers.items()), *_sweep_points(round)]
     return record
 
 
@@ -96,14 +99,10 @@ def round_params(round: Round) -> dict[str, str]:
 
 def training_identity(round: Round) -> str:
     """Return a digest of a training's inputs. It is the same before and after, so that a resumed one is recognized."""
-    trained_on = recorded(read_dvc_lock(round.root), f"select@{round.key}", "outs")
-    parent = adapter_weights(round.parent_files.adapter)
-    inputs = {
-        "params": [round.params.seed, round.params.model.model_dump(), round.params.train.model_dump()],
-        "winners": trained_on.get(f"rounds/{round.key}/winners"),
-        "parent": file_digest(parent) if parent else None,
-    }
-    return value_digest(inputs)[:16]
+    params, lock = round.params, read_dvc_lock(round.root)
+    settings = [params.seed, params.model.model_dump(), params.train.model_dump()]
+    inputs = [recorded(lock, stage, "outs") for stage in (f"select@{round.key}", f"train@{round.parent}")]
+    return value_digest([round.key, settings, inputs])[:16]
 
 
 def curve_points(round: Round) -> list[Point]:
@@ -137,12 +136,12 @@ def headline_names(params: Params) -> list[str]:
 
 
 def _sweep_points(round: Round) -> list[Point]:
-    names = (*round.params.rewards, *SET_MEASURES, *IMAGE_STATS)
+    names = {*round.params.rewards, *SET_MEASURES, *IMAGE_STATS}
     return [
-        (f"sweep/{name}", values[name], int(float(guidance) * GUIDANCE_STEPS + 0.5))
+        (f"sweep/{name}", value, int(float(guidance) * GUIDANCE_STEPS + 0.5))
         for guidance, values in read_sweep(round.files).items()
-        for name in names
-        if name in values
+        for name, value in values.items()
+        if name in names
     ]
 
 
@@ -150,19 +149,6 @@ def _training_points(path: Path) -> list[Point]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = [(int(row.pop("step")), row) for row in csv.DictReader(file)]
     return [(f"train/{name}", float(value), step) for step, row in rows for name, value in row.items() if value]
-
-
-def _note(round: Round, verdict: str, numbers: dict[str, float]) -> str:
-    """Return what MLflow's page of the round shows above its metrics: the headline numbers, and where to look next."""
-    shown = ", ".join(f"{name} {show(value)}" for name, value in numbers.items())
-    steps = f"Metrics under `sweep/` have guidance x {GUIDANCE_STEPS} as step."
-    if round.key == BASE:
-        return f"{shown}\n\nThe base model, evaluated as every round is. {steps}"
-    rules = read_gate(round.files)["rules"]
-    failed = ", ".join(name for name, rule in rules.items() if not rule["passed"])
-    gate = f"Gate: {verdict}{f' ({failed})' if failed else ''}."
-    made = f"Trained from {round.parent} on its winners. {gate}"
-    return f"{shown}\n\n{made} {steps} Open report/index.html under Artifacts."
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:

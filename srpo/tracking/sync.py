@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,9 +18,9 @@ from srpo.config.tree import order
 from srpo.rounds import BASE, Round, RoundFiles
 from srpo.runtime.extras import require
 from srpo.storage.hashing import file_digest, value_digest
+from srpo.tracking.campaign import CURRENT, IDENTITY, Campaign, opened
 from srpo.tracking.connection import reason
-from srpo.tracking.records import Point, RoundRecord, curve_points, round_record
-from srpo.tracking.runs import CURRENT, IDENTITY, Campaign, opened
+from srpo.tracking.records import Point, Record, curve_points, round_record, training_identity
 from srpo.tracking.view import save_view
 
 if TYPE_CHECKING:
@@ -31,13 +29,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOGGED = "srpo.logged"  # digests of the curves and artifacts that the run has
-MAX_MARKS = 500  # fit a tag, which holds 8,000 characters
+LOGGED = "srpo.logged"  # tags with digests of what the run has had: curves, and all artifacts
+MAX_LOGGED = 600  # fit a tag, which holds 8,000 characters
 
 
-def sync_round(round: Round) -> bool:
-    """Add to MLflow what is missing of one round, or of base; return False and warn if that failed."""
-    return _sync([round], stage=True)
+def sync_round(round: Round, run_id: str | None = None) -> bool:
+    """Add to MLflow what is missing of one round, or of base, a stage of which has just run here.
+
+    Args:
+        run_id: the run of the training that has just ended.
+
+    Returns:
+        Whether that succeeded; if not, there is a warning.
+    """
+
+    def work() -> None:
+        with opened(round.params, round.root) as campaign:
+            campaign.end_dead_runs()
+            _add_round(campaign, round, campaign.client.get_run(run_id) if run_id else None, just_ran=True)
+
+    return attempt(f"round {round.key}", work)
 
 
 def sync_campaign(params: Params, root: Path, rebuild: bool = False) -> bool:
@@ -51,46 +62,17 @@ def sync_campaign(params: Params, root: Path, rebuild: bool = False) -> bool:
     """
     require("mlflow", "`srpo track`")
     keys = [key for key in (BASE, *order(params.rounds)) if RoundFiles(root, key).folder.is_dir()]
-    return _sync([Round.of(params, root, key) for key in keys], rebuild=rebuild)
-
-
-def _sync(rounds: list[Round], stage: bool = False, rebuild: bool = False) -> bool:
-    done: list[bool] = []
+    rounds, done = [Round.of(params, root, key) for key in keys], list[bool]()
 
     def work() -> None:
-        with opened(rounds[0].params, rounds[0].root) as campaign:
+        with opened(params, root) as campaign:
             if rebuild:
                 campaign.delete()
             campaign.end_dead_runs()
-            done.extend(attempt(f"round {round.key}", partial(add_round, campaign, round, stage)) for round in rounds)
-            if not stage:
-                log.info("MLflow: the rounds are at %s", save_view(campaign, rounds[0].params))
+            done.extend(attempt(f"round {round.key}", partial(_add_round, campaign, round)) for round in rounds)
+            log.info("MLflow: the rounds are at %s", save_view(campaign, params))
 
     return not rounds or (attempt("campaign", work) and all(done))
-
-
-def add_round(campaign: Campaign, round: Round, stage: bool = False, run: Run | None = None) -> None:
-    """Add to a round's run, and to the campaign's curves, what they lack.
-
-    Args:
-        stage: a stage of this round has just run here, so its run becomes the current one.
-        run: the run of the training that has just ended; else it is found by the weights, or created.
-    """
-    record = round_record(round)
-    if record is None:
-        return
-    identity = value_digest([campaign.name, round.key, record.weights])[:16]
-    record.tags[IDENTITY] = identity
-    run = run or campaign.find(round, identity)
-    is_new = stage or run is None
-    run = run or campaign.create(round, identity)
-    _complete(campaign.client, run, record)
-    if campaign.is_copy:
-        return
-    current = [other for other in campaign.runs_of(round.key) if other.data.tags.get(CURRENT) == "true"]
-    if is_new or len(current) != 1:  # two clones may have tagged theirs at the same time
-        campaign.make_current(current[0] if current and not is_new else run)
-    _add_curve(campaign, round)
 
 
 def attempt(what: str, work: Callable[[], object]) -> bool:
@@ -103,69 +85,78 @@ def attempt(what: str, work: Callable[[], object]) -> bool:
     return True
 
 
-def _add_curve(campaign: Campaign, round: Round) -> None:
-    from mlflow.entities import RunTag
+def _add_round(campaign: Campaign, round: Round, run: Run | None = None, just_ran: bool = False) -> None:
+    """Add to a round's run, found by its weights if not given, and to the campaign's curves, what they lack."""
+    record = round_record(round)
+    if record is None:
+        return
+    identity = value_digest([campaign.name, round.key, record.weights])[:16]
+    # a training may have ended while MLflow was out of reach
+    run = run or campaign.find(identity) or campaign.find(training_identity(round))
+    is_new = just_ran or run is None
+    run = run or campaign.create(round, identity)
+    record.tags[IDENTITY] = identity
+    _add(campaign.client, run, record)
+    if campaign.is_copy:
+        return
+    current = next((other for other in campaign.runs_of(round.key) if other.data.tags.get(CURRENT) == "true"), run)
+    campaign.make_current(run if is_new else current)
+    _add(campaign.client, campaign.parent, Record(curves={round.key: curve_points(round)}))
 
-    parent, points = campaign.parent, curve_points(round)
-    name, mark = f"{LOGGED}.{round.key}", value_digest(points)[:12]
-    if points and parent.data.tags.get(name) != mark:
-        metrics = _missing(campaign.client, parent, points)
-        campaign.client.log_batch(parent.info.run_id, metrics=metrics, tags=[RunTag(name, mark)])
 
-
-def _complete(client: MlflowClient, run: Run, record: RoundRecord) -> None:
-    """Give a run what it lacks. Tags are last, so that an interrupted synchronization is repeated."""
+def _add(client: MlflowClient, run: Run, record: Record) -> None:
+    """Give a run what it lacks of a record."""
     from mlflow.entities import Param, RunTag
 
-    run_id, tags = run.info.run_id, run.data.tags
-    logged = tags.get(LOGGED, "").split()
-    marks = {name: value_digest([name, file_digest(path)])[:12] for name, path in record.artifacts.items()}
-    for name, path in record.artifacts.items():
-        if marks[name] not in logged:
-            client.log_artifact(run_id, str(path), str(Path(name).parent) if "/" in name else None)
-    known = run.inputs.dataset_inputs if run.inputs else []
-    inputs = {(item.dataset.name, item.dataset.digest) for item in known}
-    if datasets := [_dataset(*item) for item in record.datasets.items() if item not in inputs]:
+    run_id = run.info.run_id
+    metrics: list[Metric] = []
+    new = {f"{LOGGED}.artifacts": _add_artifacts(client, run, record.artifacts)}
+    for name, curve in record.curves.items():
+        tag, digest = f"{LOGGED}.{name}", value_digest(curve)[:12]
+        if curve and digest not in _words(run, tag):
+            new[tag] = [digest]
+            metrics += _new_points(client, run, curve, len(_words(run, tag)))
+    known = {item.dataset.name for item in run.inputs.dataset_inputs} if run.inputs else set()
+    if datasets := [_dataset(*item) for item in record.datasets.items() if item[0] not in known]:
         client.log_inputs(run_id, datasets=datasets)
-    metrics = []
-    for name, points in (("training", record.training), ("evaluation", record.evaluation)):
-        marks[name] = value_digest([name, points])[:12]
-        if points and marks[name] not in logged:
-            metrics += _missing(client, run, points, values=name == "evaluation")
-    new = [mark for mark in marks.values() if mark not in logged]
-    wanted = {name: value for name, value in record.tags.items() if new or name not in tags}
-    wanted[LOGGED] = " ".join([*logged, *new][-MAX_MARKS:])
-    client.log_batch(
-        run_id,
-        metrics=metrics,
-        params=[Param(name, value) for name, value in record.params.items() if name not in run.data.params],
-        tags=[RunTag(name, value) for name, value in wanted.items() if tags.get(name) != value],
-    )
+    if any(new.values()):
+        params = [Param(name, value) for name, value in record.params.items() if name not in run.data.params]
+        client.log_batch(run_id, metrics, params)
+        # tags are last, so that an interrupted synchronization is repeated
+        logged = {tag: " ".join([*_words(run, tag), *digests][-MAX_LOGGED:]) for tag, digests in new.items() if digests}
+        client.log_batch(run_id, tags=[RunTag(name, value) for name, value in (record.tags | logged).items()])
     if run.info.status != "FINISHED":
         client.set_terminated(run_id, "FINISHED")
 
 
-def _missing(client: MlflowClient, run: Run, points: list[Point], values: bool = True) -> list[Metric]:
-    """Return the points that the run lacks.
+def _words(run: Run, tag: str) -> list[str]:
+    return run.data.tags.get(tag, "").split()
 
-    Clones that add the same point at the same time give it the same time, so that MLflow keeps it once.
 
-    Args:
-        values: another value at the same step is a new point; else there is one point a step.
+def _add_artifacts(client: MlflowClient, run: Run, artifacts: dict[str, Path]) -> list[str]:
+    """Upload the files that the run has never had; return their digests."""
+    known, new = _words(run, f"{LOGGED}.artifacts"), []
+    for name, path in artifacts.items():
+        digest = value_digest([name, file_digest(path)])[:12]
+        if digest not in known:
+            client.log_artifact(run.info.run_id, str(path), str(Path(name).parent) if "/" in name else None)
+            new.append(digest)
+    return new
+
+
+def _new_points(client: MlflowClient, run: Run, points: list[Point], earlier: int) -> list[Metric]:
+    """Return the points that the run lacks if it has had this many other curves in the place of this one.
+
+    The time of a point follows from its step and that number. So it is the same whoever adds the point and whenever,
+    and MLflow keeps points that are equal, time included, once.
     """
     from mlflow.entities import Metric
 
-    known: dict[tuple[str, int], set[str]] = {}
-    last = {metric.key: metric.step for metric in run.data.to_proto().metrics}
-    for name in {name for name, _, step in points if step <= last.get(name, -1)}:
-        for point in client.get_metric_history(run.info.run_id, name):
-            known.setdefault((name, point.step), set()).add(_shown(point.value))
-    missing = []
-    for name, value, step in points:
-        there = known.get((name, step), set())
-        if not there or (values and _shown(value) not in there):
-            missing.append(Metric(name, value, run.info.start_time + step + len(there), step))
-    return missing
+    names, time = {name for name, _, _ in points} if earlier else (), run.info.start_time + earlier
+    histories = {name: client.get_metric_history(run.info.run_id, name) for name in names}
+    known = {(name, point.value, point.step) for name, history in histories.items() for point in history}
+    new = [point for point in points if point not in known]
+    return [Metric(name, value, time + step, step) for name, value, step in new]
 
 
 def _dataset(name: str, digest: str) -> DatasetInput:
@@ -175,9 +166,3 @@ def _dataset(name: str, digest: str) -> DatasetInput:
     context = "candidates" if name == "candidates" else "training"
     dataset = Dataset(name, digest, source_type="dvc", source=json.dumps({"dvc": digest}))
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
-
-
-def _shown(value: float) -> str:
-    """Return a value as it compares in all databases, which hold infinity as the largest float."""
-    limit = sys.float_info.max
-    return "nan" if math.isnan(value) else f"{max(-limit, min(limit, value)):.9g}"

@@ -7,8 +7,8 @@ import json
 from srpo.config.loader import Params
 from srpo.errors import without_secrets
 from srpo.storage.hashing import value_digest
+from srpo.tracking.campaign import CURRENT, KIND, PROJECT, Campaign
 from srpo.tracking.records import headline_names
-from srpo.tracking.runs import CURRENT, KIND, PROJECT, Campaign
 
 VIEW = "mlflow.sharedViewState."  # tags of an experiment; MLflow 3.17 lists them in its menu "Views"
 UI_ADDRESS = "http://127.0.0.1:5000"  # of `mlflow ui`
@@ -25,7 +25,8 @@ def save_view(campaign: Campaign, params: Params) -> str:
     tag, value = f"{VIEW}{key}", json.dumps(view)
     if campaign.client.get_experiment(campaign.experiment).tags.get(tag) != value:
         campaign.client.set_experiment_tag(campaign.experiment, tag, value)
-    server = without_secrets(campaign.uri).rstrip("/") if campaign.uri.startswith("http") else UI_ADDRESS
+    uri = params.tracking.uri
+    server = without_secrets(uri).rstrip("/") if uri.startswith("http") else UI_ADDRESS
     return f"{server}/#/experiments/{campaign.experiment}/runs?workflowType=machine_learning&viewStateShareKey={key}"
 
 

@@ -138,8 +138,8 @@ def test_requests_of_a_round(line: Proxy, project: Path, tmp_path: Path) -> None
     for name, place in later.items():
         (round.files.folder / name).rename(place)
     before = len(line.requests)
-    with live(round) as curve, round.files.training.open() as file:
-        log_rows(curve, [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)])
+    with live(round) as log_step, round.files.training.open() as file:
+        log_rows(log_step, [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)])
     for name, place in later.items():
         place.rename(round.files.folder / name)
         assert sync_round(round)

@@ -16,7 +16,8 @@ from srpo.config.loader import Params, load_params
 from srpo.errors import UserError
 from srpo.lineage import graph
 from srpo.lineage.record import WEIGHTS_FILE, read_lineage
-from srpo.release.registry import Decision, check, look_up, promote, provenance, versions
+from srpo.release.provenance import provenance
+from srpo.release.registry import Decision, check, look_up, promote, versions
 from srpo.rounds import Round, RoundFiles
 from srpo.storage.hashing import dvc_digest, file_digest
 from srpo.storage.json_files import write_json

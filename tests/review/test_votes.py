@@ -148,7 +148,7 @@ def test_pages_and_records_show_people(campaign: Path, voted: str) -> None:
     assert "Which reward agrees with people?" in text and 'data-name="human_win_rate">0.875<small>' in text
     record = round_record(round_of(campaign))
     assert record is not None
-    points = {name: value for name, value, _ in record.evaluation}
+    points = {name: value for name, value, _ in record.curves["evaluation"]}
     assert points["human_win_rate"] == 0.875 and points["human_votes"] == 20 and "judge_human_agreement" in points
 
 

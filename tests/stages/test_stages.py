@@ -118,8 +118,8 @@ def test_evaluation_pairs_base_and_round(params: Params, world: Path) -> None:
 
     report(Round.of(params, world, "001"))  # their own tests are about a drawn campaign; this is a real one
     run = round_record(Round.of(params, world, "001"))
-    assert {"fid", "judge_win_rate", "sweep/kid"} <= {name for name, _, _ in run.evaluation}
-    assert {"train/loss"} <= {name for name, _, _ in run.training}
+    assert {"fid", "judge_win_rate", "sweep/kid"} <= {name for name, _, _ in run.curves["evaluation"]}
+    assert {"train/loss"} <= {name for name, _, _ in run.curves["training"]}
     assert run.tags["srpo.verdict"] == verdict(tuned)
     assert {"report/index.html", "report/winners.png", "report/tuned.png", "lineage.json"} <= set(run.artifacts)
 

@@ -129,7 +129,7 @@ def test_without_mlflow_a_training_goes_on(
 ) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "mlflow"]:
         monkeypatch.setitem(sys.modules, name, None)
-    with live(Round.of(params_of(project), project, "001")) as curve:
-        curve.log({"loss": 1.0}, 1)
+    with live(Round.of(params_of(project), project, "001")) as log_step:
+        log_step({"loss": 1.0}, 1)
     (line,) = warnings_of(caplog)
     assert line.startswith("MLflow: live curve not recorded (")

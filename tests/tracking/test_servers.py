@@ -19,7 +19,6 @@ from mlflow import MlflowClient
 
 from srpo.config.loader import Params
 from srpo.rounds import Round, RoundFiles
-from srpo.tracking.connection import as_default
 from srpo.tracking.live import live
 from srpo.tracking.sync import sync_campaign, sync_round
 from tests.support.campaign import build_campaign
@@ -33,12 +32,11 @@ POSTGRES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 def train_while_it_dies(params: Params, root: Path, server: subprocess.Popen, step: int) -> None:
     """Log a training as `srpo train 001` does, and kill MLflow's server after a step."""
     rows = list(csv.DictReader(RoundFiles(root, "001").training.open()))
-    with live(Round.of(params, root, "001")) as curve:
+    with live(Round.of(params, root, "001")) as log_step:
         for row in rows:
-            curve.log({name: float(value) for name, value in row.items() if name != "step"}, int(row["step"]))
+            log_step({name: float(value) for name, value in row.items() if name != "step"}, int(row["step"]))
             if int(row["step"]) == step:
-                with as_default(params.tracking.uri):
-                    mlflow.flush_async_logging()
+                mlflow.flush_async_logging()
                 kill(server)
     sync_round(Round.of(params, root, "001"))
 

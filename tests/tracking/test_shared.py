@@ -42,10 +42,10 @@ assert sys.argv[1:] == ["train", "001"]
 params, root = load_params(), Path.cwd()
 rows = write_training(params, root, "001", steps={steps})
 round = Round.of(params, root, "001")
-with live(round) as curve:
+with live(round) as log_step:
     Path("training.pid").write_text(str(os.getpid()))
     for row in rows:
-        curve.log({{name: value for name, value in row.items() if name != "step"}}, int(row["step"]))
+        log_step({{name: value for name, value in row.items() if name != "step"}}, int(row["step"]))
         time.sleep(0.05)
 assert sync_round(round)
 """

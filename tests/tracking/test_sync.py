@@ -20,14 +20,14 @@ from srpo.config.loader import Params, load_params
 from srpo.rounds import Round
 from srpo.stages.report import report
 from srpo.storage.json_files import write_json
-from srpo.tracking import runs
+from srpo.tracking import campaign as runs_of_campaign
 from srpo.tracking.live import live
 from srpo.tracking.records import headline_names
 from srpo.tracking.sync import sync_campaign, sync_round
 from tests.support.campaign import build_campaign, write_evaluation, write_training
 
 Story = dict[str, dict]
-OF_ONE_RUN = {"srpo.clone", "srpo.training", "srpo.heartbeat", "srpo.logged", "srpo.git_revision"}
+OF_ONE_RUN = ("srpo.clone", "srpo.heartbeat", "srpo.logged", "srpo.git_revision")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def story_of(client: MlflowClient, experiment: str = "srpo") -> Story:
         found[run.info.run_name] = {
             "metrics": metrics,
             "params": run.data.params,
-            "tags": {k: v for k, v in tags.items() if k.startswith(("srpo.", "dvc.")) and k not in OF_ONE_RUN},
+            "tags": {k: v for k, v in tags.items() if k.startswith(("srpo.", "dvc.")) and not k.startswith(OF_ONE_RUN)},
             "parent": names.get(tags.get("mlflow.parentRunId")),
             "artifacts": sorted(f.path for folder in folders for f in client.list_artifacts(run.info.run_id, folder)),
             "inputs": sorted((i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs),
@@ -116,9 +116,9 @@ def curve_of(root: Path, params: Params, key: str, steps: int = 30) -> list[dict
     return write_training(params, root, key, steps=steps)
 
 
-def log_rows(curve, rows: list[dict[str, float]]) -> None:
+def log_rows(log_step, rows: list[dict[str, float]]) -> None:
     for row in rows:
-        curve.log({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
+        log_step({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
 
 
 def test_records_are_complete_and_idempotent(project: Path) -> None:
@@ -192,10 +192,10 @@ def test_live_curve_has_system_metrics_and_no_repeats(project: Path, monkeypatch
     expected, rows = story(project), curve_of(project, params, "002")
 
     def live_run() -> Run:
-        return next(run for run in runs_of(client) if "srpo.training" in run.data.tags)
+        return next(run for run in runs_of(client) if "srpo.heartbeat" in run.data.tags)
 
-    with live(Round.of(params, project, "002")) as curve:
-        log_rows(curve, rows)
+    with live(Round.of(params, project, "002")) as log_step:
+        log_rows(log_step, rows)
         end = time.monotonic() + 30
         while load not in live_run().data.metrics and time.monotonic() < end:
             time.sleep(0.2)
@@ -231,13 +231,13 @@ def test_retrained_round_gets_a_run_of_its_own(project: Path) -> None:
 def test_resumed_training_continues_its_run(project: Path) -> None:
     params, client = params_of(project), client_of(project)
     rows = curve_of(project, params, "002")
-    with pytest.raises(KeyboardInterrupt), live(Round.of(params, project, "002")) as curve:
-        log_rows(curve, rows[:10])
+    with pytest.raises(KeyboardInterrupt), live(Round.of(params, project, "002")) as log_step:
+        log_rows(log_step, rows[:10])
         raise KeyboardInterrupt
     (killed,) = [run for run in runs_of(client) if run.data.tags.get("srpo.round") == "002"]
     assert killed.info.status == "KILLED" and len(client.get_metric_history(killed.info.run_id, "train/loss")) == 10
-    with live(Round.of(params, project, "002")) as curve:
-        log_rows(curve, rows)
+    with live(Round.of(params, project, "002")) as log_step:
+        log_rows(log_step, rows)
     (resumed,) = [run for run in runs_of(client) if run.data.tags.get("srpo.round") == "002"]
     assert resumed.info.run_id == killed.info.run_id and resumed.info.status == "FINISHED"
     assert [step for step, _ in story(project)["round 002"]["metrics"]["train/loss"]] == list(range(1, 31))
@@ -252,10 +252,10 @@ def test_heartbeat_tells_living_trainings_from_dead(project: Path, monkeypatch: 
         return next(run.info.status for run in runs_of(client) if run.data.tags.get("srpo.round") == "002")
 
     shutil.rmtree(project / "rounds" / "002" / "adapter")
-    with live(Round.of(params, project, "002")) as curve:
-        curve.log({"loss": 0.5}, 1)
+    with live(Round.of(params, project, "002")) as log_step:
+        log_step({"loss": 0.5}, 1)
         assert sync_campaign(other, root) and status() == "RUNNING"
-        monkeypatch.setattr(runs, "HEARTBEAT_SECONDS", 0)  # as if nothing had come for ten minutes
+        monkeypatch.setattr(runs_of_campaign, "HEARTBEAT_SECONDS", 0)  # as if nothing had come for ten minutes
         assert sync_campaign(other, root) and status() == "KILLED"
 
 
@@ -304,8 +304,8 @@ def test_projects_with_the_same_campaign_are_kept_apart(project: Path, caplog: p
 def test_unreachable_server_is_one_warning(project: Path, caplog: pytest.LogCaptureFixture, scheme: str) -> None:
     params = params_of(project, f"{scheme}://someone:hunter2@127.0.0.1:9/mlflow")
     start = time.monotonic()
-    with live(Round.of(params, project, "001")) as curve:
-        curve.log({"loss": 1.0}, 1)
+    with live(Round.of(params, project, "001")) as log_step:
+        log_step({"loss": 1.0}, 1)
     assert sync_campaign(params, project) is False
     assert time.monotonic() - start < 60
     warnings = [record.getMessage() for record in caplog.records if record.name.startswith("srpo")]
