@@ -23,13 +23,13 @@ from ray.exceptions import RayActorError, RayTaskError
 from srpo.rounds import Round
 from srpo.runtime.cluster import PATIENCE_SECONDS, Inputs, give_up, remote_class
 from srpo.runtime.node_process import NodeProcess, Problem, Work
+from srpo.runtime.progress import OnStep
 from srpo.runtime.ray_connection import connected
 from srpo.runtime.units import ATTEMPTS
 from srpo.storage.files import atomic_write, publish
 from srpo.storage.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
-OnStep = Callable[[Mapping[str, float], int], None]
 POLL_SECONDS = 2
 
 

@@ -1,10 +1,15 @@
-"""The progress bar of a stage that makes images."""
+"""Progress of a stage: the bar over its images, and what hears of a training's steps."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 from tqdm import tqdm
 
 from srpo.runtime import distributed
+
+OnStep = Callable[[Mapping[str, float], int], None]
+"""Called with the metrics of an optimizer step and its number."""
 
 
 def image_progress(name: str, left: int) -> tqdm:

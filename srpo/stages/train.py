@@ -20,6 +20,7 @@ from srpo.runtime import distributed
 from srpo.runtime.device import pick_device, pick_dtype
 from srpo.runtime.extras import require
 from srpo.runtime.inputs import model_inputs
+from srpo.runtime.progress import OnStep
 from srpo.sampling.conditioning import time_ids
 from srpo.sampling.prompt_cache import StoredEmbeds
 from srpo.sampling.sampler import Sampler
@@ -27,7 +28,7 @@ from srpo.storage.files import publish
 from srpo.storage.hashing import digest
 from srpo.storage.scratch import scratch_folder
 from srpo.training.dataset import Winners, load_winners
-from srpo.training.loop import OnStep, TrainingLoop
+from srpo.training.loop import TrainingLoop
 from srpo.training.losses import Loss, make_loss
 from srpo.training.model import TextEncoders, make_trainable
 from srpo.training.noise_schedule import make_noise_schedule

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 from srpo.rounds import Round
 from srpo.runtime import distributed
+from srpo.runtime.progress import OnStep
 from srpo.tracking.campaign import opened
 from srpo.tracking.sync import attempt, sync_round
-
-OnStep = Callable[[Mapping[str, float], int], None]
-"""Called with the metrics of an optimizer step and its number."""
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from srpo.config.schema import RuntimeParams, TrainParams
 from srpo.errors import UserError
 from srpo.rewards.batches import batched
 from srpo.runtime import distributed
+from srpo.runtime.progress import OnStep
 from srpo.sampling.prompt_cache import StoredEmbeds
 from srpo.storage.hashing import derive_seed
 from srpo.training.checkpoint import Row, TrainingState
@@ -35,8 +36,6 @@ from srpo.training.optimizers import make_optimizer
 from srpo.training.prompt_tokens import PromptTokens
 
 log = logging.getLogger(__name__)
-
-OnStep = Callable[[Mapping[str, float], int], None]
 
 NUM_PROBES = 16
 
