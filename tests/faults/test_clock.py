@@ -13,9 +13,9 @@ from tests.faults.helpers import SERVER, command_of, contents, run_command, take
 
 SOURCES = Path(__file__).parents[2] / "srpo"
 WALL_CLOCK = re.compile(r"time\.(time|strftime|localtime|gmtime|ctime)\b|datetime|from time import|\btoday\(|\bnow\(\)")
-# distributed: the time of an error message; journal: of a pick or vote; live, runs: of a point and of a heartbeat;
-# node_files: the age of copies on a node; round_lock: since when
-ALLOWED = {"distributed.py", "journal.py", "live.py", "node_files.py", "round_lock.py", "runs.py"}
+# campaign: the time of a point; distributed: of an error message; journal: of a pick or vote; node_files: the age of
+# copies on a node; round_lock: since when
+ALLOWED = {"campaign.py", "distributed.py", "journal.py", "node_files.py", "round_lock.py"}
 
 
 def test_results_do_not_read_the_clock() -> None:
