@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPVisionConfig
 
-from bench.random_sdxl import TOKENS
+from bench.random_sdxl import TOKENS, half_precision
 from demo.text import make_tokenizer
 
 
@@ -60,8 +60,8 @@ def make_clip(sizes: Sizes, device: torch.device) -> CLIPModel:
     text = CLIPTextConfig(**transformer(*sizes.text), vocab_size=49408, max_position_embeddings=TOKENS)
     vision = CLIPVisionConfig(**transformer(*sizes.image), image_size=224, patch_size=14)
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=sizes.projection)
-    with torch.device(device):
-        return CLIPModel(config).half()
+    with torch.device(device), half_precision():
+        return CLIPModel(config)
 
 
 def save_clip(sizes: Sizes, device: torch.device, folder: Path) -> None:

@@ -6,7 +6,8 @@ weights' values, so nothing needs to be downloaded to measure them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from demo.base import make_scheduler
 from demo.text import make_tokenizer
 
 TOKENS = 77
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 SHARED_UNET = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -122,15 +124,29 @@ def build_networks(
 
 
 def save_pipeline(configuration: Configuration, device: torch.device, folder: Path) -> None:
-    """The pipeline with random weights in diffusers' layout, float16 (7 GB for SDXL)."""
+    """The pipeline with random weights in diffusers' layout, float16 (7 GB for SDXL), with one network in memory."""
     torch.manual_seed(0)
-    networks = {name: network.half() for name, network in build_networks(configuration, device).items()}
     make_tokenizer(["a red circle"], folder / "words")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "words", model_max_length=TOKENS)
-    pipeline = StableDiffusionXLPipeline(
-        **networks, tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=make_scheduler(), add_watermarker=False
-    )
-    pipeline.save_pretrained(folder, safe_serialization=True)
+    others = {"tokenizer": tokenizer, "tokenizer_2": tokenizer, "scheduler": make_scheduler()}
+    outline = StableDiffusionXLPipeline(**build_networks(configuration, "meta"), **others, add_watermarker=False)
+    outline.save_config(folder)
+    for name, part in others.items():
+        part.save_pretrained(folder / name)
+    for name in NETWORKS:
+        with half_precision():
+            (network,) = build_networks(configuration, device, [name]).values()
+        network.save_pretrained(folder / name, safe_serialization=True)
+
+
+@contextmanager
+def half_precision() -> Iterator[None]:
+    """Make networks in float16 inside a `with` block: float32 ones take twice the memory before they are cast."""
+    torch.set_default_dtype(torch.float16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def unet_flops(configuration: Configuration) -> int:

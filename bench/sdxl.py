@@ -1,12 +1,14 @@
 """SDXL at its true size on one GPU: pictures a second, training samples a second, memory, and the share of the roof.
 
-    python -m bench.sdxl [--batch-sizes 1 4 8 16] [--train-batch-sizes 1 4 8] [--steps 30] [--roof-tflops 989] [--tiny]
+    python -m bench.sdxl [--batch-sizes 1 4 8 16] [--train-batch-sizes 1 4 8] [--steps 30] [--roof-tflops 989]
+    python -m bench.sdxl --cpu | --tiny
 
 Makes SDXL 1.0's networks with random weights, saves them in diffusers' layout in a temporary folder (7 GB), and runs
 this project's own `Sampler` and stage `train` on them. A row's share is of the operations that the UNet must do: one
 pass a step and picture, two when guided, and two passes' worth for LoRA's forward and backward (a checkpoint's
 recomputation is not counted, nor are VAE and text encoders), over what a large matrix product reaches on the same
-device and over the number of the datasheet. Without CUDA there is only `--tiny`, the same code on a tiny configuration.
+device and over the number of the datasheet. Without CUDA there are `--cpu`, a whole round at 256 x 256 in two steps,
+and `--tiny`, the same code on a tiny configuration.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from ruamel.yaml import YAML
 
+from bench import sdxl_round
 from bench.random_sdxl import SDXL, TINY, Configuration, save_pipeline, unet_flops
 from srpo.config.loader import PARAMS_FILE, Params, load_params
 from srpo.config.schema import SamplingParams
@@ -143,10 +146,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train-batch-sizes", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--steps", type=int, default=30, help="denoising steps")
     parser.add_argument("--roof-tflops", type=float, default=989, help="dense bf16 of the datasheet; 989: H100, H200")
+    parser.add_argument("--cpu", action="store_true", help="every stage on a CPU: bench.sdxl_round --cpu")
     parser.add_argument("--tiny", action="store_true", help="a tiny configuration: shows that the code runs")
     arguments = parser.parse_args(argv)
+    if arguments.cpu:
+        sdxl_round.main(["--cpu"])
+        return
     if not arguments.tiny and not torch.cuda.is_available():
-        raise SystemExit("bench.sdxl: SDXL at its true size needs a CUDA GPU; --tiny runs the same code anywhere")
+        raise SystemExit(
+            "bench.sdxl: SDXL at its true size needs a CUDA GPU; --cpu runs every stage at 256 x 256 in two steps,"
+            " --tiny the same code on a tiny configuration"
+        )
     logging.getLogger("srpo").setLevel(logging.ERROR)
     configuration = TINY if arguments.tiny else SDXL
     each = unet_flops(configuration) / 1e12

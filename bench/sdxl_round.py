@@ -6,8 +6,8 @@
 
 Every stage is a command of `srpo` in a process of its own, imports and loading of the models included, so its seconds
 at a few prompts are mostly constant. The reward models are those of the preset in their true layouts; features come
-from the judge `clip`, because InceptionV3's weights can't be made. On a CPU `pick` and `hps` are CLIP ViT-L models as
-well: with float32 weights the true ones would need 24 GB beside the UNet.
+from the judge `clip`, because InceptionV3's weights can't be made. On a CPU `pick` and `hps` are tiny: in float32 the
+UNet has 10 GB, and the true ones would need another 8.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,11 @@ from bench.measured import Usage, measured
 from bench.random_rewards import CLIP_H, CLIP_L, save_clip, save_hps
 from bench.random_rewards import TINY as TINY_CLIP
 from bench.random_sdxl import SDXL, TINY, save_pipeline
-from srpo.config.loader import PARAMS_FILE
+from srpo.config.loader import PARAMS_FILE, load_params
 from srpo.data import parquet
 from srpo.data.images import encode_image
 from srpo.data.schemas import IMAGE
+from srpo.preflight import cost
 from srpo.rounds import BASE
 from srpo.storage.json_files import read_json, write_json
 
@@ -91,12 +93,10 @@ def make_project(root: Path, arguments: argparse.Namespace) -> None:
     save_pipeline(TINY if arguments.tiny else SDXL, device, root / "base")
     vae = root / "base" / "vae" / "config.json"  # as the preset's VAE, which computes in 16 bits
     write_json(vae, read_json(vae) | {"force_upcast": False})
-    large = TINY_CLIP if arguments.tiny else CLIP_L if arguments.cpu else CLIP_H
+    large = TINY_CLIP if arguments.tiny or arguments.cpu else CLIP_H
     save_clip(large, device, root / "pick")
-    save_hps(TINY_CLIP if arguments.tiny or arguments.cpu else CLIP_H, device, root / "hps")
+    save_hps(large, device, root / "hps")
     save_clip(TINY_CLIP if arguments.tiny else CLIP_L, device, root / "clip")
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     for name, count in (("train", arguments.prompts), ("eval", EVAL_PROMPTS)):
         lines = [json.dumps({"id": f"{name}-{i}", "prompt": f"a {name} image, number {i}"}) for i in range(count)]
         (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -121,6 +121,9 @@ def params(arguments: argparse.Namespace) -> dict[str, Any]:
     raw["train"] |= {"steps": arguments.train_steps, "batch_size": arguments.train_batch, "warmup_steps": 1}
     raw["evaluate"] |= size | {"reference": "reference", "features": "clip", "samples": EVAL_PROMPTS}
     raw["runtime"] |= {"compile": arguments.compile, "device": "cpu" if arguments.cpu else "auto"}
+    if arguments.cpu:
+        raw["evaluate"]["guidance_scales"] = [raw["evaluate"]["guidance_scale"]]
+        raw["runtime"] |= {"train_batch_size": 1}
     raw["tracking"]["uri"] = "sqlite:///mlflow.db"
     return raw
 
@@ -153,12 +156,12 @@ def run(root: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, Usage,
 def main(argv: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--prompts", type=int, default=4, help="train prompts")
-    parser.add_argument("--candidates", type=int, default=4)
+    parser.add_argument("--prompts", type=int, help="train prompts; 4, or 2 on a CPU")
+    parser.add_argument("--candidates", type=int, help="4, or 2 on a CPU")
     parser.add_argument("--size", type=int, help="of images; 1024, or 256 on a CPU, or 64 for --tiny")
     parser.add_argument("--steps", type=int, help="denoising steps; 30, or 2 on a CPU and for --tiny")
-    parser.add_argument("--train-steps", type=int, default=3)
-    parser.add_argument("--train-batch", type=int, default=8)
+    parser.add_argument("--train-steps", type=int, help="3, or 2 on a CPU")
+    parser.add_argument("--train-batch", type=int, help="8, or 4 on a CPU")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--tiny", action="store_true")
@@ -166,12 +169,21 @@ def main(argv: list[str] | None = None) -> None:
     small = arguments.cpu or arguments.tiny or not torch.cuda.is_available()
     arguments.size = arguments.size or (64 if arguments.tiny else 256 if small else 1024)
     arguments.steps = arguments.steps or (2 if small else 30)
+    arguments.prompts = arguments.prompts or (2 if arguments.cpu else 4)
+    arguments.candidates = arguments.candidates or (2 if arguments.cpu else 4)
+    arguments.train_steps = arguments.train_steps or (2 if arguments.cpu else 3)
+    arguments.train_batch = arguments.train_batch or (4 if arguments.cpu else 8)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         root = Path(folder)
         start = time.perf_counter()
-        make_project(root, arguments)
+        child = get_context("spawn").Process(target=make_project, args=(root, arguments))
+        child.start()  # of its own: what made the weights keeps their memory
+        child.join()
+        if child.exitcode:
+            raise SystemExit("bench.sdxl_round: could not make the models")
         print(f"models made in {time.perf_counter() - start:.1f} s", flush=True)
         found = list(run(root, arguments))
+        estimate = cost.training_gb(load_params(root / PARAMS_FILE).for_round(KEY))
     device = "CPU" if arguments.cpu or not torch.cuda.is_available() else torch.cuda.get_device_name()
     table = Table(
         title=f"{'tiny networks' if arguments.tiny else 'SDXL 1.0'}, random weights, {arguments.size} x"
@@ -182,6 +194,7 @@ def main(argv: list[str] | None = None) -> None:
         "seconds",
         "CPU seconds",
         "GB at peak",
+        "GB without files",
         "GB of device",
         "images a second",
         "MB read",
@@ -191,11 +204,15 @@ def main(argv: list[str] | None = None) -> None:
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage, usage, memory, speed, outputs in found:
         table.add_row(
-            *(stage, f"{usage.wall:.1f}", f"{usage.cpu:.1f}", f"{usage.memory:.1f}", f"{memory:.1f}" if memory else ""),
+            *(stage, f"{usage.wall:.1f}", f"{usage.cpu:.1f}", f"{usage.memory:.1f}"),
+            *(f"{usage.anonymous:.1f}", f"{memory:.1f}" if memory else ""),
             *(f"{speed:.2f}" if speed else "", f"{usage.read:.0f}", f"{usage.written:.0f}", f"{outputs:.1f}"),
         )
     Console(width=140).print(table)
     print(f"in all {sum(usage.wall for _, usage, *_ in found):.0f} s")
+    if not arguments.tiny:
+        (train,) = (memory or usage.anonymous for stage, usage, memory, *_ in found if stage.startswith("train"))
+        print(f"train: {train:.1f} GB at peak; srpo check estimates {estimate:.1f}")
 
 
 if __name__ == "__main__":

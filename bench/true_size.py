@@ -20,11 +20,12 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -32,7 +33,8 @@ from bench import synthetic
 from bench.measured import Usage, measured
 from srpo.config.loader import PARAMS_FILE
 from srpo.data import parquet
-from srpo.data.images import decode_images, encode_images
+from srpo.data.decoding import decode_images
+from srpo.data.images import encode_images
 from srpo.data.parquet import RowReader
 from srpo.evaluation.image_stats import image_stats
 from srpo.rounds import RoundFiles
@@ -48,6 +50,16 @@ PROMPTS_PER_SHARD = 28
 BATCH = 16
 COMPARED = 24  # images of winners and losers in a report
 DVC_CONFIG = "[core]\n    no_scm = True\n    analytics = False\n[cache]\n    type = hardlink\n"
+
+
+class FirstRow:
+    """The mean of a color in the first row: a reward that costs nothing."""
+
+    def __init__(self, model: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> None:
+        self.channel = int(model)
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return images[:, self.channel, 0].float().mean(dim=1)
 
 
 class Costs(NamedTuple):
@@ -77,7 +89,7 @@ def make_project(root: Path, prompts: int, per_prompt: int) -> float:
     build_campaign(root, rounds=(KEY,))
     raw = json.loads((root / PARAMS_FILE).read_text(encoding="utf-8"))
     for channel, reward in enumerate(raw["rewards"].values()):
-        reward |= {"kind": "bench.load:Color", "model": str(channel)}
+        reward |= {"kind": "bench.true_size:FirstRow", "model": str(channel)}
     (root / PARAMS_FILE).write_text(json.dumps(raw), encoding="utf-8")
     files = RoundFiles(root, KEY)
     shutil.rmtree(files.candidates)

@@ -1,4 +1,4 @@
-"""Image cells of datasets: encoding and decoding, one by one or on all cores.
+"""Image cells of datasets: encoding, one by one or on all cores, and decoding one by one.
 
 Cells hold lossless WebP. At 1024 x 1024, on one core, it takes 35 to 50 ms to encode and 21 to 28 ms to decode, against
 66 to 110 and 30 to 39 ms for PNG level 1, and is 18 to 29 % smaller. Cells of other formats are decoded as well.
@@ -27,12 +27,12 @@ def encode_image(pixels: np.ndarray) -> dict[str, Any]:
 
 def encode_images(images: Iterable[np.ndarray]) -> list[dict[str, Any]]:
     """Return the image cells of uint8 pixels [height, width, 3] each, encoded on all cores."""
-    return list(_pool().map(encode_image, images))
+    return list(image_threads().map(encode_image, images))
 
 
 def encode_later(pixels: np.ndarray) -> Future[dict[str, Any]]:
     """Return the image cell of uint8 pixels [height, width, 3], which is encoded beside the caller."""
-    return _pool().submit(encode_image, pixels)
+    return image_threads().submit(encode_image, pixels)
 
 
 def decode_image(cell: Mapping[str, Any]) -> Image.Image:
@@ -46,34 +46,13 @@ def image_size(cell: Mapping[str, Any]) -> tuple[int, int]:
         return image.size
 
 
-def decode_images(cells: Iterable[Mapping[str, Any]]) -> np.ndarray:
-    """Return uint8 [n, height, width, 3] of one or more image cells of one size, decoded on all cores.
-
-    Raises:
-        ValueError: the images differ in size.
-    """
-    cells = list(cells)
-    first = decode_image(cells[0])
-    pixels = np.empty((len(cells), first.height, first.width, 3), np.uint8)
-
-    def decode(number: int) -> None:
-        image = decode_image(cells[number]) if number else first
-        if image.size != first.size:
-            raise ValueError(f"images of several sizes: {first.size} and {image.size}")
-        pixels[number] = np.asarray(image)
-
-    for _ in _pool().map(decode, range(len(cells))):
-        pass
-    return pixels
-
-
 @cache
-def _pool() -> ThreadPoolExecutor:
-    """Return the threads shared by all callers: as many as OMP_NUM_THREADS or, without it, this process's cores."""
+def image_threads() -> ThreadPoolExecutor:
+    """Return the threads that encode and decode: as many as OMP_NUM_THREADS or, without it, this process's cores."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return ThreadPoolExecutor(int(threads) if threads.isdecimal() and int(threads) else cores, "images")
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of its parent's threads
+    os.register_at_fork(after_in_child=image_threads.cache_clear)  # a child process has none of its parent's threads

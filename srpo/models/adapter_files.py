@@ -19,7 +19,7 @@ from diffusers.utils.state_dict_utils import StateDictType
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from srpo.lineage.record import WEIGHTS_FILE
+from srpo.lineage.record import WEIGHTS_FILE, check_weights
 from srpo.storage.hashing import file_digest
 
 State = Mapping[str, torch.Tensor]
@@ -56,10 +56,15 @@ def write_adapter_file(folder: Path, states: Mapping[str, State]) -> None:
 
 
 def text_lora_digest(folder: Path) -> str | None:
-    """Return the sha256 of an adapter that changes the text encoders, or None."""
+    """Return the sha256 of an adapter that changes the text encoders, or None.
+
+    Raises:
+        UserError: the file is not the one that the folder's lineage.json names.
+    """
     file = folder / WEIGHTS_FILE
     if not file.exists():
         return None
+    check_weights(folder)
     with safe_open(file, "pt") as tensors:
         names = list(tensors.keys())
     return file_digest(file) if any(name.startswith("text_encoder") for name in names) else None

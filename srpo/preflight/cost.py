@@ -190,14 +190,19 @@ def evaluation_cost(params: Params, eval_prompts: int) -> StageCost:
 
 
 def sampling_gb(params: Params) -> float:
-    """Return GB of device memory in generate and evaluate: weights and the larger of denoising and decoding."""
+    """Return GB of device memory in generate and evaluate: UNet, VAE, and the larger of denoising and decoding.
+
+    Text encoders have left memory when the UNet is loaded.
+    """
     width = _bytes_per_number(params)
     scale = max(params.generate.height * params.generate.width, _eval_pixels(params)) / PIXELS
     vae_width = 4 if params.model.vae is None else width  # SDXL's own VAE runs in float32
-    weights = (width * (UNET_WEIGHTS + TEXT_WEIGHTS) + vae_width * VAE_WEIGHTS) / GB
-    rows = params.runtime.batch_size * scale
-    decoded = min(params.runtime.batch_size, DECODER_ROWS) * scale
-    return CONTEXT_GB + weights + max(rows * 2 * DENOISE_GB * width / 2, decoded * DECODE_GB * vae_width / 2)
+    weights = (width * UNET_WEIGHTS + vae_width * VAE_WEIGHTS) / GB
+    at_once = 1 if params.runtime.device == "cpu" else params.runtime.batch_size
+    rows = at_once * (1 if params.runtime.device == "cpu" else 2)
+    decoded = min(at_once, DECODER_ROWS)
+    work = max(rows * DENOISE_GB * width, decoded * DECODE_GB * vae_width) / 2
+    return CONTEXT_GB + weights + scale * work
 
 
 def training_gb(params: Params) -> float:
@@ -205,15 +210,14 @@ def training_gb(params: Params) -> float:
     train = params.train
     runtime = params.runtime
     width = _bytes_per_number(params)
-    unet = width * UNET_WEIGHTS / GB
-    encoding = width * (TEXT_WEIGHTS + VAE_WEIGHTS) / GB  # before the first step; then they are freed
+    weights = width * (UNET_WEIGHTS + (TEXT_WEIGHTS if train.train_text_encoder else 0)) / GB
     trained = UNET_WEIGHTS if train.method == "full" else train.rank * LORA_WEIGHTS_PER_RANK
     share = -(-train.batch_size // runtime.processes)
     rows = min(runtime.train_batch_size or share, share) * (1 if train.objective == "sft" else 2)
     activations = CHECKPOINTED_GB if runtime.gradient_checkpointing else TRAIN_GB
     scale = params.generate.height * params.generate.width / PIXELS
     training = trained * OPTIMIZER_BYTES[train.optimizer] / GB + rows * activations * scale * width / 2
-    return CONTEXT_GB + unet + max(encoding, training)
+    return CONTEXT_GB + weights + training
 
 
 def fitting_keys(params: Params, gb: float) -> dict[str, int | bool] | None:
@@ -275,4 +279,5 @@ def _eval_pixels(params: Params) -> int:
 
 
 def _bytes_per_number(params: Params) -> int:
-    return 4 if params.runtime.dtype == "float32" else 2
+    runtime = params.runtime
+    return 4 if runtime.dtype == "float32" or (runtime.dtype == "auto" and runtime.device == "cpu") else 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from srpo.data import parquet
-from srpo.data.images import decode_images
+from srpo.data.decoding import decode_images
 from srpo.errors import UserError
 from srpo.rewards.protocol import Pixels
 

@@ -118,7 +118,7 @@ def _stored(sampler: Sampler, prompts: Sequence[str], root: Path) -> PromptEmbed
 def _file(sampler: Sampler, prompts: Sequence[str], root: Path) -> Path:
     identity = _identity(root, sampler.model.variant)
     assert identity
-    inputs = [str(sampler.unet.dtype), sampler.device.type, sampler.model.long_prompts, list(prompts)]
+    inputs = [str(sampler.dtype), sampler.device.type, sampler.model.long_prompts, list(prompts)]
     if sampler.text_lora:
         inputs.append(sampler.text_lora)
     return root / ".srpo" / "cache" / "embeds" / identity / f"{value_digest(inputs)[:32]}.safetensors"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 
 from srpo.config.loader import Params
@@ -39,38 +39,63 @@ Result = TypeVar("Result")
 
 
 class Sampler:
-    """A base pipeline, with an adapter merged in when one is given."""
+    """A base pipeline, with an adapter merged in when one is given.
+
+    Its text encoders and its UNet and VAE are loaded when they are first needed: whoever encodes prompts first and then
+    releases the text encoders never has all of them in memory.
+    """
 
     def __init__(self, params: Params, adapter: Path | None = None, *, fast: bool = False) -> None:
-        """Load the model; its text encoders are loaded when they are first needed.
+        """Choose device and dtype.
 
         Args:
             params: `model` and `runtime` are used.
             adapter: folder of a LoRA or a UNet in diffusers' layout; a folder without weights, as base's, adds nothing.
             fast: on CUDA, optimize the weights' layout for sampling; training needs it unchanged.
+        """
+        self.model = params.model
+        self.device = pick_device(params.runtime)
+        self.dtype = pick_dtype(params.runtime, self.device)
+        self.batch_invariant = BatchInvariant() if self.device.type == "cpu" else None
+        self.batch_size = params.runtime.batch_size
+        self._adapter = adapter
+        self._optimized = fast and self.device.type == "cuda"
+        self._compiled = params.runtime.compile
+
+    @cached_property
+    def pipeline(self) -> StableDiffusionXLPipeline:
+        """Return the pipeline without text encoders.
 
         Raises:
             UserError: the model or the adapter can't be loaded.
         """
-        self.model = params.model
-        self._adapter = adapter
-        self.device = pick_device(params.runtime)
-        dtype = pick_dtype(params.runtime, self.device)
-        pipeline = load_pipeline(params.model, dtype, **dict.fromkeys(TEXT_PARTS))
-        if adapter is not None:
-            pipeline.unet = with_adapter(pipeline.unet, adapter)
+        pipeline = load_pipeline(self.model, self.dtype, **dict.fromkeys(TEXT_PARTS))
+        if self._adapter is not None:
+            pipeline.unet = with_adapter(pipeline.unet, self._adapter)
         if pipeline.vae.config.force_upcast:
             pipeline.vae.to(torch.float32)
         pipeline.to(self.device)
-        if fast and self.device.type == "cuda":
-            optimize_for_inference(pipeline, compiled=params.runtime.compile)
-        self.pipeline = pipeline
-        self.unet = pipeline.unet.eval()
-        self.vae = pipeline.vae.eval()
-        self.batch_invariant = BatchInvariant() if self.device.type == "cpu" else None
-        self._unet_rows = tile_rows(self.unet, UNET_ROWS)
-        self._decoder_rows = tile_rows(self.vae, DECODER_ROWS) if self.batch_invariant else CUDA_DECODER_ROWS
-        self.batch_size = params.runtime.batch_size
+        if self._optimized:
+            optimize_for_inference(pipeline, compiled=self._compiled)
+        return pipeline
+
+    @cached_property
+    def unet(self) -> UNet2DConditionModel:
+        """Return the UNet, with the adapter."""
+        return self.pipeline.unet.eval()
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        """Return the VAE."""
+        return self.pipeline.vae.eval()
+
+    @cached_property
+    def _unet_rows(self) -> int:
+        return tile_rows(self.unet, UNET_ROWS)
+
+    @cached_property
+    def _decoder_rows(self) -> int:
+        return tile_rows(self.vae, DECODER_ROWS) if self.batch_invariant else CUDA_DECODER_ROWS
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Return the conditioning of n prompts and, as row n, that of the empty prompt."""
@@ -85,7 +110,7 @@ class Sampler:
     @cached_property
     def text_pipeline(self) -> StableDiffusionXLPipeline:
         """Return the tokenizers and text encoders, with the adapter's part in them."""
-        pipeline = load_pipeline(self.model, self.unet.dtype, unet=None, vae=None)
+        pipeline = load_pipeline(self.model, self.dtype, unet=None, vae=None)
         if self._adapter and self.text_lora:
             apply_lora({name: getattr(pipeline, name) for name in TEXT_ENCODERS}, self._adapter)
         return pipeline.to(self.device)

@@ -19,6 +19,10 @@ CLONE = Path(__file__).parents[2]
 # a wheel has these files in `project`, by names that no tool there takes for its own; see pyproject.toml
 AT_ROOT = {"pipeline.yaml": "dvc.yaml", "prefect.yaml": "prefect.yaml", "gitignore": ".gitignore", "presets": "presets"}
 TINY = "tiny"
+# How DVC puts files of its cache into the workspace, the first that the disk can. Its default would copy where the disk
+# has no reflinks: every image twice. Links forbid to change a tracked file in place, which would change the cache, so
+# DVC makes it read-only; stages always replace their outputs.
+CACHE_TYPE = "reflink,hardlink,symlink"
 DEPLOYMENT_NAME = re.compile(r"(?<=^  - name: )\w+$|(?<=--name )\w+", re.MULTILINE)
 
 
@@ -107,6 +111,7 @@ def _make_repositories(folder: Path) -> None:
         # in a subfolder of a Git repository DVC needs an option
         kind = ["--no-scm"] if top is None else [] if top == folder.resolve() else ["--subdir"]
         _run(folder, sys.executable, "-m", "dvc", "init", "-q", *kind)
+        _run(folder, sys.executable, "-m", "dvc", "config", "cache.type", CACHE_TYPE)
 
 
 def _install_merge_driver(folder: Path) -> None:

@@ -75,8 +75,11 @@ def _load(shards: Mapping[str, Sequence[Prompt]], left: int, round: Round) -> It
         shards: the prompts of each unit, by its name.
         left: images that are still to be made, for the progress bar.
     """
-    sampler, rejection = _load_models(round)
+    from srpo.sampling.sampler import Sampler
+
+    sampler = Sampler(round.params, round.parent_files.adapter, fast=True)
     _encode_prompts(round, sampler, list(shards.values()))
+    rejection = _load_rejection(round, sampler)
     # the redirection keeps log lines out of the bar
     with logging_redirect_tqdm(), image_progress(f"generate {round.key}", left) as progress:
 
@@ -115,19 +118,17 @@ def _plan(round: Round) -> tuple[Path, dict[str, list[Prompt]]]:
     return scratch, {f"shard-{number:05d}-of-{len(parts):05d}.parquet": part for number, part in enumerate(parts)}
 
 
-def _load_models(round: Round) -> tuple[Sampler, EarlyRejection | None]:
-    """Load the parent's model and, for early rejection, the reward that scores previews."""
+def _load_rejection(round: Round, sampler: Sampler) -> EarlyRejection | None:
+    """Load the reward that scores previews, if there is early rejection."""
     from srpo.rewards.loading import load_rewards
     from srpo.sampling.early_rejection import EarlyRejection
-    from srpo.sampling.sampler import Sampler
 
     params = round.params
-    sampler = Sampler(params, round.parent_files.adapter, fast=True)
     rules = params.generate.early_rejection
     if rules is None:
-        return sampler, None
+        return None
     rewards = load_rewards({rules.reward: params.rewards[rules.reward]}, params.runtime, round.root)
-    return sampler, EarlyRejection(sampler, params.generate, rewards[rules.reward])
+    return EarlyRejection(sampler, params.generate, rewards[rules.reward])
 
 
 def _encode_prompts(round: Round, sampler: Sampler, parts: Sequence[Sequence[Prompt]]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from srpo.errors import UserError
 from srpo.lineage.code import import_closure_digest
@@ -27,7 +28,7 @@ from srpo.sampling.sampler import Sampler
 from srpo.storage.files import publish
 from srpo.storage.hashing import digest
 from srpo.storage.scratch import scratch_folder
-from srpo.training.dataset import Winners, load_winners
+from srpo.training.dataset import Winners, load_winners, winners_digests
 from srpo.training.loop import TrainingLoop
 from srpo.training.losses import Loss, make_loss
 from srpo.training.model import TextEncoders, make_trainable
@@ -75,20 +76,21 @@ def train(round: Round, on_step: OnStep = lambda metrics, step: None) -> None:
             " use fewer processes or a larger train.batch_size"
         )
     loss = make_loss(settings)
-    winners = load_winners(round, pairs=loss.pairs)
+    inputs = _inputs_found_once(round, accelerator)
+    winners = load_winners(round, inputs["winners"], pairs=loss.pairs)
     if accelerator.is_main_process:
         tokenizer = load_tokenizer(round.params.model, round.root)
         warn_of_cut_prompts("train", ((repr(text[:40]), text) for text in winners.prompts), round, tokenizer)
     loop = _prepare(round, winners, loss, accelerator)
     with accelerator.main_process_first():
-        scratch = scratch_folder(round.root, "train", round.key, _inputs(round, winners))
+        scratch = scratch_folder(round.root, "train", round.key, inputs)
     history = loop.run(scratch, on_step)
     if accelerator.is_main_process:
         adapter = scratch / "adapter"
         curve = scratch / files.training.name
         shutil.rmtree(adapter, ignore_errors=True)
         loop.model.save(adapter)
-        write_lineage(adapter, round, winners.digests)
+        write_lineage(adapter, round, inputs["winners"])
         with curve.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(history[0]))
             writer.writeheader()
@@ -111,13 +113,19 @@ def _read(round: Round, checkpoints: str) -> list[Path]:
     return paths + [folder for folder in folders if folder.exists()]
 
 
-def _inputs(round: Round, winners: Winners) -> dict:
+def _inputs_found_once(round: Round, accelerator: Accelerator) -> dict:
+    """Return what `_inputs` returns in the first process: winners may be tens of GB, and all would hash them."""
+    found = [_inputs(round) if accelerator.is_main_process else None]
+    return broadcast_object_list(found)[0]
+
+
+def _inputs(round: Round) -> dict:
     """Return what an interrupted run must have in common with this one, so that its checkpoints are used."""
     return {
         "seed": round.params.seed,
         "model": round.params.model.model_dump(),
         "train": round.params.train.model_dump(),
-        "winners": winners.digests,
+        "winners": winners_digests(round),
         "parent": digest(round.parent_files.adapter),
         "code": import_closure_digest("srpo.stages.train"),
     }
@@ -140,6 +148,7 @@ def _prepare(round: Round, winners: Winners, loss: Loss, accelerator: Accelerato
         texts = PromptTokens(pipeline, winners.prompts, chunked=params.model.long_prompts == "chunk")
     else:
         texts = StoredEmbeds(sampler, winners.prompts, round.root)
+        sampler.release_text_encoders()
     return TrainingLoop(
         accelerator=accelerator,
         model=make_trainable(sampler.unet, round, with_reference=loss.pairs, dtype=dtype, encoders=encoders),

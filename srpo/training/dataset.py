@@ -6,7 +6,7 @@ Latents stay on disk and are read for each batch, so memory does not grow with t
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,14 +37,12 @@ class _RoundWinners:
         rows: int64 [n], the winners' rows in the dataset that `reader` reads.
         prompts: one per winner.
         weights: float32 [n], mean 1.
-        shapes: of the winners' latents: channels, height, width.
     """
 
     reader: RowReader
     rows: np.ndarray
     prompts: pl.Series
     weights: torch.Tensor
-    shapes: list[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -55,15 +53,13 @@ class Winners:
         prompts: the distinct ones, sorted.
         prompt_indices: int64 [n], for each winner the position of its prompt in `prompts`.
         weights: float32 [n], mean 1 in every round.
-        shapes: of the winners' latents: channels, height, width.
-        digests: by round, the sha256 of the winners folder the rows came from.
+        shapes: of the winners' latents, int32 [n, 3]: channels, height, width.
     """
 
     prompts: list[str]
     prompt_indices: torch.Tensor
     weights: torch.Tensor
-    shapes: list[tuple[int, ...]]
-    digests: dict[str, str]
+    shapes: np.ndarray
     _rounds: list[_RoundWinners]
 
     def __len__(self) -> int:
@@ -83,7 +79,7 @@ class Winners:
         Raises:
             UserError: a file is damaged.
         """
-        latents = torch.empty((len(indices), *self.shapes[int(indices[0])]), dtype=torch.float16)
+        latents = torch.empty((len(indices), *self.shapes[int(indices[0])].tolist()), dtype=torch.float16)
         start = 0
         for winners in self._rounds:
             stop = start + len(winners.rows)
@@ -105,31 +101,37 @@ class Winners:
         """Return the positions in `indices`, grouped by the shape of the winners' latents."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for position, index in enumerate(indices.tolist()):
-            groups.setdefault(self.shapes[index], []).append(position)
+            groups.setdefault(tuple(self.shapes[index].tolist()), []).append(position)
         return list(groups.values())
 
 
-def load_winners(round: Round, *, pairs: bool) -> Winners:
-    """Load the winners that the round's `train.start` and `train.replay` ask for.
-
-    Args:
-        pairs: take only winners with a loser, of prompts whose candidates differ in score or that people decided; the
-            others are counted in the log.
+def winners_digests(round: Round) -> dict[str, str]:
+    """Return by round the sha256 of the winners that the settings use: this round's, then those of its ancestors.
 
     Raises:
-        UserError: winners are missing, have no losers, or differ from those that the parent's
-            lineage names.
+        UserError: ancestors' winners are missing, or differ from those that the parent's lineage names.
     """
-    digests = {round.key: digest(round.files.winners)} | _checked_ancestors(round)
-    rounds = [_read_round(RoundFiles(round.root, name).winners, pairs) for name in digests]
+    return {round.key: digest(round.files.winners)} | _checked_ancestors(round)
+
+
+def load_winners(round: Round, keys: Iterable[str], *, pairs: bool) -> Winners:
+    """Load the training set; latents are read as they are needed.
+
+    Args:
+        keys: the rounds that `winners_digests` names.
+        pairs: only winners that beat a loser, in preference objectives.
+
+    Raises:
+        UserError: winners are missing or damaged, or have no losers.
+    """
+    rounds = [_read_round(RoundFiles(round.root, key).winners, pairs) for key in keys]
     prompts = pl.concat([winners.prompts for winners in rounds])
     distinct = prompts.unique().sort()
     return Winners(
         prompts=distinct.to_list(),
         prompt_indices=torch.from_numpy(distinct.search_sorted(prompts).cast(pl.Int64).to_numpy(writable=True)),
         weights=torch.cat([winners.weights for winners in rounds]),
-        shapes=[shape for winners in rounds for shape in winners.shapes],
-        digests=digests,
+        shapes=np.concatenate([winners.reader.shapes[winners.rows] for winners in rounds]),
         _rounds=rounds,
     )
 
@@ -191,7 +193,7 @@ def _checked_ancestors(round: Round) -> dict[str, str]:
 
 
 def _read_round(path: Path, pairs: bool) -> _RoundWinners:
-    table = parquet.table(path, ["prompt", "weight", "latents_shape", *(["margin"] if pairs else [])])
+    table = parquet.table(path, ["prompt", "weight", *(["margin"] if pairs else [])])
     if table.is_empty():
         raise UserError(f"{path}: holds no winners; run select")
     reader = RowReader(path)
@@ -206,7 +208,6 @@ def _read_round(path: Path, pairs: bool) -> _RoundWinners:
         rows=rows,
         prompts=table["prompt"].gather(rows),
         weights=weights / weights.mean(),
-        shapes=[tuple(shape) for shape in table["latents_shape"].gather(rows).to_list()],
     )
 
 

@@ -185,7 +185,7 @@ class TrainingLoop:
             This process' share of the batch.
         """
         generator = torch.Generator().manual_seed(derive_seed(*self.seed, "step", step))
-        noise = [torch.randn(self.winners.shapes[index], generator=generator) for index in indices.tolist()]
+        noise = [torch.randn(shape, generator=generator) for shape in self.winners.shapes[indices.numpy()].tolist()]
         levels = self.schedule.draw_levels(len(indices), generator)
         dropped = torch.rand(len(indices), generator=generator) < self.settings.caption_dropout
         text = torch.where(dropped, len(self.texts) - 1, self.winners.prompt_indices[indices])

@@ -85,7 +85,7 @@ def test_vae_loads_from_its_folder_or_a_pipeline(params: Params, world: Path) ->
     pin_base(Round.of(with_model(params, vae="data/vae"), world, "base"))
     assert read_lineage(RoundFiles(world, "base"))["vae"]["source"] == "data/vae"
     with pytest.raises(UserError, match=r"model\.vae: can't load 'data/judge' as a VAE"):
-        Sampler(with_model(params, vae="data/judge"))
+        Sampler(with_model(params, vae="data/judge")).decode(latents)
 
 
 @pytest.mark.parametrize(("upcast", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])

@@ -168,7 +168,7 @@ def test_sdxl_estimates(sdxl: Params, monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(capacity, "list_devices", lambda: [H100])
     memory, cards, disk, base, *rounds = capacity.check_capacity(sdxl, tmp_path, (4000, 1000))
     assert memory.state == "ok" and "85 GB" in memory.text and disk.name == "disk"
-    assert cards.name == "memory by GPU" and "8 GB: does not fit; 12 GB: batch_size 1, " in cards.text
+    assert cards.name == "memory by GPU" and "8 GB: does not fit; 12 GB: batch_size 2, " in cards.text
     assert base.name == "round base" and [item.name for item in rounds] == ["round 001", "round 002", "round 003"]
     assert "in 1 process with" in rounds[0].text and "(NVIDIA H100 80GB HBM3: generate 9.3, score " in rounds[0].text
     assert capacity.check_capacity(sdxl, tmp_path, (10**7, 1000))[2].state == "fail"

@@ -110,6 +110,15 @@ def test_memory(sdxl: Params) -> None:
     assert cost.training_gb(changed(sdxl, "train", method="full")) - spared > 35  # 16 bytes a weight
 
 
+def test_memory_on_a_cpu(sdxl: Params) -> None:
+    """A process that trained a LoRA took 14.0 GB in its steps; see docs/performance.md."""
+    small = changed(sdxl, "generate", height=256, width=256)
+    small = changed(small, "runtime", device="cpu", dtype="auto", train_batch_size=1)
+    assert cost.training_gb(small) == pytest.approx(14.0, rel=0.2)
+    assert cost.training_gb(changed(small, "train", train_text_encoder=True)) > cost.training_gb(small) + 3
+    assert cost.sampling_gb(small) == cost.sampling_gb(changed(small, "runtime", batch_size=1)), "one row at a time"
+
+
 def test_keys_that_make_a_round_fit(sdxl: Params) -> None:
     """README's table is what `srpo check` computes, and each row fits where the next larger one does not."""
     table = (Path(__file__).parents[2] / "README.md").read_text()

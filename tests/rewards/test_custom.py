@@ -10,7 +10,7 @@ import torch
 
 from srpo.config import reward_families as families
 from srpo.config.loader import load_params
-from srpo.data.images import decode_images
+from srpo.data.decoding import decode_images
 from srpo.errors import UserError
 from srpo.rewards.loading import load_rewards
 from srpo.rewards.validated import ValidatedReward

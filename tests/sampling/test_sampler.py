@@ -15,7 +15,7 @@ from diffusers import StableDiffusionXLPipeline as Pipeline
 
 from srpo.config.loader import Params, load_params
 from srpo.data import parquet
-from srpo.data.images import decode_images
+from srpo.data.decoding import decode_images
 from srpo.models.pipeline import load_pipeline
 from srpo.rounds import Round, RoundFiles
 from srpo.sampling.prompt_cache import prompt_embeds

@@ -32,7 +32,8 @@ def test_new_project(tmp_path: Path) -> None:
     params = load_params(root / "params.yaml")
     train, held_out = (load_prompts(root / path) for path in (params.prompts.train, params.prompts.eval))
     check_disjoint(train, held_out)
-    assert (root / ".git").is_dir() and (root / ".dvc" / "config").is_file()
+    assert (root / ".git").is_dir()
+    assert 'type = "reflink,hardlink,symlink"' in (root / ".dvc" / "config").read_text()
     listed = subprocess.run(
         [sys.executable, "-m", "dvc", "stage", "list", "--name-only"], cwd=root, capture_output=True, text=True
     )
