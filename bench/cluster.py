@@ -1,25 +1,32 @@
 """A cluster by simulation: units that sleep as long as a GPU would compute, and what dealing them out costs the driver.
 
-    python -m bench.cluster [--workers 1 2 4 8] [--seconds 4] [--megabytes 0.001 64] [--plot docs/images/cluster.png]
+    python -m bench.cluster [--workers 1 2 4 8 16 32 64] [--seconds 4] [--megabytes 64] [--plot docs/images/cluster.png]
 
-A Ray cluster of one head and one node on loopback, whose CPUs are a number only: every worker is a real process, a real
-actor of `srpo.runtime.cluster`, and sends its unit's bytes through the object store to the driver, which writes them.
-Efficiency is the time that the sleeps would take on that many workers, over the time from the first unit to the last.
-Driver's CPU seconds per unit give the number of workers that it can keep busy, for units of any length.
+Measured: a Ray cluster of a head and a node on loopback, whose CPUs are a number only. Every worker is a real process,
+a real actor of `srpo.runtime.cluster`, whose unit's bytes go from the node's object store to the head's and are written
+by the driver. Workers begin together. Efficiency is a unit's seconds over those until its worker begins the next one.
+CPU seconds are those of the driver, and of Ray on the driver's host (GCS and raylet), in the same window.
+
+Computed: more workers than this machine holds, from a queue with one server, the driver, which takes the measured CPU
+seconds per unit, and per unit and worker for waiting for many at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import os
+import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -29,89 +36,163 @@ from srpo.rounds import Round
 from srpo.runtime.make_units import make_units
 from srpo.runtime.units import Units
 
-ADDRESS = "127.0.0.2"
+NODE = {"include_dashboard": False, "object_store_memory": 10**9, "node_ip_address": "127.0.0.2"}
+UNITS_PER_WORKER = 6
+SMALL = 0.001  # MB
 SDXL_UNIT_SECONDS = 187.0  # 28 prompts x 8 images at 1.2 images/s, the presets' shard on an H200
 SDXL_UNIT_MEGABYTES = 380.0  # 224 images of 1.5 MB and latents
+COMPUTED_WORKERS = [2**power for power in range(13)]
+
+
+class Measured(NamedTuple):
+    """A number of workers: their efficiency, and CPU seconds per unit of the driver and of Ray on its host."""
+
+    workers: int
+    efficiency: float
+    driver: float
+    ray: float
 
 
 @contextmanager
-def sleeping(seconds: float, megabytes: float, started: Path, round: Round) -> Iterator[Callable[[Path], None]]:
-    """Load nothing; a unit sleeps and writes this much."""
+def sleeping(seconds: float, megabytes: float, workers: int, times: Path, round: Round) -> Iterator[Callable]:
+    """Load nothing; a unit sleeps and writes this much. The first one of each worker waits for all workers."""
     content = np.random.default_rng(0).integers(0, 256, int(megabytes * 1e6), np.uint8)
+    (times / str(os.getpid())).touch()
+    while len(os.listdir(times)) < workers:  # noqa: PTH208
+        time.sleep(0.1)
 
     def make(unit: Path) -> None:
-        (started / unit.name).write_text(str(time.time()))
-        time.sleep(seconds)
+        begun = time.time()
+        time.sleep(seconds * random.Random(unit.name).uniform(0.5, 1.5))  # else all would end at once
         content.tofile(unit)
+        with (times / str(os.getpid())).open("a") as file:
+            file.write(f"{begun} {time.time()}\n")
 
     yield make
 
 
-def measure(address: str, root: Path, workers: int, seconds: float, megabytes: float) -> tuple[float, float]:
-    """Run 6 units per worker; return the seconds from the first unit's start to the end, and driver's CPU seconds."""
+def measure(cluster: Any, root: Path, workers: int, seconds: float, megabytes: float) -> Measured:
+    """Run UNITS_PER_WORKER units and one more per worker, on a node of its own."""
+    node = cluster.add_node(num_cpus=workers, **NODE)
     params = load_params(PROJECT / PARAMS_FILE)
-    params = params.model_copy(update={"runtime": params.runtime.model_copy(update={"cluster": address})})
+    params = params.model_copy(update={"runtime": params.runtime.model_copy(update={"cluster": cluster.address})})
+    head = [psutil.Process(each.process.pid) for name in ("gcs_server", "raylet")
+            for each in cluster.head_node.all_processes[name]]  # fmt: skip
+    spent: list[tuple[float, float]] = []
+
+    def on_deal(_unit: Path) -> list[Path]:
+        spent.append((time.process_time(), sum(sum(process.cpu_times()[:2]) for process in head)))
+        return []
+
     with tempfile.TemporaryDirectory(dir=root) as name:
         folder = Path(name)
-        units, started = folder / "units", folder / "started"
+        units, times = folder / "units", folder / "times"
         units.mkdir()
-        started.mkdir()
-        paths = [units / f"unit-{number}" for number in range(6 * workers)]
-        load = partial(sleeping, seconds, megabytes, started)
+        times.mkdir()
+        paths = [units / f"unit-{number}" for number in range((UNITS_PER_WORKER + 1) * workers)]
+        load = partial(sleeping, seconds, megabytes, workers, times)
+        make_units(Units(Round("bench", params, folder), "bench", paths, load, inputs_of=on_deal))
+        rows = [[tuple(map(float, line.split())) for line in file.read_text().splitlines()] for file in times.iterdir()]
+    cluster.remove_node(node)
+    slept = sum(end - begun for row in rows for begun, end in row[1:-1])
+    taken = sum(row[-1][0] - row[1][0] for row in rows)
+    (driver, ray), (last_driver, last_ray) = spent[workers], spent[-1]  # from the first unit dealt to one that works
+    count = len(spent) - workers - 1
+    return Measured(workers, slept / taken, (last_driver - driver) / count, (last_ray - ray) / count)
+
+
+def cost_of_waiting(cluster: Any, workers: int, calls: int = 200) -> float:
+    """Return the CPU seconds in which the driver finds the one result of this many that is there."""
+    import ray
+
+    ray.init(cluster.address, log_to_driver=False)
+    try:
+        task = ray.remote(num_gpus=1)(waited_for)  # there is no GPU: never ready
+        results = [*(task.remote() for _ in range(workers - 1)), ray.put(0)]
         before = time.process_time()
-        make_units(Units(Round("bench", params, folder), "bench", paths, load))
-        cpu, end = time.process_time() - before, time.time()
-        return end - min(float(file.read_text()) for file in started.iterdir()), cpu
+        for _ in range(calls):
+            ray.wait(results, timeout=1, fetch_local=False)
+        return (time.process_time() - before) / calls
+    finally:
+        ray.shutdown()
+
+
+def waited_for() -> None:
+    """Do nothing."""
+
+
+def computed_efficiency(workers: int, seconds: float, cost: float) -> float:
+    """Return the share of time that workers compute, if a driver takes `cost` seconds to give each its next unit."""
+    chance = random.Random(0)
+    ends = [chance.uniform(0, seconds) for _ in range(workers)]
+    heapq.heapify(ends)
+    free, computed = 0.0, 0.0
+    for _ in range(50 * workers):
+        free = max(free, heapq.heappop(ends)) + cost
+        length = seconds * chance.uniform(0.5, 1.5)
+        computed += length
+        heapq.heappush(ends, free + length)
+    return computed / (workers * max(free, 1e-9))
 
 
 def main() -> None:
     """Measure, and print a table and the arithmetic for 1,000 GPUs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--seconds", type=float, default=4)
-    parser.add_argument("--megabytes", type=float, nargs="+", default=[0.001, 64])
+    parser.add_argument("--megabytes", type=float, default=64)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     from ray.cluster_utils import Cluster
 
-    table = Table("workers", "MB/unit", "units", "seconds", "efficiency", "driver CPU s/unit")
-    found: dict[float, list[tuple[int, float, float]]] = {}
+    table = Table("workers", "MB/unit", "efficiency", "driver CPU ms/unit", "Ray CPU ms/unit on its host")
     with tempfile.TemporaryDirectory() as name:
         os.environ |= {"XDG_CACHE_HOME": name, "PYTHONPATH": f"{PROJECT}:{os.environ.get('PYTHONPATH', '')}"}
-        for workers in arguments.workers:
-            options = {"include_dashboard": False, "object_store_memory": 10**9, "node_ip_address": ADDRESS}
-            cluster = Cluster(initialize_head=True, head_node_args=options | {"num_cpus": 0})
-            cluster.add_node(num_cpus=workers, **options)
-            for megabytes in arguments.megabytes:
-                wall, cpu = measure(cluster.address, Path(name), workers, arguments.seconds, megabytes)
-                efficiency, per_unit = 6 * arguments.seconds / wall, cpu / (6 * workers)
-                found.setdefault(megabytes, []).append((workers, efficiency, per_unit))
-                values = (workers, megabytes, 6 * workers, f"{wall:.1f}", f"{efficiency:.0%}", f"{per_unit:.4f}")
-                table.add_row(*map(str, values))
-            cluster.shutdown()
+        cluster = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": 0})
+        run = partial(measure, cluster, Path(name))
+        small = [run(workers, arguments.seconds, SMALL) for workers in arguments.workers]
+        large = run(4, arguments.seconds, arguments.megabytes)
+        for megabytes, row in [*((SMALL, row) for row in small), (arguments.megabytes, large)]:
+            milliseconds = (f"{1000 * value:.1f}" for value in (row.driver, row.ray))
+            table.add_row(str(row.workers), f"{megabytes:g}", f"{row.efficiency:.1%}", *milliseconds)
+        waiting = {workers: cost_of_waiting(cluster, workers) for workers in (10, 100, 1000)}
+        cluster.shutdown()
     Console().print(table)
-    small, large = (found[size][-1][2] for size in (min(found), max(found)))
-    per_mb = (large - small) / max(1e-9, max(found) - min(found))
-    for label, cost in (("shared", small), ("copy", small + per_mb * SDXL_UNIT_MEGABYTES)):
+    print("driver CPU ms to wait for one of", {key: round(1000 * value, 2) for key, value in waiting.items()})
+    per_worker = (waiting[1000] - waiting[10]) / 990
+    base = small[-1].driver - per_worker * small[-1].workers
+    at_four = next((row for row in small if row.workers == 4), small[-1])
+    per_megabyte = (large.driver - at_four.driver) / arguments.megabytes
+    costs = {
+        "units of 4 s": (arguments.seconds, base),
+        "SDXL, shared disk": (SDXL_UNIT_SECONDS, base),
+        "SDXL, through the driver": (SDXL_UNIT_SECONDS, base + per_megabyte * SDXL_UNIT_MEGABYTES),
+    }
+    for label, (seconds, cost) in costs.items():
         print(
-            f"cluster_storage {label}: {cost:.2f} driver CPU s per SDXL unit of {SDXL_UNIT_SECONDS:.0f} s:"
-            f" one core keeps {SDXL_UNIT_SECONDS / cost:,.0f} GPUs busy; 1,000 GPUs finish"
-            f" {1000 / SDXL_UNIT_SECONDS:.1f} units/s, {1000 / SDXL_UNIT_SECONDS * SDXL_UNIT_MEGABYTES / 1e3:.1f} GB/s"
+            f"{label}: {cost + 1000 * per_worker:.4f} driver CPU s per unit of {seconds:g} s at 1,000 workers, of which"
+            f" {per_worker * 1000:.4f} to wait; efficiency at 1,000 workers"
+            f" {computed_efficiency(1000, seconds, cost + 1000 * per_worker):.1%}"
         )
+    rate = 1000 / SDXL_UNIT_SECONDS
+    print(f"1,000 GPUs finish {rate:.1f} SDXL units/s, {rate * SDXL_UNIT_MEGABYTES / 1000:.1f} GB/s")
     if arguments.plot:
-        plot(found, arguments.plot)
+        plot(small, costs, per_worker, arguments.plot)
 
 
-def plot(found: dict[float, list[tuple[int, float, float]]], path: Path) -> None:
-    """Draw efficiency over workers, a line per size of units."""
+def plot(small: Sequence[Measured], costs: dict[str, tuple[float, float]], per_worker: float, path: Path) -> None:
+    """Draw efficiency over workers: measured as dots, computed as lines."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5, 3), layout="constrained")
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
-    for megabytes, rows in found.items():
-        axes.plot([row[0] for row in rows], [row[1] for row in rows], "o-", label=f"{megabytes:g} MB per unit")
-    axes.set(xlabel="workers", ylabel="efficiency", xscale="log", ylim=(0, 1.05))
-    axes.set_xticks([row[0] for row in rows], [str(row[0]) for row in rows])
+    for label, (seconds, cost) in costs.items():
+        values = [computed_efficiency(n, seconds, cost + n * per_worker) for n in COMPUTED_WORKERS]
+        axes.plot(COMPUTED_WORKERS, values, label=f"computed: {label}")
+    axes.plot([row.workers for row in small], [row.efficiency for row in small], "ok", label="measured: units of 4 s")
+    axes.set(xlabel="workers", ylabel="share of time in which workers compute", ylim=(0, 1.05))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(COMPUTED_WORKERS[::2], [f"{workers:,}" for workers in COMPUTED_WORKERS[::2]])
     axes.legend()
     figure.savefig(path, dpi=120)
 

@@ -136,9 +136,7 @@ class _Driver:
             give_up(result)
         for line in result:
             log.warning("%s (on %s)", line, process.address)
-        done = process.unit, process.content, time.monotonic() - process.since
-        self._deal(process)  # it works while its unit is written
-        return self._written(*done, process.address)
+        return self._made(process, process.unit)
 
     def _started(self, process: _Process, result: Any) -> int:
         if isinstance(result, Problem):
@@ -163,17 +161,22 @@ class _Driver:
         )
         self._calls[call] = process
 
-    def _written(self, unit: Path, content: Any, seconds: float, address: str) -> int:
-        """Write a unit that a process has finished; if its node is gone with it, it is made again."""
+    def _made(self, process: _Process, unit: Path) -> int:
+        """Take over the unit that a process has made, and write it; if its node is gone with it, it is made again.
+
+        The process gets its next unit in between, so that a node that ends never takes two of them with it.
+        """
+        seconds = time.monotonic() - process.since
         try:
-            array: np.ndarray | None = ray.get(content)
+            array: np.ndarray | None = ray.get(process.content)
         except (ObjectLostError, RayActorError):
             self._todo.appendleft(unit)
             return 0
+        self._deal(process)
         if array is not None:
             with atomic_write(unit) as partial:
                 array.tofile(partial)
-        log.info("%s: %s from %s in %.0f s", self._name, unit.name, address, seconds)
+        log.info("%s: %s from %s in %.0f s", self._name, unit.name, process.address, seconds)
         return 1
 
     def _replace(self, process: _Process, error: Exception) -> None:

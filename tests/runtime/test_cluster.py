@@ -7,11 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -23,41 +19,11 @@ from srpo.errors import UserError
 from srpo.rounds import Round, RoundFiles
 from srpo.runtime.make_units import make_units
 from srpo.runtime.units import unfinished
+from tests.support.cluster import ADDRESS, REPO, Nodes, after, journal, kill, wait_for, with_cluster
+from tests.support.hub import add_model
 from tests.support.units import sleepers
 
 pytest.importorskip("ray")
-REPO = Path(__file__).parents[2]
-ADDRESS = "127.0.0.2"  # Ray replaces 127.0.0.1 by the host's own address
-
-
-class Nodes:
-    """A cluster of a head with one CPU, and the nodes that are added."""
-
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
-
-        options = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 * 2**20}
-        self.cluster = Cluster(initialize_head=True, head_node_args=options | {"node_ip_address": ADDRESS})
-        self.address = self.cluster.address
-
-    def add(self, cpus: int = 1) -> object:
-        return self.cluster.add_node(num_cpus=cpus, node_ip_address=ADDRESS, object_store_memory=100 * 2**20)
-
-
-@pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("PYTHONPATH", str(REPO))
-        found = Nodes()
-        found.add()
-        yield found
-        found.cluster.shutdown()
-
-
-def with_cluster(params: Params, address: str | None, **options: object) -> Params:
-    runtime = params.runtime.model_copy(update={"cluster": address, **options})
-    return params.model_copy(update={"runtime": runtime})
 
 
 @pytest.fixture
@@ -65,18 +31,30 @@ def round(world: Path, nodes: Nodes) -> Round:
     return Round.of(with_cluster(load_params(), nodes.address), world, "001")
 
 
-def journal(path: Path) -> list[tuple[str, str]]:
-    return [(name, pid) for name, pid in (line.split() for line in path.read_text().splitlines())]
+@pytest.fixture
+def client_address(nodes: Nodes) -> str:
+    if nodes.client_address is None:
+        pytest.skip("ray[client] is not installed")
+    return nodes.client_address
 
 
 @pytest.mark.parametrize("storage", ["copy", pytest.param("shared", marks=pytest.mark.slow)])
 def test_nodes_share_units(round: Round, tmp_path: Path, storage: str) -> None:
-    params = round.params.runtime.cluster
-    round = Round.of(with_cluster(load_params(), params, cluster_storage=storage), round.root, "001")
-    units = sleepers(round, 6, 0.3, tmp_path / "journal")
+    params = with_cluster(load_params(), round.params.runtime.cluster, cluster_storage=storage)
+    check_shared(Round.of(params, round.root, "001"), tmp_path / "journal")
+
+
+@pytest.mark.slow
+def test_a_client_shares_units(round: Round, client_address: str, tmp_path: Path) -> None:
+    params = with_cluster(load_params(), client_address)
+    check_shared(Round.of(params, round.root, "001"), tmp_path / "journal")
+
+
+def check_shared(round: Round, lines: Path) -> None:
+    units = sleepers(round, 6, 0, lines, processes=2)
     units.paths[2].write_text("kept")
     make_units(units)
-    made = journal(tmp_path / "journal")
+    made = journal(lines)
     assert sorted(name for name, _ in made) == [f"unit-{n}" for n in (0, 1, 3, 4, 5)], "each once"
     assert len({pid for _, pid in made}) == 2
     wanted = (round.root / "params.yaml").read_bytes()
@@ -89,6 +67,23 @@ def test_nodes_share_units(round: Round, tmp_path: Path, storage: str) -> None:
 def test_bad_input_names_the_node(round: Round, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^input-1.txt: bad .on machine {ADDRESS}.$"):
         make_units(sleepers(round, 3, 0, tmp_path / "journal", bad=1))
+
+
+@pytest.mark.slow
+def test_a_model_that_a_node_lacks(round: Round, nodes: Nodes, tmp_path: Path) -> None:
+    # in the Hub's cache of the driver's home, and not in that of the nodes
+    add_model(tmp_path / "hub", "someone/judge", "a" * 40, round.root / "data" / "judge")
+    params = round.root / "params.yaml"
+    text = params.read_text().replace("model: data/judge", f"model: someone/judge, revision: {'a' * 40}")
+    params.write_text(text.replace("runtime:\n", f"runtime:\n  cluster: {nodes.address}\n"))
+    environ = os.environ | {"PYTHONPATH": str(REPO), "HF_HOME": str(tmp_path)}
+    for argv, status in ((["base"], 0), (["evaluate", "base"], 2)):
+        command = [sys.executable, "-m", "srpo", *argv]
+        ended = subprocess.run(command, env=environ, capture_output=True, text=True)
+        assert ended.returncode == status, ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("srpo: error:")]
+    assert "someone/judge" in line and line.endswith(f"(on machine {ADDRESS})")
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.slow
@@ -121,7 +116,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_a_killed_process_loses_one_unit(round: Round, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines = tmp_path / "journal"
     units = sleepers(round, 6, 0.5, lines)
-    with after(lambda: lines.exists() and len(journal(lines)) >= 3, lambda: kill(journal(lines)[-1][1])):
+    with after(lambda: len(journal(lines)) >= 3, lambda: kill(journal(lines)[-1][1])):
         make_units(units)
     counts = Counter(name for name, _ in journal(lines))
     assert sum(counts.values()) == 7 and not unfinished(units.paths), counts
@@ -134,7 +129,7 @@ def test_a_poisonous_unit_is_given_up(round: Round, tmp_path: Path) -> None:
     killed: set[str] = set()
 
     def kill_all() -> bool:
-        pids = {pid for _, pid in journal(tmp_path / "journal")} if (tmp_path / "journal").exists() else set()
+        pids = {pid for _, pid in journal(tmp_path / "journal")}
         for pid in pids - killed:
             kill(pid)
             killed.add(pid)
@@ -149,8 +144,8 @@ def test_nodes_come_and_go(round: Round, nodes: Nodes, tmp_path: Path) -> None:
     lines = tmp_path / "journal"
     early = nodes.add()
     driver = start(round.root, nodes.address, lines, 24, 2)
-    wait_for(lambda: lines.exists() and len({pid for _, pid in journal(lines)}) == 3)
-    nodes.cluster.remove_node(early, allow_graceful=False)
+    wait_for(lambda: len({pid for _, pid in journal(lines)}) == 3)
+    nodes.kill(early)
     late = nodes.add()
     _, told = driver.communicate(timeout=300)
     nodes.cluster.remove_node(late)
@@ -162,13 +157,20 @@ def test_nodes_come_and_go(round: Round, nodes: Nodes, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-@pytest.mark.parametrize("cluster", ["local", None])
+@pytest.mark.parametrize("cluster", ["local", "nodes", "client"])
 def test_nothing_outlives_the_driver(
-    round: Round, nodes: Nodes, tmp_path: Path, number: signal.Signals, code: int, cluster: str | None
+    round: Round,
+    nodes: Nodes,
+    tmp_path: Path,
+    number: signal.Signals,
+    code: int,
+    cluster: str,
+    request: pytest.FixtureRequest,
 ) -> None:
     lines = tmp_path / "journal"
-    driver = start(round.root, cluster or nodes.address, lines, 8, 60)
-    wait_for(lambda: lines.exists() and len(journal(lines)) >= 2)
+    address = {"local": "local", "nodes": nodes.address}.get(cluster) or request.getfixturevalue("client_address")
+    driver = start(round.root, address, lines, 8, 60)
+    wait_for(lambda: len(journal(lines)) >= 2)
     processes = [psutil.Process(int(pid)) for _, pid in journal(lines)]
     processes += psutil.Process(driver.pid).children(recursive=True)
     driver.send_signal(number)
@@ -221,7 +223,7 @@ def test_nodes_train_together(round: Round, storage: str) -> None:
 
 @pytest.mark.slow
 def test_a_killed_training_resumes(
-    round: Round, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    round: Round, nodes: Nodes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from srpo.runtime import gang
     from srpo.stages.train import train
@@ -232,24 +234,24 @@ def test_a_killed_training_resumes(
     states = partial(round.root.glob, ".srpo/scratch/train@001-*/state-*.safetensors")
     steps: list[int] = []
 
-    def kill_one() -> None:
-        members = [process for process in psutil.process_iter(["cmdline"]) if "ray::Member" in str(process.info)]
-        members[0].kill()
-
-    with after(lambda: list(states()), kill_one):
+    with after(lambda: list(states()), lambda: nodes.processes("Member")[0].kill()):
         train(Round.of(params, round.root, "001"), lambda _, step: steps.append(step))
     assert "restarting all" in caplog.text
     assert len(losses(files)) == 60 and steps.count(1) == 2 and steps.count(60) == 1
 
 
-@pytest.mark.slow
-def test_other_versions_are_refused(
-    round: Round, nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def other_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes that start now have another version of diffusers."""
     record = tmp_path / "old" / "diffusers-0.1.dist-info" / "METADATA"
     record.parent.mkdir(parents=True)
     record.write_text("Metadata-Version: 2.1\nName: diffusers\nVersion: 0.1\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'old'}:{REPO}")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("other_version")
+def test_other_versions_are_refused(round: Round, nodes: Nodes, tmp_path: Path) -> None:
     other = nodes.add()
     try:
         with pytest.raises(UserError, match=f"machine {ADDRESS} has diffusers 0.1 .here "):
@@ -257,6 +259,20 @@ def test_other_versions_are_refused(
     finally:
         nodes.cluster.remove_node(other)
     assert not (tmp_path / "journal").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("other_version")
+def test_a_late_node_of_another_version(round: Round, nodes: Nodes, tmp_path: Path) -> None:
+    lines = tmp_path / "journal"
+    driver = start(round.root, nodes.address, lines, 8, 60)
+    wait_for(lambda: len(journal(lines)) == 2)
+    other = nodes.add()
+    _, told = driver.communicate(timeout=120)
+    nodes.cluster.remove_node(other)
+    assert driver.returncode == 2
+    assert f"machine {ADDRESS} has diffusers 0.1 (here " in told
+    assert len(journal(lines)) == 2
 
 
 @pytest.mark.parametrize(
@@ -267,34 +283,3 @@ def test_no_cluster_is_one_line(world: Path, tmp_path: Path, address: str, messa
     round = Round.of(with_cluster(load_params(), address), world, "001")
     with pytest.raises(UserError, match=f"^runtime.cluster: {address}: {message}.*is `ray start` running"):
         make_units(sleepers(round, 1, 0, tmp_path / "journal"))
-
-
-@contextmanager
-def after(condition: Callable[[], object], action: Callable[[], object]) -> Iterator[None]:
-    """Do something in a thread once a condition holds, while the block runs."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.05):
-            if condition():
-                action()
-                return
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def kill(pid: str) -> None:
-    os.kill(int(pid), signal.SIGKILL)

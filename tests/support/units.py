@@ -17,12 +17,15 @@ from srpo.runtime.make_units import make_units
 from srpo.runtime.units import Units
 
 
-def sleepers(round: Round, count: int, seconds: float, journal: Path, bad: int | None = None) -> Units:
+def sleepers(
+    round: Round, count: int, seconds: float, journal: Path, bad: int | None = None, processes: int = 1
+) -> Units:
     """Return units that take this long; each writes its name and its input, and a line to `journal`.
 
     Args:
         journal: a file on a disk that all processes have; a line is `<name> <pid>`.
         bad: the number of a unit whose input is bad.
+        processes: a unit ends only when so many have begun one, or after a minute.
     """
     scratch = round.root / ".srpo" / "scratch" / "sleep"
     scratch.mkdir(parents=True, exist_ok=True)
@@ -33,14 +36,16 @@ def sleepers(round: Round, count: int, seconds: float, journal: Path, bad: int |
         round,
         "sleep",
         paths,
-        partial(load, seconds, journal, bad),
+        partial(load, seconds, journal, bad, processes),
         [round.root / "params.yaml"],
         lambda unit: [round.root / f"input-{unit.name.removeprefix('unit-')}.txt"],
     )
 
 
 @contextmanager
-def load(seconds: float, journal: Path, bad: int | None, round: Round) -> Iterator[Callable[[Path], None]]:
+def load(
+    seconds: float, journal: Path, bad: int | None, processes: int, round: Round
+) -> Iterator[Callable[[Path], None]]:
     params = (round.root / "params.yaml").read_bytes()
 
     def make(unit: Path) -> None:
@@ -50,10 +55,19 @@ def load(seconds: float, journal: Path, bad: int | None, round: Round) -> Iterat
             raise UserError(f"{own}: bad")
         with journal.open("a") as file:
             file.write(f"{unit.name} {os.getpid()}\n")
+        end = time.monotonic() + 60
+        while (
+            len({line.split()[1] for line in journal.read_text().splitlines()}) < processes and time.monotonic() < end
+        ):
+            time.sleep(0.05)
         time.sleep(seconds)
         unit.write_bytes(own.read_bytes() + params)
 
     yield make
+
+
+def _processes(journal: Path) -> int:
+    return len({line.split()[1] for line in journal.read_text().splitlines()})
 
 
 if __name__ == "__main__":  # <cluster> <journal> <count> <seconds>: units in this folder's project, as a command
@@ -65,3 +79,6 @@ if __name__ == "__main__":  # <cluster> <journal> <count> <seconds>: units in th
         make_units(sleepers(round, int(count), float(seconds), Path(journal)))
     except KeyboardInterrupt:
         sys.exit(130)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
