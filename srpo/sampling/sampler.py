@@ -25,6 +25,7 @@ from srpo.models.adapter_files import text_lora_digest
 from srpo.models.adapters import apply_lora, with_adapter
 from srpo.models.pipeline import TEXT_ENCODERS, TEXT_PARTS, load_pipeline, optimize_for_inference
 from srpo.runtime.device import pick_device, pick_dtype
+from srpo.runtime.turns import TURNS
 from srpo.sampling.batch_invariant import BatchInvariant, tile_rows
 from srpo.sampling.conditioning import Conditioning, PromptEmbeds, stacked, time_ids
 from srpo.sampling.text_encoding import encode_prompts
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 # rows that a small network sees at once on a CPU
 UNET_ROWS = 64
 DECODER_ROWS = 32
-CUDA_DECODER_ROWS = 8  # the decoder takes far more memory for an image than the UNet
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -57,25 +57,32 @@ class Sampler:
         self.device = pick_device(params.runtime)
         dtype = pick_dtype(params.runtime, self.device)
         pipeline = load_pipeline(params.model, dtype, **dict.fromkeys(TEXT_PARTS))
+        fp8 = params.model.fp8 and fast and self.device.type == "cuda"
         if adapter is not None:
-            pipeline.unet = with_adapter(pipeline.unet, adapter)
+            pipeline.unet = with_adapter(pipeline.unet, adapter, beside=fp8)
         if pipeline.vae.config.force_upcast:
             pipeline.vae.to(torch.float32)
-        pipeline.to(self.device)
         if fast and self.device.type == "cuda":
-            optimize_for_inference(pipeline, compiled=params.runtime.compile)
+            optimize_for_inference(pipeline, compiled=params.runtime.compile, fp8=fp8)
+        self._offload = params.runtime.offload
+        if not self._offload:
+            pipeline.to(self.device)
         self.pipeline = pipeline
         self.unet = pipeline.unet.eval()
         self.vae = pipeline.vae.eval()
         self.batch_invariant = BatchInvariant() if self.device.type == "cpu" else None
         self._unet_rows = tile_rows(self.unet, UNET_ROWS)
-        self._decoder_rows = tile_rows(self.vae, DECODER_ROWS) if self.batch_invariant else CUDA_DECODER_ROWS
+        self._decoder_rows = params.runtime.vae_batch_size
+        if self.batch_invariant:
+            self._decoder_rows = tile_rows(self.vae, DECODER_ROWS)
         self.batch_size = params.runtime.batch_size
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Return the conditioning of n prompts and, as row n, that of the empty prompt."""
+        pipeline = self.text_pipeline
+        self._bring(pipeline.text_encoder, pipeline.text_encoder_2)
         embeds = encode_prompts(
-            self.text_pipeline,
+            pipeline,
             prompts,
             chunked=self.model.long_prompts == "chunk",
             padded=self.batch_invariant is not None,
@@ -88,7 +95,7 @@ class Sampler:
         pipeline = load_pipeline(self.model, self.unet.dtype, unet=None, vae=None)
         if self._adapter and self.text_lora:
             apply_lora({name: getattr(pipeline, name) for name in TEXT_ENCODERS}, self._adapter)
-        return pipeline.to(self.device)
+        return pipeline if self._offload else pipeline.to(self.device)
 
     @cached_property
     def text_lora(self) -> str | None:
@@ -145,6 +152,7 @@ class Sampler:
             The latents after the last of `steps`, and the clean latents that the model predicted in that step, where
             the scheduler returns them; float32 on the CPU.
         """
+        self._bring(self.unet)
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         scheduler.set_timesteps(sampling.num_inference_steps, device=self.device)
         options = self.pipeline.prepare_extra_step_kwargs(list(generators) or None, eta=0.0)
@@ -179,6 +187,7 @@ class Sampler:
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Return uint8 pixels [n, height, width, 3] on the CPU, from clean latents [n, channels, h, w]."""
+        self._bring(self.vae)
         return torch.cat([self._decode(part) for part in latents.split(self._decoder_rows)])
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -223,6 +232,10 @@ class Sampler:
         """Return SDXL's size conditioning [1, 6] of latents of this size."""
         factor = self.pipeline.vae_scale_factor
         return time_ids(latent_height * factor, latent_width * factor, self.device, self.unet.dtype)
+
+    def _bring(self, *networks: torch.nn.Module) -> None:
+        if self._offload:
+            TURNS.bring(networks, self.device)
 
     def _unet(self, latents: torch.Tensor, timestep: Any, *conditioning: torch.Tensor) -> torch.Tensor:
         """Return the UNet's prediction; `conditioning` is tokens, pooled and time ids, a row per row of latents."""
