@@ -164,6 +164,8 @@ def load_params(path: Path | str = PARAMS_FILE) -> Params:
                 f"{path}: rounds.{key}.generate.early_rejection.reward: must be that of generate.early_rejection,"
                 " because DVC tracks its model"
             )
+        if params.model.fp8 and (resolved[key].train.method == "full" or resolved[key].train.use_dora):
+            raise UserError(f"{path}: model.fp8: not possible with train.method full or use_dora; train a plain LoRA")
         if node.parent != tree.BASE and resolved[key].train.method != resolved[node.parent].train.method:
             raise UserError(f"{path}: rounds.{key}.train.method: differs from parent {node.parent}; use the same")
     return params

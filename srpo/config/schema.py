@@ -68,6 +68,11 @@ class ModelParams(Section):
     scheduler_config: dict[str, Any] = Field(
         default={}, description="options of the scheduler that differ from the base's, such as timestep_spacing"
     )
+    fp8: bool = Field(
+        False,
+        description="round the weights of the UNet's attention blocks to 8 bits (float8_e4m3fn), in which a GPU keeps"
+        " them: 2.9 GB instead of 5.1, and slower; a change of the base like any other",
+    )
     loras: list[BaseLora] = Field(
         default=[], description="LoRAs in diffusers' or kohya's format that are part of the base, merged in this order"
     )
@@ -399,6 +404,12 @@ class RuntimeParams(Section):
         1.0, description="GPUs per process of score in a cluster; 0.25 lets four processes share a GPU"
     )
     batch_size: PositiveInt = Field(16, description="images sampled at once; halved when memory runs out")
+    vae_batch_size: PositiveInt = Field(8, description="images that the VAE decodes at once, at most `batch_size`")
+    offload: bool = Field(
+        False,
+        description="keep on the GPU only the model that computes: text encoders, UNet, VAE and rewards take turns,"
+        " which takes time",
+    )
     train_batch_size: PositiveInt | None = Field(
         None,
         description="samples per forward pass of training, accumulated to train.batch_size; null is all at once",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +13,7 @@ from srpo.config.schema import SchedulerName
 from srpo.errors import UserError
 
 SCHEDULERS = get_args(SchedulerName)
+SDE = "DPMSolverSDEScheduler"
 WEIGHTS = {
     "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
     "text_encoder_2": "model",
@@ -50,12 +52,16 @@ def check_checkpoint(
         scheduler: the class of diffusers that samples instead of its own.
 
     Raises:
-        UserError: a file is missing, damaged or a Git-LFS pointer, or the model is of another kind.
+        UserError: a file is missing, damaged or a Git-LFS pointer, or the model is of another kind; or its scheduler
+            needs a package that is not installed.
     """
     if path.is_file():
         _check_single_file(key, path)
     else:
         _check_folder(key, path, variant, own_vae)
+        scheduler = scheduler or _scheduler_config(key, path)["_class_name"]
+    if scheduler == SDE and not find_spec("torchsde"):
+        raise UserError(f"model.scheduler: {SDE} needs torchsde; `pip install torchsde`, or set another scheduler")
     if scheduler and is_edm(scheduler) != is_edm_checkpoint(path):
         kind = "is of the EDM kind" if is_edm_checkpoint(path) else "is not of the EDM kind"
         raise UserError(f"model.scheduler: {path} {kind}, so {scheduler} can't sample from it; take another one")

@@ -18,14 +18,14 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def base_identity(base: Mapping[str, Any]) -> str | None:
-    """Return what names a base model's weights: its digest or revision, with those of its LoRAs; None if not pinned.
+    """Return what names a base model's weights: its digest or revision, and how they are changed; None if not pinned.
 
     Args:
         base: the entry `base` of lineage.json.
     """
     own = base.get("digest") or base.get("revision")
-    loras = base.get("loras")
-    return value_digest([own, loras]) if own and loras else own
+    changes = [base[name] for name in ("loras", "fp8") if base.get(name)]
+    return value_digest([own, *changes]) if own and changes else own
 
 
 def model_identity(root: Path, key: str, source: str, revision: str | None) -> dict[str, str | None]:

@@ -27,14 +27,14 @@ MIN_SURVIVING_SHARE = 0.95  # in bfloat16 that of a change by about .5 % of the 
 
 
 def with_adapter(
-    unet: UNet2DConditionModel, folder: Path, *, stored_as: torch.dtype | None = None
+    unet: UNet2DConditionModel, folder: Path, *, stored_as: torch.dtype | None = None, beside: bool = False
 ) -> UNet2DConditionModel:
     """Return the UNet with an adapter applied, for sampling; a folder without weights (base's) changes nothing.
 
     A LoRA is merged, or stays beside the weights: see `apply_lora`.
 
     Args:
-        stored_as: as in `apply_lora`.
+        stored_as: as in `apply_lora`, and `beside`.
 
     Raises:
         UserError: the weights are not those that the folder's lineage.json names, can't be read, or belong to another
@@ -44,11 +44,13 @@ def with_adapter(
     if (folder / UNET_FILE).exists():
         with adapter_errors(folder / UNET_FILE):
             return UNet2DConditionModel.from_pretrained(folder, torch_dtype=unet.dtype, use_safetensors=True)
-    apply_lora({"unet": unet}, folder, stored_as=stored_as)
+    apply_lora({"unet": unet}, folder, stored_as=stored_as, beside=beside)
     return unet
 
 
-def apply_lora(networks: Mapping[str, Any], folder: Path, *, stored_as: torch.dtype | None = None) -> None:
+def apply_lora(
+    networks: Mapping[str, Any], folder: Path, *, stored_as: torch.dtype | None = None, beside: bool = False
+) -> None:
     """Apply the LoRA of an adapter folder, if it has one, to those of the networks that it changes.
 
     It is merged. In 16 bits most of a small change would be lost by rounding; if less than MIN_SURVIVING_SHARE of it
@@ -57,6 +59,7 @@ def apply_lora(networks: Mapping[str, Any], folder: Path, *, stored_as: torch.dt
     Args:
         networks: any of unet, text_encoder, text_encoder_2.
         stored_as: the dtype that merged weights are cast to later; merge always, and log how much will survive.
+        beside: never merge, since the weights will be kept in eight bits.
 
     Raises:
         UserError: the LoRA can't be read or belongs to another kind of model.
@@ -72,7 +75,10 @@ def apply_lora(networks: Mapping[str, Any], folder: Path, *, stored_as: torch.dt
         for name, network in changed.items():
             attach_lora(network, for_modules(network, states[name]))
     for name, network in changed.items():
-        _merge(network, str(folder) if name == "unet" else f"{folder} ({name})", stored_as)
+        if beside:
+            _cast(network)
+        else:
+            _merge(network, str(folder) if name == "unet" else f"{folder} ({name})", stored_as)
 
 
 def _merge(network: Any, what: str, stored_as: torch.dtype | None) -> None:
@@ -89,12 +95,18 @@ def _merge(network: Any, what: str, stored_as: torch.dtype | None) -> None:
             level, hint = logging.WARNING, "; --dtype float32 keeps all of it"
         log.log(level, "%s: merged into %s weights; %.1f %% of its change survives%s", what, name, 100 * share, hint)
         return
-    for layer in lora_layers(network):
-        layer.to(network.dtype)
+    _cast(network)
     log.info(
         "%s: kept beside the weights; merged into %s only %.1f %% of its change would survive",
         *(what, name, 100 * share),
     )
+
+
+def _cast(network: Any) -> None:
+    """Give the LoRA beside a network's weights their dtype, in which it samples."""
+    dtype = network.dtype
+    for layer in lora_layers(network):
+        layer.to(dtype)
 
 
 @contextlib.contextmanager

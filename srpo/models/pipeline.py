@@ -17,6 +17,7 @@ from srpo.config.schema import ModelParams
 from srpo.errors import UserError, user_error
 from srpo.lineage.checkpoint_files import check_checkpoint, weights_variant
 from srpo.models.base_loras import merge_base_loras
+from srpo.models.fp8 import FP8, round_to_fp8, store_in_fp8
 from srpo.models.hub import hide_loading_bars, load_complete
 from srpo.models.single_file import load_single_file
 
@@ -36,7 +37,8 @@ def load_pipeline(model: ModelParams, dtype: torch.dtype, **parts: None) -> Stab
     """
     hide_loading_bars()
     loaded: dict[str, Any] = dict(parts)
-    loaded_as = torch.float32 if model.loras else dtype  # so that merged weights are rounded once
+    fp8 = model.fp8 and "unet" not in parts
+    loaded_as = torch.float32 if model.loras or fp8 else dtype  # so that changed weights are rounded once
     if model.vae and "vae" not in parts:
         loaded["vae"] = load_vae(model, loaded_as)
     with user_error(f"model.base: can't load {model.base!r} as an SDXL pipeline"):
@@ -49,7 +51,10 @@ def load_pipeline(model: ModelParams, dtype: torch.dtype, **parts: None) -> Stab
         for name in NETWORKS:
             _check_complete(getattr(pipeline, name))
     if model.loras:
-        merge_base_loras(pipeline, model, dtype)
+        merge_base_loras(pipeline, model, FP8 if fp8 else dtype)
+    if fp8:
+        round_to_fp8(pipeline.unet)
+    if loaded_as != dtype:
         pipeline.to(dtype)
     pipeline.scheduler = _scheduler(model, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
@@ -101,19 +106,22 @@ def load_vae(model: ModelParams, dtype: torch.dtype) -> AutoencoderKL:
         return vae
 
 
-def optimize_for_inference(pipeline: StableDiffusionXLPipeline, compiled: bool = False) -> None:
+def optimize_for_inference(pipeline: StableDiffusionXLPipeline, *, compiled: bool = False, fp8: bool = False) -> None:
     """Change a pipeline's weight layout for fast sampling on CUDA; results change by rounding only.
 
     Call it after an adapter is merged: LoRA finds the projections by their names before they are fused.
 
     Args:
-        compiled: compile the UNet's repeated blocks, once for all blocks of a kind.
+        compiled: compile the UNet's repeated blocks, once for all blocks of a kind; not possible with `fp8`.
+        fp8: keep the UNet's rounded weights in eight bits.
     """
     if not getattr(pipeline.unet, "peft_config", None):  # fused projections would leave out a LoRA beside the weights
         pipeline.fuse_qkv_projections()
     for network in (pipeline.unet, pipeline.vae):
         network.to(memory_format=torch.channels_last)
-    if compiled:
+    if fp8:
+        store_in_fp8(pipeline.unet)
+    elif compiled:
         pipeline.unet.compile_repeated_blocks(fullgraph=True)
 
 

@@ -6,15 +6,18 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from srpo.config.loader import Params
-from srpo.preflight import CheckResult, cost
+from srpo.data.prompts import Prompt
+from srpo.preflight import CheckResult, cost, memory
 from srpo.preflight.models import find_base_file
 from srpo.rounds import BASE, RoundFiles
 from srpo.runtime.cpu import is_fast_on_cpu
 from srpo.runtime.extras import missing
+from srpo.sampling.sizes import rows_by_size
 
 SDXL_BLOCKS = [320, 640, 1280]
 LINKS = {"hardlink", "symlink"}
@@ -27,11 +30,15 @@ class Device(NamedTuple):
     memory: float
 
 
-def check_capacity(params: Params, root: Path, prompt_counts: tuple[int, int] | None) -> list[CheckResult]:
+Prompts = tuple[Sequence[Prompt], Sequence[Prompt]]
+"""Train and eval prompts."""
+
+
+def check_capacity(params: Params, root: Path, prompts: Prompts | None) -> list[CheckResult]:
     """Check number format and processes; for SDXL also memory, disk and time of each round.
 
     Args:
-        prompt_counts: numbers of train and eval prompts; None leaves out what depends on them.
+        prompts: None leaves out what depends on them.
     """
     devices = list_devices()
     results = check_runtime(params, devices)
@@ -39,17 +46,40 @@ def check_capacity(params: Params, root: Path, prompt_counts: tuple[int, int] | 
     if config and json.loads(config.read_text(encoding="utf-8")).get("block_out_channels") != SDXL_BLOCKS:
         text = "not estimated: the formulas are for SDXL, and this base model has other sizes"
         return [*results, CheckResult("cost", "ok", text)]
-    if prompt_counts is None:
+    if prompts is None:
         return [*results, CheckResult("cost", "warn", "not estimated: a prompt file is not readable")]
     rounds = {key: params.for_round(key) for key in params.rounds}
+    works = {key: _Work.of(own, *prompts) for key, own in rounds.items()}
     links = bool(LINKS & _cache_types(root))
     return [
         *results,
-        check_memory(rounds, devices),
-        check_cards(rounds),
-        check_disk(rounds, root, prompt_counts, links),
-        *check_time(rounds, devices, prompt_counts, links),
+        check_memory(works, devices),
+        check_cards(works),
+        check_disk(works, root, links),
+        *check_time(works, devices, links),
     ]
+
+
+class _Work(NamedTuple):
+    """What a round computes.
+
+    Attributes:
+        params: with the round's overrides.
+        train: images of train prompts; `held_out` are those of eval prompts.
+        pixels: of the largest image.
+    """
+
+    params: Params
+    train: cost.Images
+    held_out: cost.Images
+    pixels: float
+
+    @classmethod
+    def of(cls, params: Params, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> _Work:
+        sizes = [*rows_by_size(train, params.generate), *rows_by_size(held_out, params.evaluate)]
+        largest = max((size.width * size.height for size in sizes), default=0)
+        images = cost.Images.of
+        return cls(params, images(train, params.generate), images(held_out, params.evaluate), largest)
 
 
 def list_devices() -> list[Device]:
@@ -79,11 +109,11 @@ def check_runtime(params: Params, devices: list[Device]) -> list[CheckResult]:
     return results
 
 
-def check_memory(rounds: dict[str, Params], devices: list[Device]) -> CheckResult:
+def check_memory(works: dict[str, _Work], devices: list[Device]) -> CheckResult:
     """Compare the memory that sampling and training need with the first GPU's."""
     needs = {
-        "sampling": max(cost.sampling_gb(params) for params in rounds.values()),
-        "training": max(cost.training_gb(params) for params in rounds.values()),
+        "sampling": max(memory.sampling_gb(work.params, work.pixels) for work in works.values()),
+        "training": max(memory.training_gb(work.params, work.pixels) for work in works.values()),
     }
     text = ", ".join(f"{name} {need:.0f} GB" for name, need in needs.items()) + " (estimates, a quarter either way)"
     if not devices:
@@ -92,27 +122,33 @@ def check_memory(rounds: dict[str, Params], devices: list[Device]) -> CheckResul
     text = f"{text}; {device.name} has {device.memory:.0f} GB"
     for stage, need in needs.items():
         if need > device.memory:
-            key = "batch_size" if stage == "sampling" else "train_batch_size, or set gradient_checkpointing"
-            return CheckResult("memory", "warn", f"{text}: lower runtime.{key}")
+            return CheckResult("memory", "warn", f"{text}, too little for {stage}: see `memory by GPU`")
     return CheckResult("memory", "ok", text)
 
 
-def check_cards(rounds: dict[str, Params]) -> CheckResult:
-    """Say with which keys of `runtime` the round that needs most fits into GPUs of several sizes."""
-    largest = max(rounds.values(), key=cost.training_gb)
+def check_cards(works: dict[str, _Work]) -> CheckResult:
+    """Say with which keys the round that needs most fits into GPUs of several sizes."""
+    largest = max(works.values(), key=lambda work: memory.training_gb(work.params, work.pixels))
     found = []
-    for size in cost.CARDS:
-        keys = cost.fitting_keys(largest, size)
-        values = ", ".join(f"{name} {str(value).lower()}" for name, value in (keys or {}).items())
-        found.append(f"{size} GB: {values or 'does not fit'}")
+    for size in memory.CARDS:
+        keys = memory.fitting_keys(largest.params, size, largest.pixels)
+        found.append(f"{size} GB: {_listed(keys) if keys else 'does not fit'}")
     return CheckResult("memory by GPU", "ok", f"{'; '.join(found)} (computed)")
 
 
-def check_disk(rounds: dict[str, Params], root: Path, prompt_counts: tuple[int, int], links: bool) -> CheckResult:
+def _listed(keys: memory.Keys) -> str:
+    """Return keys with their values; those that are off are left out."""
+    names = {"fp8": "model.fp8"}
+    return ", ".join(
+        f"{names.get(name, name)} {str(value).lower()}" for name, value in keys.items() if value is not False
+    )
+
+
+def check_disk(works: dict[str, _Work], root: Path, links: bool) -> CheckResult:
     """Compare the size of the rounds that are not done yet with free disk space."""
-    remaining = {key: params for key, params in rounds.items() if not RoundFiles(root, key).evaluation.exists()}
+    remaining = [work for key, work in works.items() if not RoundFiles(root, key).evaluation.exists()]
     copies = 1 if links else 2
-    needed = copies * sum(cost.round_bytes(params, *prompt_counts) for params in remaining.values()) / cost.GB
+    needed = copies * sum(cost.round_bytes(work.params, work.train, work.held_out) for work in remaining) / cost.GB
     free = shutil.disk_usage(root).free / cost.GB
     cache = "" if links else ", with a copy of each file in DVC's cache"
     text = f"{needed:.0f} GB for {len(remaining)} remaining rounds{cache} (images of 1.4 MB), {free:.0f} GB free"
@@ -122,24 +158,22 @@ def check_disk(rounds: dict[str, Params], root: Path, prompt_counts: tuple[int, 
     return CheckResult("disk", "fail", f"{text}: free space or lower generate.candidates_per_prompt{hint}")
 
 
-def check_time(
-    rounds: dict[str, Params], devices: list[Device], prompt_counts: tuple[int, int], links: bool
-) -> list[CheckResult]:
+def check_time(works: dict[str, _Work], devices: list[Device], links: bool) -> list[CheckResult]:
     """Estimate hours of base and of each round, on this machine's GPU or on examples."""
     known = bool(devices) and cost.peak_tflops(devices[0].name) is not None
     names = [devices[0].name] if known else list(cost.EXAMPLES)
     cores = os.cpu_count() or 1
     results: list[CheckResult] = []
-    for key, params in rounds.items():
-        processes = params.runtime.processes
+    for key, work in works.items():
+        processes = work.params.runtime.processes
         machines = {name: cost.Machine(cost.peak_tflops(name) or 1.0, processes, cores) for name in names}
         if not results:
-            evaluation = cost.evaluation_cost(params, prompt_counts[1])
+            evaluation = cost.evaluation_cost(work.params, work.held_out)
             by_name = {name: evaluation.hours(machine) for name, machine in machines.items()}
             hours = ", ".join(f"{name} {value:.1f}" for name, value in by_name.items())
             results.append(CheckResult(f"round {BASE}", "ok", f"hours of evaluation: {hours}"))
-        work = cost.round_cost(params, *prompt_counts, copies=1 if links else 2)
-        results.append(CheckResult(f"round {key}", "ok", _describe(work, machines)))
+        whole = cost.round_cost(work.params, work.train, work.held_out, copies=1 if links else 2)
+        results.append(CheckResult(f"round {key}", "ok", _describe(whole, machines)))
     return results
 
 

@@ -14,13 +14,13 @@ from srpo.preflight.services import check_mlflow, check_repositories
 
 def check_project(params: Params, root: Path) -> list[CheckResult]:
     """Run all checks. Writes nothing but one object to the DVC remote, and deletes it."""
-    prompts, prompt_counts = check_prompts(params, root)
+    results, prompts = check_prompts(params, root)
     return [
         CheckResult("params.yaml", "ok", f"valid; {len(params.rounds)} rounds"),
         *check_models(params, root),
-        *prompts,
+        *results,
         check_reference(params, root),
         *check_repositories(root),
         check_mlflow(params.tracking.uri),
-        *check_capacity(params, root, prompt_counts),
+        *check_capacity(params, root, prompts),
     ]

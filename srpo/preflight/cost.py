@@ -1,8 +1,7 @@
-"""Estimates of time, memory and disk of a campaign on SDXL: arithmetic over params, without models or devices.
+"""Estimates of time and disk of a campaign on SDXL: arithmetic over params, without models or devices.
 
-FLOP and GB of one pass were counted with torch's FLOP counter and memory tracker over SDXL's shapes in 16 bits, on the
-meta device. FLOP are exact (multiply and add count as two); memory is within a quarter, because kernels, allocators
-and drivers differ. Everything is for SDXL's UNet of 2.57 billion weights.
+FLOP of one pass were counted with torch's FLOP counter over SDXL's shapes, on the meta device; multiply and add count
+as two.
 
 CPU seconds were measured per image of 1024 x 1024 on one core; stages do that work beside the device.
 
@@ -11,31 +10,23 @@ All functions take the params of one round, with its overrides applied (`Params.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from srpo.config.loader import Params
-from srpo.config.schema import INCEPTION, GenerateParams
+from srpo.config.schema import INCEPTION, GenerateParams, SamplingParams, TrainParams
+from srpo.data.prompts import Prompt
+from srpo.sampling.sizes import rows_by_size
 
 GB = 1e9
 PIXELS = 1024 * 1024
 UNET_TFLOP = 6.76  # one forward pass of one row at 1024 x 1024
 DECODE_TFLOP = 10.5  # the VAE's decoder at 1024 x 1024
 TRAIN_FORWARDS = {"lora": 14 / UNET_TFLOP, "full": 20 / UNET_TFLOP}  # one training pass, in forward passes
+TEXT_TFLOP = 0.13  # one forward pass of one text through both text encoders
 UNET_WEIGHTS = 2.567e9
-TEXT_WEIGHTS = 0.818e9
-VAE_WEIGHTS = 0.084e9
 LORA_WEIGHTS_PER_RANK = 1.4515e6  # of the default target_modules, attention's four projections
-# per trained weight: float32 weight and gradient, and what the optimizer keeps
-OPTIMIZER_BYTES = {"adamw": 16, "adamw_8bit": 10, "paged_adamw_8bit": 10, "adafactor": 8, "prodigy": 24}
-DECODER_ROWS = 8  # images that the decoder takes at once
-CARDS = (8, 12, 16, 24, 48, 80)  # GB
-DENOISE_GB = 0.18  # per row in the UNet; 16 bits, 1024 x 1024
-DECODE_GB = 2.4  # per image in the decoder; 16 bits, 1024 x 1024
-# activations kept for one sample's backward pass, without and with checkpointing: counted, LoRA's float32 inputs added
-TRAIN_GB = 8.0
-CHECKPOINTED_GB = 1.5
-CONTEXT_GB = 1.5  # of driver, kernels and allocator
+TEXT_LORA_WEIGHTS_PER_RANK = 0.3953e6  # of both text encoders
 IMAGE_BYTES = 1.36e6  # lossless WebP of a photograph of 1024 x 1024
 LATENT_BYTES = 2 * 4 / 64  # per pixel: four float16 channels for 8 x 8 pixels
 # One image through the image encoder at its input size (224 to 336 pixels), by reward family: twice the published MACs.
@@ -121,15 +112,35 @@ class RoundCost:
         return sum(stage.device_seconds(machine) for stage in stages) / 3600
 
 
-def unet_tflop(height: int, width: int) -> float:
+@dataclass(frozen=True)
+class Images:
+    """The images that prompts ask for.
+
+    Attributes:
+        prompts: number of prompts.
+        pixels: of an image, on average.
+    """
+
+    prompts: int
+    pixels: float = PIXELS
+
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt], sampling: SamplingParams) -> Images:
+        """Return the images of these prompts, each of its own size."""
+        by_size = rows_by_size(prompts, sampling)
+        total = sum(size.width * size.height * len(rows) for size, rows in by_size.items())
+        return cls(len(prompts), total / max(1, len(prompts)))
+
+
+def unet_tflop(pixels: float) -> float:
     """Return the work of SDXL's UNet for one row: proportional to pixels, a few percent too much below 1024 x 1024."""
-    return UNET_TFLOP * height * width / PIXELS
+    return UNET_TFLOP * pixels / PIXELS
 
 
-def image_tflop(steps: float, guidance: float, height: int, width: int) -> float:
+def image_tflop(steps: float, guidance: float, pixels: float) -> float:
     """Return the work of one image: `steps` passes, with twice the rows if guided, and the decoder."""
     rows = 2 if guidance > 1 else 1
-    return steps * rows * unet_tflop(height, width) + DECODE_TFLOP * height * width / PIXELS
+    return steps * rows * unet_tflop(pixels) + DECODE_TFLOP * pixels / PIXELS
 
 
 def mean_steps(settings: GenerateParams) -> float:
@@ -149,111 +160,59 @@ def mean_steps(settings: GenerateParams) -> float:
     return early.audit_fraction * full + (1 - early.audit_fraction) * rejecting
 
 
-def round_cost(params: Params, train_prompts: int, eval_prompts: int, copies: int = 1) -> RoundCost:
+def round_cost(params: Params, train: Images, held_out: Images, copies: int = 1) -> RoundCost:
     """Return the work of a round. Previews, text encoders and `srpo select` (about a percent) are left out.
 
     Args:
-        train_prompts: number in `prompts.train`; a round that draws fewer makes candidates for fewer.
+        train: of `prompts.train`; a round that draws fewer makes candidates for fewer.
+        held_out: of `prompts.eval`.
         copies: 2 if DVC's cache holds copies of the workspace's files, 1 if links.
     """
     generate = params.generate
-    candidates = _drawn(generate, train_prompts) * generate.candidates_per_prompt
-    candidate = image_tflop(mean_steps(generate), generate.guidance_scale, generate.height, generate.width)
+    candidates = _drawn(generate, train) * generate.candidates_per_prompt
+    candidate = image_tflop(mean_steps(generate), generate.guidance_scale, train.pixels)
     if generate.candidates:  # imported, and encoded in a fraction of the time
         candidate = 0.0
-    size = generate.height * generate.width / PIXELS
+    size = train.pixels / PIXELS
     rewards = sum(REWARD_TFLOP.get(spec.kind, OTHER_REWARD_TFLOP) for spec in params.rewards.values())
-    saved_bytes = round_bytes(params, train_prompts, eval_prompts)
+    saved_bytes = round_bytes(params, train, held_out)
     return RoundCost(
         generate=StageCost(candidates * candidate, candidates * size * ENCODE_SECONDS),
         score=StageCost(candidates * rewards, candidates * size * DECODE_SECONDS),
-        train=StageCost(_training_tflop(params), speed=TRAIN_SPEED),
-        evaluate=evaluation_cost(params, eval_prompts),
+        train=StageCost(_training_tflop(params, train.pixels), speed=TRAIN_SPEED),
+        evaluate=evaluation_cost(params, held_out),
         save_seconds=saved_bytes / HASH_BYTES_PER_SECOND + (copies - 1) * saved_bytes / COPY_BYTES_PER_SECOND,
     )
 
 
-def evaluation_cost(params: Params, eval_prompts: int) -> StageCost:
+def evaluation_cost(params: Params, held_out: Images) -> StageCost:
     """Return the work of evaluating a round or base: images at every guidance scale, rewards and metrics."""
     evaluate = params.evaluate
-    images = eval_prompts * evaluate.images_per_prompt
+    images = held_out.prompts * evaluate.images_per_prompt
     sweep = sum(
-        image_tflop(evaluate.num_inference_steps, guidance, evaluate.height, evaluate.width)
-        for guidance in evaluate.guidance_scales
+        image_tflop(evaluate.num_inference_steps, guidance, held_out.pixels) for guidance in evaluate.guidance_scales
     )
     metrics = sum(REWARD_TFLOP.get(spec.kind, OTHER_REWARD_TFLOP) for spec in params.rewards.values())
     if evaluate.features == INCEPTION:
         metrics += INCEPTION_TFLOP
     scales = len(evaluate.guidance_scales)
-    statistics = STATISTICS_SECONDS * _eval_pixels(params) / PIXELS
+    statistics = STATISTICS_SECONDS * held_out.pixels / PIXELS
     return StageCost(images * (sweep + scales * metrics), images * scales * statistics)
 
 
-def sampling_gb(params: Params) -> float:
-    """Return GB of device memory in generate and evaluate: UNet, VAE, and the larger of denoising and decoding.
-
-    Text encoders have left memory when the UNet is loaded.
-    """
-    width = _bytes_per_number(params)
-    scale = max(params.generate.height * params.generate.width, _eval_pixels(params)) / PIXELS
-    vae_width = 4 if params.model.vae is None else width  # SDXL's own VAE runs in float32
-    weights = (width * UNET_WEIGHTS + vae_width * VAE_WEIGHTS) / GB
-    at_once = 1 if params.runtime.device == "cpu" else params.runtime.batch_size
-    rows = at_once * (1 if params.runtime.device == "cpu" else 2)
-    decoded = min(at_once, DECODER_ROWS)
-    work = max(rows * DENOISE_GB * width, decoded * DECODE_GB * vae_width) / 2
-    return CONTEXT_GB + weights + scale * work
+def lora_weights(train: TrainParams) -> float:
+    """Return the number of weights of a round's LoRA."""
+    return train.rank * (LORA_WEIGHTS_PER_RANK + (TEXT_LORA_WEIGHTS_PER_RANK if train.train_text_encoder else 0))
 
 
-def training_gb(params: Params) -> float:
-    """Return GB of device memory in training."""
-    train = params.train
-    runtime = params.runtime
-    width = _bytes_per_number(params)
-    weights = width * (UNET_WEIGHTS + (TEXT_WEIGHTS if train.train_text_encoder else 0)) / GB
-    trained = UNET_WEIGHTS if train.method == "full" else train.rank * LORA_WEIGHTS_PER_RANK
-    share = -(-train.batch_size // runtime.processes)
-    rows = min(runtime.train_batch_size or share, share) * (1 if train.objective == "sft" else 2)
-    activations = CHECKPOINTED_GB if runtime.gradient_checkpointing else TRAIN_GB
-    scale = params.generate.height * params.generate.width / PIXELS
-    training = trained * OPTIMIZER_BYTES[train.optimizer] / GB + rows * activations * scale * width / 2
-    return CONTEXT_GB + weights + training
-
-
-def fitting_keys(params: Params, gb: float) -> dict[str, int | bool] | None:
-    """Return the keys of `runtime` with which a round fits into a device's memory, the fastest; None if none do."""
-    runtime = params.runtime
-    share = -(-params.train.batch_size // runtime.processes)
-    sampling = ({"batch_size": rows} for rows in _halves(runtime.batch_size))
-    training = (
-        {"train_batch_size": rows, "gradient_checkpointing": checkpointing}
-        for checkpointing in (runtime.gradient_checkpointing, True)
-        for rows in _halves(min(runtime.train_batch_size or share, share))
-    )
-
-    def first(options: Iterable[dict[str, int]], need: Callable[[Params], float]) -> dict[str, int] | None:
-        return next((keys for keys in options if need(_with_runtime(params, keys)) <= gb), None)
-
-    fitting = first(sampling, sampling_gb), first(training, training_gb)
-    return None if fitting[0] is None or fitting[1] is None else fitting[0] | fitting[1]
-
-
-def _halves(rows: int) -> list[int]:
-    return [rows] if rows == 1 else [rows, *_halves(rows // 2)]
-
-
-def _with_runtime(params: Params, keys: dict[str, int]) -> Params:
-    return params.model_copy(update={"runtime": params.runtime.model_copy(update=keys)})
-
-
-def round_bytes(params: Params, train_prompts: int, eval_prompts: int) -> float:
+def round_bytes(params: Params, train: Images, held_out: Images) -> float:
     """Return bytes of a round's outputs: candidates, winners, sample images and the adapter, without DVC's cache."""
     generate = params.generate
     evaluate = params.evaluate
-    candidate = generate.height * generate.width * (IMAGE_BYTES / PIXELS + LATENT_BYTES)
-    images = _drawn(generate, train_prompts) * (generate.candidates_per_prompt + params.select.top_fraction)
-    samples = min(evaluate.samples, eval_prompts) * evaluate.images_per_prompt * _eval_pixels(params)
-    adapter = 2 * UNET_WEIGHTS if params.train.method == "full" else 4 * params.train.rank * LORA_WEIGHTS_PER_RANK
+    candidate = train.pixels * (IMAGE_BYTES / PIXELS + LATENT_BYTES)
+    images = _drawn(generate, train) * (generate.candidates_per_prompt + params.select.top_fraction)
+    samples = min(evaluate.samples, held_out.prompts) * evaluate.images_per_prompt * held_out.pixels
+    adapter = 2 * UNET_WEIGHTS if params.train.method == "full" else 4 * lora_weights(params.train)
     return images * candidate + samples * IMAGE_BYTES / PIXELS + adapter
 
 
@@ -262,22 +221,15 @@ def peak_tflops(device: str) -> float | None:
     return next((peak for name, peak in PEAKS.items() if name in device), None)
 
 
-def _drawn(generate: GenerateParams, train_prompts: int) -> int:
-    return min(train_prompts, generate.prompts_per_round or train_prompts)
+def _drawn(generate: GenerateParams, train: Images) -> int:
+    return min(train.prompts, generate.prompts_per_round or train.prompts)
 
 
-def _training_tflop(params: Params) -> float:
+def _training_tflop(params: Params, pixels: float) -> float:
     train = params.train
     forwards = TRAIN_FORWARDS[train.method]
+    text = 3 * TEXT_TFLOP if train.train_text_encoder else 0.0  # there and back
     if train.objective != "sft":  # winner and loser, and both through the reference
         forwards = 2 * forwards + 2
-    return train.steps * train.batch_size * forwards * unet_tflop(params.generate.height, params.generate.width)
-
-
-def _eval_pixels(params: Params) -> int:
-    return params.evaluate.height * params.evaluate.width
-
-
-def _bytes_per_number(params: Params) -> int:
-    runtime = params.runtime
-    return 4 if runtime.dtype == "float32" or (runtime.dtype == "auto" and runtime.device == "cpu") else 2
+        text *= 8 / 3
+    return train.steps * train.batch_size * (forwards * unet_tflop(pixels) + text)

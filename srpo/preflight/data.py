@@ -22,12 +22,12 @@ FEW_PROMPTS = 100
 FID_IMAGES = 10_000
 
 
-def check_prompts(params: Params, root: Path) -> tuple[list[CheckResult], tuple[int, int] | None]:
+def check_prompts(params: Params, root: Path) -> tuple[list[CheckResult], tuple[list[Prompt], list[Prompt]] | None]:
     """Check both prompt files.
 
     Returns:
-        One result per file, and one for the two together if both are readable; the numbers of train and eval prompts,
-        or None if a file is not readable.
+        One result per file, and one for the two together if both are readable; the train and eval prompts, or None if a
+        file is not readable.
     """
     tokenizer = _find_tokenizer(params, root)
     results: list[CheckResult] = []
@@ -48,7 +48,7 @@ def check_prompts(params: Params, root: Path) -> tuple[list[CheckResult], tuple[
     results += [_check_disjoint(train, held_out, read), *draws]
     if problem := untrained_sizes(train, params.generate, held_out, params.evaluate):
         results.append(CheckResult("evaluate.sizes", "warn", problem))
-    return results, (len(train), len(held_out))
+    return results, (train, held_out)
 
 
 def check_reference(params: Params, root: Path) -> CheckResult:

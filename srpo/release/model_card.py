@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from srpo.config.loader import Params
-from srpo.config.schema import ImageSize
 from srpo.data.metric_keys import IMAGE_STATS
 from srpo.data.prompts import load_prompts
 from srpo.data.records import read_gate, read_metrics, read_sweep
@@ -18,6 +17,7 @@ from srpo.lineage.identity import HUB_ID
 from srpo.lineage.record import read_lineage
 from srpo.reporting.table import SET_MEASURES, show, verdict
 from srpo.rounds import BASE, Round
+from srpo.sampling.sizes import allowed_sizes, names_of
 
 LOWER_IS_BETTER = ("fid", "kid", "cmmd")
 
@@ -74,7 +74,6 @@ def render_card(round: Round, files: dict[str, str], images: Sequence[tuple[str,
         widget=[{"text": prompt, "output": {"url": path}} for path, prompt in images],
     )
     generate = round.params.generate
-    sizes = generate.sizes or [ImageSize(width=generate.width, height=generate.height)]
     environment = Environment(
         loader=PackageLoader("srpo.release"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -83,13 +82,13 @@ def render_card(round: Round, files: dict[str, str], images: Sequence[tuple[str,
         name=f"{round.params.tracking.campaign}-{round.key}",
         round=round.key,
         path=[BASE, *round.ancestors, round.key],
-        base={"loras": []} | lineage["base"],
+        base={"loras": [], "fp8": False} | lineage["base"],
         on_hub=on_hub,
         license=license_,
         files=files,
         images=images,
         params=round.params,
-        sizes=", ".join(f"{size.width} x {size.height}" for size in sizes),
+        sizes=names_of(allowed_sizes(generate)),
         rewards={role: _models(round.params, role) for role in ("select", "judge")},
         train_prompts=_count(round.root, round.params.prompts.train),
         eval_prompts=_count(round.root, round.params.prompts.eval),

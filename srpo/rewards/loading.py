@@ -17,11 +17,13 @@ from srpo.config.schema import RewardParams, RuntimeParams
 from srpo.errors import UserError, one_line
 from srpo.lineage.record import check_pinned
 from srpo.models.hub import hide_loading_bars
+from srpo.rewards.offloaded import OffloadedReward
 from srpo.rewards.protocol import Reward
 from srpo.rewards.validated import ValidatedReward, reward_errors
 from srpo.rounds import BASE, RoundFiles
 from srpo.runtime import distributed
 from srpo.runtime.device import pick_device, pick_reward_dtype
+from srpo.runtime.turns import TURNS
 from srpo.storage.hashing import file_digest
 
 log = logging.getLogger(__name__)
@@ -36,9 +38,12 @@ def load_rewards(specs: Mapping[str, RewardParams], runtime: RuntimeParams, root
     device = pick_device(runtime)
     dtype = pick_reward_dtype(runtime, device)
     rewards: dict[str, ValidatedReward] = {}
+    if runtime.offload:
+        TURNS.bring([], device)
     for name, spec in specs.items():
         with reward_errors(name, "loading"):
-            rewards[name] = ValidatedReward(name, load_reward(spec, root, device, dtype))
+            reward = load_reward(spec, root, device, dtype)
+            rewards[name] = OffloadedReward(name, reward, device) if runtime.offload else ValidatedReward(name, reward)
     return rewards
 
 

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from srpo.config.loader import Params
+from srpo.config.schema import ImageSize
 from srpo.data import parquet
 from srpo.data.images import decode_image, image_size
 from srpo.data.imported import imported_shards
@@ -27,6 +28,7 @@ from srpo.runtime.device import pick_device, pick_dtype
 from srpo.runtime.inputs import model_inputs
 from srpo.runtime.make_units import make_units
 from srpo.runtime.units import Make, Units
+from srpo.sampling.sizes import allowed_sizes, names_of
 from srpo.storage.files import publish
 from srpo.storage.scratch import scratch_folder
 
@@ -69,7 +71,7 @@ def encode_candidates(round: Round) -> None:
     _check(round, sources)
     inputs = {
         "candidates": settings.candidates, "model": params.model.model_dump(),
-        "size": [settings.height, settings.width],
+        "sizes": [size.model_dump() for size in allowed_sizes(settings)],
     }  # fmt: skip
     scratch = scratch_folder(round.root, "generate", round.key, inputs)
     shards = {f"shard-{number:05d}-of-{len(sources):05d}.parquet": path for number, path in enumerate(sources)}
@@ -118,9 +120,10 @@ def _check(round: Round, sources: list[Path]) -> None:
     settings, param = round.params.generate, f"rounds.{round.key}.generate.candidates"
     again = f"import them again with `srpo candidates import {round.key}`"
     first = next(parquet.read_rows(sources[0], ["candidate_id", "image"]))
-    size = image_size(first["image"])
-    if size != (settings.width, settings.height):
-        raise UserError(f"{param}: images of {size[0]} x {size[1]}, not {settings.width} x {settings.height}; {again}")
+    width, height = image_size(first["image"])
+    allowed = allowed_sizes(settings)
+    if ImageSize(width=width, height=height) not in allowed:
+        raise UserError(f"{param}: images of {width} x {height}, not {names_of(allowed)}; {again}")
     if not first["candidate_id"].startswith(f"{round.key}-p"):
         raise UserError(f"{param}: imported for another round ({first['candidate_id']}); {again}")
     rows = (row for source in sources for row in parquet.read_rows(source, ["prompt_id", "prompt"]))

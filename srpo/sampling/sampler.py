@@ -25,6 +25,7 @@ from srpo.models.adapter_files import text_lora_digest
 from srpo.models.adapters import apply_lora, with_adapter
 from srpo.models.pipeline import TEXT_ENCODERS, TEXT_PARTS, load_pipeline, optimize_for_inference
 from srpo.runtime.device import pick_device, pick_dtype
+from srpo.runtime.turns import TURNS
 from srpo.sampling.batch_invariant import BatchInvariant, tile_rows
 from srpo.sampling.conditioning import Conditioning, PromptEmbeds, stacked, time_ids
 from srpo.sampling.text_encoding import encode_prompts
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 # rows that a small network sees at once on a CPU
 UNET_ROWS = 64
 DECODER_ROWS = 32
-CUDA_DECODER_ROWS = 8  # the decoder takes far more memory for an image than the UNet
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -60,7 +60,7 @@ class Sampler:
         self.batch_size = params.runtime.batch_size
         self._adapter = adapter
         self._optimized = fast and self.device.type == "cuda"
-        self._compiled = params.runtime.compile
+        self._runtime = params.runtime
 
     @cached_property
     def pipeline(self) -> StableDiffusionXLPipeline:
@@ -70,14 +70,14 @@ class Sampler:
             UserError: the model or the adapter can't be loaded.
         """
         pipeline = load_pipeline(self.model, self.dtype, **dict.fromkeys(TEXT_PARTS))
+        fp8 = self.model.fp8 and self._optimized
         if self._adapter is not None:
-            pipeline.unet = with_adapter(pipeline.unet, self._adapter)
+            pipeline.unet = with_adapter(pipeline.unet, self._adapter, beside=fp8)
         if pipeline.vae.config.force_upcast:
             pipeline.vae.to(torch.float32)
-        pipeline.to(self.device)
         if self._optimized:
-            optimize_for_inference(pipeline, compiled=self._compiled)
-        return pipeline
+            optimize_for_inference(pipeline, compiled=self._runtime.compile, fp8=fp8)
+        return pipeline if self._runtime.offload else pipeline.to(self.device)
 
     @cached_property
     def unet(self) -> UNet2DConditionModel:
@@ -95,12 +95,14 @@ class Sampler:
 
     @cached_property
     def _decoder_rows(self) -> int:
-        return tile_rows(self.vae, DECODER_ROWS) if self.batch_invariant else CUDA_DECODER_ROWS
+        return tile_rows(self.vae, DECODER_ROWS) if self.batch_invariant else self._runtime.vae_batch_size
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Return the conditioning of n prompts and, as row n, that of the empty prompt."""
+        pipeline = self.text_pipeline
+        self._bring(pipeline.text_encoder, pipeline.text_encoder_2)
         embeds = encode_prompts(
-            self.text_pipeline,
+            pipeline,
             prompts,
             chunked=self.model.long_prompts == "chunk",
             padded=self.batch_invariant is not None,
@@ -113,7 +115,7 @@ class Sampler:
         pipeline = load_pipeline(self.model, self.dtype, unet=None, vae=None)
         if self._adapter and self.text_lora:
             apply_lora({name: getattr(pipeline, name) for name in TEXT_ENCODERS}, self._adapter)
-        return pipeline.to(self.device)
+        return pipeline if self._runtime.offload else pipeline.to(self.device)
 
     @cached_property
     def text_lora(self) -> str | None:
@@ -170,6 +172,7 @@ class Sampler:
             The latents after the last of `steps`, and the clean latents that the model predicted in that step, where
             the scheduler returns them; float32 on the CPU.
         """
+        self._bring(self.unet)
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         scheduler.set_timesteps(sampling.num_inference_steps, device=self.device)
         options = self.pipeline.prepare_extra_step_kwargs(list(generators) or None, eta=0.0)
@@ -204,6 +207,7 @@ class Sampler:
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Return uint8 pixels [n, height, width, 3] on the CPU, from clean latents [n, channels, h, w]."""
+        self._bring(self.vae)
         return torch.cat([self._decode(part) for part in latents.split(self._decoder_rows)])
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -248,6 +252,10 @@ class Sampler:
         """Return SDXL's size conditioning [1, 6] of latents of this size."""
         factor = self.pipeline.vae_scale_factor
         return time_ids(latent_height * factor, latent_width * factor, self.device, self.unet.dtype)
+
+    def _bring(self, *networks: torch.nn.Module) -> None:
+        if self._runtime.offload:
+            TURNS.bring(networks, self.device)
 
     def _unet(self, latents: torch.Tensor, timestep: Any, *conditioning: torch.Tensor) -> torch.Tensor:
         """Return the UNet's prediction; `conditioning` is tokens, pooled and time ids, a row per row of latents."""

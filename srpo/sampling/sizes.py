@@ -13,9 +13,13 @@ def size_of(prompt: Prompt, sampling: SamplingParams) -> ImageSize:
     """Return the size of a prompt's images: its line's own, one of `sizes` by its id, or `width` x `height`."""
     if prompt.width and prompt.height:
         return ImageSize(width=prompt.width, height=prompt.height)
-    if sampling.sizes:
-        return sampling.sizes[derive_seed("size", prompt.id) % len(sampling.sizes)]
-    return ImageSize(width=sampling.width, height=sampling.height)
+    allowed = allowed_sizes(sampling)
+    return allowed[derive_seed("size", prompt.id) % len(allowed)]
+
+
+def allowed_sizes(sampling: SamplingParams) -> list[ImageSize]:
+    """Return the sizes of images whose prompt's line asks for none."""
+    return sampling.sizes or [ImageSize(width=sampling.width, height=sampling.height)]
 
 
 def rows_by_size(prompts: Sequence[Prompt], sampling: SamplingParams) -> dict[ImageSize, list[int]]:
@@ -40,10 +44,11 @@ def untrained_sizes(
     if not others:
         return None
     return (
-        f"images of {_names(others)} are evaluated, and training uses images of {_names(list(trained))}: a model is"
+        f"images of {names_of(others)} are evaluated, and training uses images of {names_of(list(trained))}: a model is"
         " best at the sizes that it was trained on"
     )
 
 
-def _names(sizes: Sequence[ImageSize]) -> str:
+def names_of(sizes: Sequence[ImageSize]) -> str:
+    """Return sizes as words."""
     return ", ".join(f"{size.width} x {size.height}" for size in sizes)

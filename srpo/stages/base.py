@@ -38,6 +38,8 @@ def pin_base(round: Round) -> None:
     base: dict[str, Any] = {**model_identity(root, "model.base", model.base, model.revision)}
     if model.loras:
         base["loras"] = [_lora_identity(root, number, lora) for number, lora in enumerate(model.loras)]
+    if model.fp8:
+        base["fp8"] = True
     lineage = {"base": base}
     if model.vae:
         lineage["vae"] = model_identity(root, "model.vae", model.vae, model.vae_revision)

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from srpo.errors import UserError
 from srpo.lineage.code import import_closure_digest
 from srpo.lineage.record import check_base, write_lineage
+from srpo.models.fp8 import store_in_fp8
 from srpo.models.tokenizer import load_tokenizer, warn_of_cut_prompts
 from srpo.rounds import Round, RoundFiles
 from srpo.runtime import distributed
@@ -22,6 +23,7 @@ from srpo.runtime.device import pick_device, pick_dtype
 from srpo.runtime.extras import require
 from srpo.runtime.inputs import model_inputs
 from srpo.runtime.progress import OnStep
+from srpo.runtime.turns import TURNS
 from srpo.sampling.conditioning import time_ids
 from srpo.sampling.prompt_cache import StoredEmbeds
 from srpo.sampling.sampler import Sampler
@@ -149,9 +151,13 @@ def _prepare(round: Round, winners: Winners, loss: Loss, accelerator: Accelerato
     else:
         texts = StoredEmbeds(sampler, winners.prompts, round.root)
         sampler.release_text_encoders()
+    TURNS.bring([sampler.unet, *(encoders or ())], sampler.device)  # with runtime.offload they are not there yet
+    model = make_trainable(sampler.unet, round, with_reference=loss.pairs, dtype=dtype, encoders=encoders)
+    if params.model.fp8 and sampler.device.type == "cuda":
+        store_in_fp8(sampler.unet)
     return TrainingLoop(
         accelerator=accelerator,
-        model=make_trainable(sampler.unet, round, with_reference=loss.pairs, dtype=dtype, encoders=encoders),
+        model=model,
         loss=loss,
         winners=winners,
         texts=texts,

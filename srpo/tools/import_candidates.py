@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
+from srpo.config.schema import ImageSize
 from srpo.data import parquet
 from srpo.data.image_files import SUFFIXES, StoredImage, read_image, stored_image
 from srpo.data.images import encode_images
@@ -25,6 +27,7 @@ from srpo.data.prompt_cleaning import clean_prompt
 from srpo.data.schemas import CANDIDATE_FIELDS
 from srpo.errors import UserError, one_line
 from srpo.rounds import Round
+from srpo.sampling.sizes import allowed_sizes
 from srpo.selection.picks import Pick, write_picks
 
 PAIR = ("jpg_0", "jpg_1", "label_0", "label_1")
@@ -63,8 +66,9 @@ class Imported:
 def import_candidates(round: Round, sources: Sequence[Path], column: str, to: Path) -> Imported:
     """Write `<to>/candidates-<hash>/` for `generate.candidates` and, for pairs, `review/<round>/picks-<hash>.jsonl`.
 
-    Images are scaled and cropped in the center to the round's `generate.height` and `width`, and kept losslessly. The
-    prompt is cleaned as `srpo prompts import` does. Several images of one prompt are its candidates; every pair is a
+    Images are scaled and cropped in the center to the round's `generate.height` and `width`, or to that of its
+    `generate.sizes` whose shape is closest to the prompt's first image, and kept losslessly. The prompt is cleaned as
+    `srpo prompts import` does. Several images of one prompt are its candidates; every pair is a
     prompt of its own. Pairs without a winner are left out.
 
     Args:
@@ -84,7 +88,7 @@ def import_candidates(round: Round, sources: Sequence[Path], column: str, to: Pa
     items = (item for source in sources for item in _read(source, column, found.left_out))
     picks: list[Pick] = []
     try:
-        rows = _rows(round.key, items, (settings.width, settings.height), found, picks)
+        rows = _rows(round.key, items, allowed_sizes(settings), found, picks)
         for number, first in enumerate(iter(lambda: list(islice(rows, ROWS)), [])):
             parquet.write_table(scratch / f"shard-{number:05d}.parquet", first, CANDIDATE_FIELDS)
         if not found.images:
@@ -101,10 +105,11 @@ def import_candidates(round: Round, sources: Sequence[Path], column: str, to: Pa
 
 
 def _rows(
-    key: str, items: Iterator[Item], size: tuple[int, int], found: Imported, picks: list[Pick]
+    key: str, items: Iterator[Item], allowed: Sequence[ImageSize], found: Imported, picks: list[Pick]
 ) -> Iterator[dict[str, Any]]:
     """Yield the candidates' rows without latents, and note the winners of pairs in `picks`."""
     images: Counter[str] = Counter()
+    sizes: dict[str, ImageSize] = {}
     pairs: Counter[str] = Counter()
     for item in items:
         text = clean_prompt(item.prompt).text
@@ -116,7 +121,9 @@ def _rows(
             found.pairs += 1
             pairs[prompt_id] += 1
             prompt_id = f"{prompt_id}-{pairs[prompt_id]}"
-        cells = encode_images(_fitted(read_image(image), size) for image in item.images)
+        pixels = [read_image(image) for image in item.images]
+        size = sizes.setdefault(prompt_id, _closest(pixels[0], allowed))
+        cells = encode_images(_fitted(image, size) for image in pixels)
         for number, cell in enumerate(cells):
             index = images[prompt_id]
             images[prompt_id] += 1
@@ -131,10 +138,16 @@ def _rows(
     found.prompts = len(images)
 
 
-def _fitted(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _closest(pixels: np.ndarray, allowed: Sequence[ImageSize]) -> ImageSize:
+    """Return the size whose ratio of width to height is closest, so that least is cropped."""
+    height, width = pixels.shape[:2]
+    return min(allowed, key=lambda size: abs(math.log(size.width / size.height * height / width)))
+
+
+def _fitted(pixels: np.ndarray, size: ImageSize) -> np.ndarray:
     """Return uint8 [height, width, 3] that `pixels` fill after scaling and cropping in the center."""
-    image = Image.fromarray(pixels)
-    return np.asarray(image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS))
+    image, sides = Image.fromarray(pixels), (size.width, size.height)
+    return np.asarray(image if image.size == sides else ImageOps.fit(image, sides, Image.Resampling.LANCZOS))
 
 
 def _read(source: Path, column: str, left_out: Counter[str]) -> Iterator[Item]:

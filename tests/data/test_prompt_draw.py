@@ -14,6 +14,7 @@ from srpo.data.prompt_draw import Draw, draw_prompts
 from srpo.data.prompts import Prompt
 from srpo.errors import UserError
 from srpo.preflight import cost
+from srpo.preflight.cost import Images
 from srpo.preflight.data import check_prompts
 from srpo.rounds import Round
 from srpo.stages.base import pin_base
@@ -74,7 +75,7 @@ def test_a_round_makes_candidates_for_its_draw(world: Path) -> None:
     assert [own.prompts_per_round for own in second.generate_of_path] == [1, 2]
     assert len(drawn) == 1 and parquet.table(first.files.candidates, ["prompt_id"]).height == 3
     one = params.for_round("001")
-    assert cost.round_bytes(one, 4, 1) == cost.round_bytes(one, 1, 1)
+    assert cost.round_bytes(one, Images(4), Images(1)) == cost.round_bytes(one, Images(1), Images(1))
 
 
 def test_tags_that_no_prompt_has_are_one_line(world: Path) -> None:

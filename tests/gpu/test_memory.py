@@ -10,7 +10,8 @@ import torch
 
 from bench.random_sdxl import SDXL, TOKENS, build_networks
 from srpo.config.loader import Params, load_params
-from srpo.preflight import cost
+from srpo.models.fp8 import round_to_fp8, store_in_fp8
+from srpo.preflight import cost, memory
 from srpo.training.model import LoraModel
 from tests.gpu.helpers import DEVICE, marks, on
 from tests.training.helpers import with_train
@@ -66,7 +67,7 @@ def test_the_unet_takes_the_estimated_memory(unet: torch.nn.Module) -> None:
     assert weights == pytest.approx(2 * cost.UNET_WEIGHTS / 1e9, rel=0.05)
     with torch.inference_mode():
         predict(unet, 8)
-    assert (peak_gb() - weights) / 8 == pytest.approx(cost.DENOISE_GB, rel=TOLERANCE)
+    assert (peak_gb() - weights) / 8 == pytest.approx(memory.DENOISE_GB, rel=TOLERANCE)
 
 
 def test_the_decoder_takes_the_estimated_memory() -> None:
@@ -74,7 +75,7 @@ def test_the_decoder_takes_the_estimated_memory() -> None:
     weights = reset()
     with torch.inference_mode():
         vae.decode(torch.randn(4, 4, 128, 128, device=DEVICE, dtype=torch.bfloat16))
-    assert (peak_gb() - weights) / 4 == pytest.approx(cost.DECODE_GB, rel=TOLERANCE)
+    assert (peak_gb() - weights) / 4 == pytest.approx(memory.DECODE_GB, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -93,8 +94,34 @@ def test_lora_training_takes_the_estimated_memory(unet: torch.nn.Module, preset:
             predict(unet, rows).float().square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        assert peak_gb() == pytest.approx(cost.training_gb(params) - cost.CONTEXT_GB, rel=TOLERANCE)
+        assert peak_gb() == pytest.approx(memory.training_gb(params) - memory.CONTEXT_GB, rel=TOLERANCE)
     finally:
         unet.eval()
         unet.disable_gradient_checkpointing()
         unet.delete_adapters("default")
+
+
+def test_weights_in_8_bits_take_the_estimated_memory(preset: Params) -> None:
+    """Stored, and in a training with gradient checkpointing; the last test, since it changes the UNet."""
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        unet = build_networks(SDXL, DEVICE, only=("unet",))["unet"]
+    finally:
+        torch.set_default_dtype(default)
+    keys = {"fp8": True, "batch_size": 1, "train_batch_size": 1, "gradient_checkpointing": True, "offload": True}
+    params = memory.with_keys(with_train(preset, batch_size=1), keys)
+    model = LoraModel(unet, params.train, 0)
+    round_to_fp8(unet)
+    store_in_fp8(unet)
+    lora = 4 * cost.lora_weights(params.train)
+    assert reset() == pytest.approx((memory.unet_gb(params) * 1e9 + lora) / 1e9, rel=0.05)
+    trained = list(model.parameters.values())
+    unet.train()
+    unet.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(trained)
+    for _ in range(2):
+        predict(unet, 1).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert peak_gb() == pytest.approx(memory.training_gb(params) - memory.CONTEXT_GB, rel=TOLERANCE)

@@ -13,7 +13,7 @@ from srpo.config.loader import Params
 from srpo.models.adapters import with_adapter
 from srpo.models.pipeline import load_pipeline, optimize_for_inference
 from srpo.rounds import Round, RoundFiles
-from srpo.sampling.sampler import CUDA_DECODER_ROWS, Sampler, sample_images
+from srpo.sampling.sampler import Sampler, sample_images
 from srpo.stages.base import pin_base
 from tests.gpu.helpers import DEVICE, PROMPTS, error, marks, on, sampled
 from tests.models.test_merging import write_adapter
@@ -94,18 +94,19 @@ def test_batches_are_halved_when_memory_runs_out(params: Params, caplog: pytest.
 
 
 def test_the_decoder_sees_a_few_images_at_once(params: Params) -> None:
-    sampler = Sampler(on(params))
+    rows = 8
+    sampler = Sampler(on(params, vae_batch_size=rows))
     sampler.vae = random_vae().to(DEVICE).eval()
-    latents = torch.randn(4 * CUDA_DECODER_ROWS, 4, 32, 32, generator=torch.Generator().manual_seed(0))
-    sampler.decode(latents[:CUDA_DECODER_ROWS])
+    latents = torch.randn(4 * rows, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    sampler.decode(latents[:rows])
     peaks = []
     images = []
-    for part in (latents[:CUDA_DECODER_ROWS], latents):
+    for part in (latents[:rows], latents):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         images.append(sampler.decode(part))
         peaks.append(torch.cuda.max_memory_allocated())
-    assert (images[1][:CUDA_DECODER_ROWS].int() - images[0].int()).abs().max() <= 1
+    assert (images[1][:rows].int() - images[0].int()).abs().max() <= 1
     assert peaks[1] < 1.5 * peaks[0]
 
 
@@ -151,3 +152,22 @@ def test_a_merged_lora_is_fused_for_sampling(params: Params, root: Path) -> None
     exact, _ = sampled(Sampler(on(params), folder))
     tuned, _ = sampled(Sampler(on(params, dtype="bfloat16"), folder, fast=True))
     assert error(tuned, exact) < error(base, exact) / 2
+
+
+def test_offload_changes_nothing(params: Params) -> None:
+    expected = sampled(Sampler(on(params)))
+    sampler = Sampler(on(params, offload=True))
+    assert sampler.unet.device.type == "cpu"
+    found = sampled(sampler)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert (sampler.unet.device.type, sampler.vae.device.type) == ("cpu", DEVICE), "the VAE was the last to compute"
+
+
+def test_weights_in_8_bits_give_the_rounded_bases_images(params: Params) -> None:
+    rounded = params.model_copy(update={"model": params.model.model_copy(update={"fp8": True})})
+    plain = Sampler(on(rounded, dtype="bfloat16"))
+    stored = Sampler(on(rounded, dtype="bfloat16", compile=True), fast=True)
+    dtypes = {weight.dtype for weight in stored.unet.parameters()}
+    assert dtypes == {torch.bfloat16, torch.float8_e4m3fn}
+    assert stored.unet.dtype == torch.bfloat16
+    assert error(sampled(stored)[0], sampled(plain)[0]) < 0.1, "layouts differ, so last digits do"

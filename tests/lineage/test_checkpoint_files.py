@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -228,3 +229,15 @@ def test_an_edm_scheduler_is_for_edm_bases(world: Path, own: str) -> None:
             assert check_state(scheduler=name) == "fail"
             with pytest.raises(UserError, match=r"^model\.scheduler: data/base is .*of the EDM kind"):
                 load_pipeline(model(scheduler=name), torch.float32)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchsde") is not None, reason="torchsde is installed")
+@pytest.mark.parametrize("owner", ["base", "params"])
+def test_a_missing_package_is_named(world: Path, owner: str) -> None:
+    name = "DPMSolverSDEScheduler"
+    if owner == "base":
+        SCHEDULER.write_text(json.dumps(json.loads(SCHEDULER.read_text()) | {"_class_name": name}))
+    options = {"scheduler": name} if owner == "params" else {}
+    assert check_state(**options) == "fail"
+    with pytest.raises(UserError, match=r"^model\.scheduler: DPMSolverSDEScheduler needs torchsde; `pip install"):
+        load_pipeline(model(**options), torch.float32)

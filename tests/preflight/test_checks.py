@@ -15,6 +15,7 @@ import pytest
 
 from srpo import cli
 from srpo.config.loader import Params, load_params
+from srpo.data.prompts import Prompt
 from srpo.evaluation import inception
 from srpo.preflight import CheckResult, capacity, checks, models, services
 from tests.support.world import write_prompts
@@ -164,19 +165,27 @@ def with_runtime(params: Params, **values) -> Params:
     return params.model_copy(update={"runtime": params.runtime.model_copy(update=values)})
 
 
+def prompts(*counts: int) -> list[list[Prompt]]:
+    return [[Prompt(f"p{number}", "a cat") for number in range(count)] for count in counts]
+
+
 def test_sdxl_estimates(sdxl: Params, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(capacity, "list_devices", lambda: [H100])
-    memory, cards, disk, base, *rounds = capacity.check_capacity(sdxl, tmp_path, (4000, 1000))
+    memory, cards, disk, base, *rounds = capacity.check_capacity(sdxl, tmp_path, prompts(4000, 1000))
     assert memory.state == "ok" and "85 GB" in memory.text and disk.name == "disk"
-    assert cards.name == "memory by GPU" and "8 GB: does not fit; 12 GB: batch_size 2, " in cards.text
+    assert (
+        cards.name == "memory by GPU"
+        and "; 12 GB: batch_size 8, vae_batch_size 4, " in cards.text
+        and cards.text.count("model.fp8 true") == 1
+    )
     assert base.name == "round base" and [item.name for item in rounds] == ["round 001", "round 002", "round 003"]
     assert "in 1 process with" in rounds[0].text and "(NVIDIA H100 80GB HBM3: generate 9.3, score " in rounds[0].text
-    assert capacity.check_capacity(sdxl, tmp_path, (10**7, 1000))[2].state == "fail"
+    assert capacity.check_capacity(sdxl, tmp_path, prompts(3 * 10**4, 1000))[2].state == "fail"
     assert capacity.check_capacity(sdxl, tmp_path, None)[-1].text.startswith("not estimated")
     monkeypatch.setattr(capacity, "list_devices", lambda: [capacity.Device("NVIDIA GeForce RTX 4090", 25.0)])
-    assert capacity.check_capacity(sdxl, tmp_path, (4000, 1000))[0].state == "warn"
+    assert capacity.check_capacity(sdxl, tmp_path, prompts(4000, 1000))[0].state == "warn"
     monkeypatch.setattr(capacity, "list_devices", list)
-    assert "H200" in capacity.check_capacity(sdxl, tmp_path, (4000, 1000))[4].text
+    assert "H200" in capacity.check_capacity(sdxl, tmp_path, prompts(4000, 1000))[4].text
 
 
 def test_runtime_is_compared_with_the_machine(sdxl: Params, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

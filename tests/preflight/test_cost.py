@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from srpo.config.loader import Params, load_params
-from srpo.preflight import cost
+from srpo.config.schema import ImageSize
+from srpo.data.prompts import Prompt
+from srpo.preflight import cost, memory
+from srpo.preflight.cost import PIXELS, Images
 
 REPO = Path(__file__).parents[2]
 
@@ -49,23 +52,23 @@ def test_unet_flop_match_torch() -> None:
                 latents, text = torch.empty(1, 4, side // 8, side // 8), torch.empty(1, 77, 2048)
                 unet(latents, torch.zeros(()), text, added_cond_kwargs=extra)
             counted = counter.get_total_flops() / 1e12
-            assert cost.unet_tflop(side, side) == pytest.approx(counted, rel=tolerance)
+            assert cost.unet_tflop(side * side) == pytest.approx(counted, rel=tolerance)
 
 
 def test_round_of_sdxl(sdxl: Params) -> None:
-    assert 8 * cost.image_tflop(30, 3.0, 1024, 1024) == pytest.approx(3329, rel=1e-3)
-    assert cost.image_tflop(30, 1.0, 1024, 1024) < 0.53 * cost.image_tflop(30, 1.5, 1024, 1024)
-    work = cost.round_cost(sdxl, 4000, 1000)
+    assert 8 * cost.image_tflop(30, 3.0, PIXELS) == pytest.approx(3329, rel=1e-3)
+    assert cost.image_tflop(30, 1.0, PIXELS) < 0.53 * cost.image_tflop(30, 1.5, PIXELS)
+    work = cost.round_cost(sdxl, Images(4000), Images(1000))
     assert work.generate.tflop == pytest.approx(4000 * 3329, rel=1e-3)
     assert work.train.tflop == pytest.approx(500 * 64 * 14)
     assert work.evaluate.tflop == pytest.approx(1000 * 2 * 3 * 3329 / 8, rel=5e-3)
     for objective in ("dpo", "nft"):  # both images with gradients, and both through the reference without
-        pairs = cost.round_cost(changed(sdxl, "train", objective=objective), 4000, 1000)
+        pairs = cost.round_cost(changed(sdxl, "train", objective=objective), Images(4000), Images(1000))
         assert pairs.train.tflop == pytest.approx(500 * 64 * (2 * 14 + 2 * 6.76))
 
 
 def test_hours_on_the_machine(sdxl: Params) -> None:
-    work = cost.round_cost(sdxl, 4000, 1000)
+    work = cost.round_cost(sdxl, Images(4000), Images(1000))
     one = cost.Machine(peak=989, cores=16)
     hours = work.stage_hours(one)
     assert list(hours) == ["generate", "score", "train", "evaluate", "save"]
@@ -77,7 +80,7 @@ def test_hours_on_the_machine(sdxl: Params) -> None:
     few_cores = work.stage_hours(cost.Machine(peak=989, processes=8, cores=1))
     assert few_cores["generate"] == pytest.approx(max(hours["generate"] / 8, 32_000 * cost.ENCODE_SECONDS / 3600))
     assert few_cores["score"] == pytest.approx(32_000 * cost.DECODE_SECONDS / 3600), "one core decodes slower"
-    copied = cost.round_cost(sdxl, 4000, 1000, copies=2)
+    copied = cost.round_cost(sdxl, Images(4000), Images(1000), copies=2)
     assert copied.save_seconds == pytest.approx(1.5 * work.save_seconds)
 
 
@@ -95,19 +98,59 @@ def test_early_rejection_saves_four_tenths(sdxl: Params) -> None:
 def test_more_prompts_cost_more(sdxl: Params, prompts: int, more: int, share: float, peak: float) -> None:
     machine = cost.Machine(peak, cores=8, share=share)
     faster = cost.Machine(2 * peak, cores=8, share=share)
-    work, larger = (cost.round_cost(sdxl, count, 500) for count in (prompts, prompts + more))
+    work, larger = (cost.round_cost(sdxl, Images(count), Images(500)) for count in (prompts, prompts + more))
     assert sum(larger.stage_hours(machine).values()) > sum(work.stage_hours(machine).values())
     assert work.gpu_hours(machine) == pytest.approx(2 * work.gpu_hours(faster))
-    assert cost.round_bytes(sdxl, prompts + more, 500) > cost.round_bytes(sdxl, prompts, 500)
+    fewer, many = (cost.round_bytes(sdxl, Images(count), Images(500)) for count in (prompts, prompts + more))
+    assert many > fewer
+
+
+def test_weights_match_the_networks() -> None:
+    """SDXL's own, on the meta device: those in 8 bits, the text encoders', and a LoRA's on them."""
+    from bench.random_sdxl import SDXL, build_networks
+    from srpo.models import fp8
+    from srpo.training.model import LoraModel, TextEncoders
+
+    with torch.device("meta"):
+        networks = build_networks(SDXL, "meta", only=("unet", "text_encoder", "text_encoder_2"))
+    unet, encoders = networks.pop("unet"), TextEncoders(**networks)
+    in_8_bits = sum(weight.numel() for layer in fp8.layers(unet) for weight in layer.parameters())
+    assert in_8_bits == pytest.approx(memory.FP8_WEIGHTS, rel=1e-3)
+    assert sum(weight.numel() for part in encoders for weight in part.parameters()) == pytest.approx(
+        memory.TEXT_WEIGHTS, rel=1e-3
+    )
+    settings = load_params(REPO / "presets" / "sdxl.yaml").train.model_copy(update={"train_text_encoder": True})
+    with torch.device("meta"):
+        model = LoraModel(unet, settings, 0, encoders)
+    trained = sum(weight.numel() for weight in model.parameters.values())
+    assert trained == pytest.approx(cost.lora_weights(settings), rel=1e-3)
 
 
 def test_memory(sdxl: Params) -> None:
-    small, large = (cost.sampling_gb(changed(sdxl, "runtime", batch_size=n)) for n in (1, 16))
-    assert 8 < small < 14 and small < large  # the weights alone are 7 GB
-    assert cost.sampling_gb(changed(sdxl, "model", vae=None)) > cost.sampling_gb(sdxl)
-    spared = cost.training_gb(changed(sdxl, "runtime", gradient_checkpointing=True))
-    assert spared < cost.training_gb(sdxl) < 80
-    assert cost.training_gb(changed(sdxl, "train", method="full")) - spared > 35  # 16 bytes a weight
+    small, large = (memory.sampling_gb(changed(sdxl, "runtime", batch_size=n)) for n in (1, 16))
+    assert 8 < small < 16 and small < large  # the weights alone are 7 GB, and rewards 5
+    assert memory.sampling_gb(changed(sdxl, "model", vae=None)) > memory.sampling_gb(sdxl)
+    spared = memory.training_gb(changed(sdxl, "runtime", gradient_checkpointing=True))
+    assert spared < memory.training_gb(sdxl) < 80
+    assert memory.training_gb(changed(sdxl, "train", method="full")) - spared > 35  # 16 bytes a weight
+
+
+def test_keys_that_spare_memory(sdxl: Params) -> None:
+    """By offload rewards leave, and fp8 takes 2.2 GB from the UNet, in training only if weights aren't kept twice."""
+    one = changed(sdxl, "runtime", batch_size=1)
+    rewards = 2 * (2 * 0.99 + 0.43)
+    assert memory.sampling_gb(one) - memory.sampling_gb(changed(one, "runtime", offload=True)) > rewards
+    sliced = changed(sdxl, "runtime", vae_batch_size=1)
+    assert memory.sampling_gb(sdxl) - memory.sampling_gb(sliced) == pytest.approx(
+        8 * (memory.DECODE_GB - 2 * memory.DENOISE_GB)
+    )
+    fp8 = changed(one, "model", fp8=True)
+    assert memory.sampling_gb(one) - memory.sampling_gb(fp8) == pytest.approx(2.209)
+    assert memory.training_gb(fp8) > memory.training_gb(one)
+    one, fp8 = (changed(params, "runtime", gradient_checkpointing=True) for params in (one, fp8))
+    assert memory.training_gb(one) - memory.training_gb(fp8) == pytest.approx(2.209)
+    text = changed(one, "train", train_text_encoder=True)
+    assert memory.training_gb(text) - memory.training_gb(one) == pytest.approx(1.636 + 32 * 0.3953e-3 * 16)
 
 
 def test_memory_on_a_cpu(sdxl: Params) -> None:
@@ -122,22 +165,39 @@ def test_memory_on_a_cpu(sdxl: Params) -> None:
 def test_keys_that_make_a_round_fit(sdxl: Params) -> None:
     """README's table is what `srpo check` computes, and each row fits where the next larger one does not."""
     table = (Path(__file__).parents[2] / "README.md").read_text()
-    for size in cost.CARDS:
-        keys = cost.fitting_keys(sdxl, size)
-        values = "does not fit | |" if keys is None else " | ".join(str(value).lower() for value in keys.values())
-        assert f"| {size} GB | {values} |" in table
-        if keys:
-            fitting = changed(sdxl, "runtime", **keys)
-            assert max(cost.sampling_gb(fitting), cost.training_gb(fitting)) <= size
-            larger = changed(fitting, "runtime", batch_size=2 * fitting.runtime.batch_size)
-            assert cost.sampling_gb(larger) > size or fitting.runtime.batch_size == sdxl.runtime.batch_size
+    for size in memory.CARDS:
+        keys = memory.fitting_keys(sdxl, size)
+        assert keys, size
+        assert f"| {size} GB | {' | '.join(str(value).lower() for value in keys.values())} |" in table
+        fitting = memory.with_keys(sdxl, keys)
+        assert max(memory.sampling_gb(fitting), memory.training_gb(fitting)) <= size
+        for name in ("batch_size", "vae_batch_size", "train_batch_size"):
+            larger = changed(fitting, "runtime", **{name: 2 * int(keys[name])})
+            unchanged = keys[name] in (getattr(sdxl.runtime, name), fitting.runtime.batch_size)
+            assert unchanged or max(memory.sampling_gb(larger), memory.training_gb(larger)) > size
+    assert not memory.fitting_keys(changed(sdxl, "train", use_dora=True), 8), "a DoRA can't be trained in 8 bits"
     full, quantized = (changed(sdxl, "train", method="full", optimizer=name) for name in ("adamw", "adamw_8bit"))
-    assert cost.fitting_keys(full, 80) and not cost.fitting_keys(full, 48) and cost.fitting_keys(quantized, 48)
+    assert memory.fitting_keys(full, 80) and not memory.fitting_keys(full, 48) and memory.fitting_keys(quantized, 48)
+
+
+def test_sizes_count(sdxl: Params) -> None:
+    """Work grows with the mean size of the prompts' images, memory with the largest."""
+    wide = changed(sdxl, "generate", sizes=[ImageSize(width=1024, height=2048), ImageSize(width=1024, height=1024)])
+    prompts = [Prompt(f"p{number}", "a cat") for number in range(200)]
+    images = Images.of(prompts, wide.generate)
+    assert 1.3 * PIXELS < images.pixels < 1.7 * PIXELS
+    work, square = (cost.round_cost(wide, side, Images(100)) for side in (images, Images(200)))
+    assert work.generate.tflop == pytest.approx(square.generate.tflop * images.pixels / PIXELS)
+    assert work.train.tflop == pytest.approx(square.train.tflop * images.pixels / PIXELS)
+    assert memory.training_gb(wide) > 1.8 * memory.training_gb(sdxl) - 8
+    own = Images.of([Prompt("a", "a cat", width=512, height=512)], wide.generate)
+    assert own.pixels == 512 * 512
+    assert memory.sampling_gb(sdxl, 2 * PIXELS) == pytest.approx(memory.sampling_gb(wide))
 
 
 def test_shards_of_the_preset_are_250_to_500_mb(sdxl: Params) -> None:
     one = changed(sdxl, "select", top_fraction=1e-9)
-    grown = cost.round_bytes(one, 29, 1) - cost.round_bytes(one, 1, 1)
+    grown = cost.round_bytes(one, Images(29), Images(1)) - cost.round_bytes(one, Images(1), Images(1))
     assert 250e6 < grown < 500e6 and sdxl.generate.prompts_per_shard == 28
 
 

@@ -101,6 +101,32 @@ def test_a_folder_becomes_a_round(world: Path, capsys) -> None:
     assert {file.name: file.read_bytes() for file in round.files.candidates.iterdir()} == before
 
 
+def test_images_get_the_size_of_the_closest_shape(world: Path, capsys) -> None:
+    """All images of a prompt have one size."""
+    sizes = [{"width": width, "height": height} for width, height in ((32, 32), (24, 48), (48, 24))]
+    set_round(generate={"sizes": sizes})
+    shapes = {"a red circle": (50, 90), "a green square": (90, 50), "a red square": (41, 40)}
+    folder = world / "liked"
+    folder.mkdir()
+    for prompt, (width, height) in shapes.items():
+        for number in range(2):  # the second has another shape, and follows the first
+            (folder / f"{prompt}-{number}.png").write_bytes(png(number, 60 if number else width, height))
+            (folder / f"{prompt}-{number}.txt").write_text(prompt)
+    _, name = imported(capsys, "001", folder)
+    set_round(generate={"candidates": name, "sizes": sizes})
+    round = ready(world)
+    generate(round)
+    found = {}
+    for row in parquet.read_rows(round.files.candidates):
+        width, height = decode_image(row["image"]).size
+        assert parquet.latents_array(row).shape == (4, height // 8, width // 8)
+        found.setdefault(row["prompt"], []).append((width, height))
+    assert [found[prompt] for prompt in shapes] == [[(24, 48)] * 2, [(48, 24)] * 2, [(32, 32)] * 2]
+    set_round(generate={"candidates": name, "sizes": sizes[1:2]})
+    with pytest.raises(UserError, match=r"images of 48 x 24, not 24 x 48; import them again"):
+        generate(ready(world))
+
+
 @pytest.mark.parametrize("objective", ["dpo", "nft"])
 def test_pairs_give_winners_and_losers(world: Path, capsys, objective: str) -> None:
     labels = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.0, 1.0), (1.0, 0.0)]
