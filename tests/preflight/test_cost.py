@@ -157,9 +157,9 @@ def test_memory_on_a_cpu(sdxl: Params) -> None:
     """A process that trained a LoRA took 14.0 GB in its steps; see docs/performance.md."""
     small = changed(sdxl, "generate", height=256, width=256)
     small = changed(small, "runtime", device="cpu", dtype="auto", train_batch_size=1)
-    assert cost.training_gb(small) == pytest.approx(14.0, rel=0.2)
-    assert cost.training_gb(changed(small, "train", train_text_encoder=True)) > cost.training_gb(small) + 3
-    assert cost.sampling_gb(small) == cost.sampling_gb(changed(small, "runtime", batch_size=1)), "one row at a time"
+    assert memory.training_gb(small) == pytest.approx(14.0, rel=0.2)
+    assert memory.training_gb(changed(small, "train", train_text_encoder=True)) > memory.training_gb(small) + 3
+    assert memory.sampling_gb(small) == memory.sampling_gb(changed(small, "runtime", batch_size=1)), "one row at a time"
 
 
 def test_keys_that_make_a_round_fit(sdxl: Params) -> None:
