@@ -39,7 +39,7 @@ from srpo.config.loader import PARAMS_FILE, load_params
 from srpo.data import parquet
 from srpo.data.images import encode_image
 from srpo.data.schemas import IMAGE
-from srpo.preflight import cost
+from srpo.preflight.memory import training_gb
 from srpo.rounds import BASE
 from srpo.storage.json_files import read_json, write_json
 
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit("bench.sdxl_round: could not make the models")
         print(f"models made in {time.perf_counter() - start:.1f} s", flush=True)
         found = list(run(root, arguments))
-        estimate = cost.training_gb(load_params(root / PARAMS_FILE).for_round(KEY))
+        estimate = training_gb(load_params(root / PARAMS_FILE).for_round(KEY))
     device = "CPU" if arguments.cpu or not torch.cuda.is_available() else torch.cuda.get_device_name()
     table = Table(
         title=f"{'tiny networks' if arguments.tiny else 'SDXL 1.0'}, random weights, {arguments.size} x"
