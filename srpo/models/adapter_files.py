@@ -6,6 +6,7 @@ Networks are `unet` and, if they were trained, `text_encoder` and `text_encoder_
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -19,12 +20,18 @@ from diffusers.utils.state_dict_utils import StateDictType
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from srpo.errors import user_error
 from srpo.lineage.record import WEIGHTS_FILE, check_weights
 from srpo.storage.hashing import file_digest
 
 State = Mapping[str, torch.Tensor]
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 TEXT_MODEL = "text_model."
+
+
+def adapter_errors(file: Path) -> AbstractContextManager[None]:
+    """Return a context in which any exception means that this file is no adapter of the base model: a UserError."""
+    return user_error(f"{file}: not an adapter of this base model", "`dvc checkout` restores it")
 
 
 def read_adapter_file(file: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -59,13 +66,13 @@ def text_lora_digest(folder: Path) -> str | None:
     """Return the sha256 of an adapter that changes the text encoders, or None.
 
     Raises:
-        UserError: the file is not the one that the folder's lineage.json names.
+        UserError: the file can't be read, or is not the one that the folder's lineage.json names.
     """
     file = folder / WEIGHTS_FILE
     if not file.exists():
         return None
     check_weights(folder)
-    with safe_open(file, "pt") as tensors:
+    with adapter_errors(file), safe_open(file, "pt") as tensors:
         names = list(tensors.keys())
     return file_digest(file) if any(name.startswith("text_encoder") for name in names) else None
 

@@ -6,18 +6,16 @@ An adapter folder is in diffusers' layout: `pytorch_lora_weights.safetensors`, r
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 
-from srpo.errors import UserError, one_line
 from srpo.lineage.record import UNET_FILE, WEIGHTS_FILE, check_weights
-from srpo.models.adapter_files import for_modules, read_adapter_file
+from srpo.models.adapter_files import adapter_errors, for_modules, read_adapter_file
 from srpo.models.merging import merge_lora, surviving_share
 from srpo.models.peft_layers import attach_lora, lora_layers
 
@@ -107,17 +105,3 @@ def _cast(network: Any) -> None:
     dtype = network.dtype
     for layer in lora_layers(network):
         layer.to(dtype)
-
-
-@contextlib.contextmanager
-def adapter_errors(file: Path) -> Iterator[None]:
-    """Turn any exception in reading this file into a UserError."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # libraries raise many kinds for a broken file
-        reason = one_line(error)
-        raise UserError(
-            f"{file}: not an adapter of this base model ({reason:.120}); `dvc checkout` restores it"
-        ) from None

@@ -18,8 +18,8 @@ from srpo.config.schema import InitialLora, TrainParams
 from srpo.errors import UserError, one_line
 from srpo.lineage.checkpoint_files import lora_file
 from srpo.lineage.record import UNET_FILE, WEIGHTS_FILE, check_weights
-from srpo.models.adapter_files import for_modules, read_adapter_file, write_adapter_file
-from srpo.models.adapters import adapter_errors, with_adapter
+from srpo.models.adapter_files import adapter_errors, for_modules, read_adapter_file, write_adapter_file
+from srpo.models.adapters import with_adapter
 from srpo.models.lora_dropout import LoraDropout
 from srpo.models.lora_files import read_lora
 from srpo.models.peft_layers import add_lora, fill_lora, lora_state, use_lora
