@@ -126,13 +126,15 @@ def computed_efficiency(workers: int, seconds: float, cost: float) -> float:
     chance = random.Random(0)
     ends = [chance.uniform(0, seconds) for _ in range(workers)]
     heapq.heapify(ends)
-    free, computed = 0.0, 0.0
+    free, computed, waited = 0.0, 0.0, 0.0
     for _ in range(50 * workers):
-        free = max(free, heapq.heappop(ends)) + cost
+        end = heapq.heappop(ends)
+        free = max(free, end) + cost
         length = seconds * chance.uniform(0.5, 1.5)
+        waited += free - end
         computed += length
         heapq.heappush(ends, free + length)
-    return computed / (workers * max(free, 1e-9))
+    return computed / (computed + waited)
 
 
 def main() -> None:
