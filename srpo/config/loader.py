@@ -76,6 +76,8 @@ class Params(Section):
         elif self.evaluate.clip_features is None:
             raise ValueError("evaluate.clip_features: missing; name a judge, since evaluate.features is inception")
         self._check_is_judge("clip_features", self.evaluate.clip_name)
+        if self.evaluate.diversity_judge is not None:
+            self._check_is_judge("diversity_judge", self.evaluate.diversity_judge)
         return self
 
     @model_validator(mode="after")

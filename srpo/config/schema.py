@@ -331,6 +331,11 @@ class EvaluateParams(SamplingParams):
     clip_features: str | None = Field(
         None, description="the judge whose image embeddings CMMD and diversity use; null uses `features`"
     )
+    diversity_judge: str | None = Field(
+        None,
+        description="a judge that says what each image shows of what its prompt leaves open; diversity in tables and"
+        " in the gate is then that of right images",
+    )
     samples: PositiveInt = Field(16, description="number of eval prompts whose images are kept for the report")
 
     @model_validator(mode="after")
@@ -344,6 +349,11 @@ class EvaluateParams(SamplingParams):
         """Return the name of the judge whose image embeddings CMMD and diversity use."""
         return self.clip_features or self.features
 
+    @property
+    def diversity_name(self) -> str:
+        """Return the metric that tables and the gate show as diversity."""
+        return "open_diversity" if self.diversity_judge else "diversity"
+
 
 class GateParams(Section):
     """Limits that a round must keep to pass. They apply to judges, people and image metrics, never to what selects."""
@@ -354,7 +364,7 @@ class GateParams(Section):
     max_fid_ratio: Annotated[float, Field(gt=0)] = Field(1.0, description="maximum of FID divided by base's")
     max_kid_increase: float | None = Field(0.0, description="maximum of KID minus base's; null disables the rule")
     min_diversity_ratio: Annotated[float, Field(ge=0)] = Field(
-        0.5, description="minimum of diversity divided by base's"
+        0.5, description="minimum of diversity divided by base's; of `open_diversity` with a `diversity_judge`"
     )
     max_missing_scores: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1, description="maximum share of a judge's scores that are NaN or infinite, which are left out of its mean"

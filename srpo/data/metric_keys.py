@@ -8,7 +8,7 @@ IMAGE_STATS = ("saturation", "contrast", "edge_density", "color_entropy")
 """Statistics of single images; guidance.csv has `<name>_std` beside each."""
 
 INTERVAL_SUFFIXES = ("_low", "_high")
-IMAGE_SET_METRICS = ("fid", "kid", "cmmd", "diversity")
+IMAGE_SET_METRICS = ("fid", "kid", "cmmd", "diversity", "open_diversity")
 HEADLINE = ("guidance", "images", *IMAGE_SET_METRICS, "fid_best", "drift", "drift_kid", "verdict", "finding")
 """Keys of metrics.json besides those of rewards."""
 

@@ -18,10 +18,11 @@ from srpo.evaluation.metrics import (
     ImageStatistics,
     KernelDistance,
     MeanScore,
+    OpenDiversity,
 )
 from srpo.evaluation.reference import Reference
 from srpo.rewards.batches import score_batch
-from srpo.rewards.protocol import Pixels, Reward
+from srpo.rewards.protocol import AttributeReward, Pixels, Reward
 
 
 class Measurements(NamedTuple):
@@ -31,17 +32,26 @@ class Measurements(NamedTuple):
         scores: float32 [n] by reward.
         features: float32 [n, dim] by extractor.
         stats: float64 [n] by image statistic.
+        attributes: int64 [n, k] by judge; empty without `evaluate.diversity_judge`.
     """
 
     scores: dict[str, torch.Tensor]
     features: dict[str, torch.Tensor]
     stats: dict[str, torch.Tensor]
+    attributes: dict[str, torch.Tensor]
 
 
 def measure(
-    images: Pixels, prompts: Sequence[str], rewards: Mapping[str, Reward], extractors: Mapping[str, Extractor]
+    images: Pixels,
+    prompts: Sequence[str],
+    rewards: Mapping[str, Reward],
+    extractors: Mapping[str, Extractor],
+    attributes: Mapping[str, AttributeReward] | None = None,
 ) -> Measurements:
     """Measure uint8 [n, 3, height, width]. Single values may be NaN or infinite; metrics leave them out.
+
+    Args:
+        attributes: the judge, by its name, that names what images show of what their prompts leave open, if any.
 
     Raises:
         UserError: all scores or features of a reward are NaN or infinite.
@@ -52,7 +62,8 @@ def measure(
         if not bool(torch.isfinite(values).any()):
             raise UserError(f"rewards.{name}: NaN or infinity for all of {len(images)} images; correct the reward")
     stats = {name: torch.from_numpy(values) for name, values in image_stats(images.numpy()).items()}
-    return Measurements(scores, features, stats)
+    shown = {name: judge.attributes(images, prompts) for name, judge in (attributes or {}).items()}
+    return Measurements(scores, features, stats, shown)
 
 
 class MetricAccumulator:
@@ -75,6 +86,7 @@ class MetricAccumulator:
         self.kid = KernelDistance(references[features].features)
         self.cmmd = ClipDistance(references[clip].features)
         self.diversity = Diversity()
+        self.open_diversity = OpenDiversity()
         self.stats = ImageStatistics(IMAGE_STATS)
         self.images = 0
         self._features = features
@@ -90,6 +102,8 @@ class MetricAccumulator:
         features, numbers = _finite(measured.features[self._clip], groups)
         self.cmmd.update(features, numbers)
         self.diversity.update(features, numbers)
+        for values in measured.attributes.values():
+            self.open_diversity.update(values, groups)
         self.stats.update(measured.stats)
         self.images += len(groups)
 
@@ -97,7 +111,7 @@ class MetricAccumulator:
         """Add the images of another accumulator of the same rewards and references, before this one's."""
         for name, metric in self.scores.items():
             metric.merge_state(other.scores[name])
-        for name in ("fid", "kid", "cmmd", "diversity", "stats"):
+        for name in ("fid", "kid", "cmmd", "diversity", "open_diversity", "stats"):
             getattr(self, name).merge_state(getattr(other, name))
         self.images += other.images
 
@@ -114,7 +128,8 @@ class MetricAccumulator:
             if missing := metric.missing():
                 record[f"{name}_missing"] = missing
         record["fid"] = self.fid.compute()
-        for name in ("kid", "cmmd", "diversity"):
+        measures = ["kid", "cmmd", "diversity", *(["open_diversity"] if self.open_diversity.values else [])]
+        for name in measures:
             estimate = getattr(self, name).compute()
             record |= estimate.flat(name) if estimate else {}
         return record | self.stats.compute()

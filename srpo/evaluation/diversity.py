@@ -1,4 +1,4 @@
-"""Diversity of the images of one prompt."""
+"""Diversity of the images of one prompt: of their embeddings, or of what they show."""
 
 from __future__ import annotations
 
@@ -27,3 +27,31 @@ def diversity(features: np.ndarray, groups: Groups) -> Estimate | None:
     if not distances:
         return None
     return mean_interval(np.array(list(distances.values())), list(distances))
+
+
+def open_diversity(attributes: np.ndarray, groups: Groups) -> Estimate | None:
+    """Return the chance that two right images of one prompt differ in an attribute that the prompt leaves open.
+
+    It is the Gini-Simpson index in its unbiased form, 1 - sum n_i (n_i - 1) / (n (n - 1)) over the n_i images with each
+    value (Simpson, Measurement of Diversity, Nature 1949), averaged over a prompt's attributes and then over prompts;
+    0 to 1. It does not depend on the number of images, so a model that is right more often is not more diverse by that.
+    None if no prompt has two right images.
+
+    Args:
+        attributes: int64 [n, k], as of `AttributeReward`.
+        groups: the prompt of each row.
+    """
+    names = np.asarray(groups)
+    found = {}
+    for name in dict.fromkeys(names.tolist()):
+        rows = attributes[names == name]
+        columns = [column[column >= 0] for column in rows.T]
+        indexes = [_gini_simpson(column) for column in columns if len(column) > 1]
+        if indexes:
+            found[name] = float(np.mean(indexes))
+    return mean_interval(np.array(list(found.values())), list(found)) if found else None
+
+
+def _gini_simpson(values: np.ndarray) -> float:
+    counts = np.unique(values, return_counts=True)[1]
+    return 1 - float((counts * (counts - 1)).sum()) / (len(values) * (len(values) - 1))

@@ -89,9 +89,10 @@ def judge_round(
     rules["fid_ratio"] = _at_most(tuned["fid"] / max(untuned["fid"], 1e-12), settings.max_fid_ratio)
     if settings.max_kid_increase is not None:
         rules["kid_increase"] = _at_most(tuned["kid"] - untuned["kid"], settings.max_kid_increase)
-    if "diversity" in tuned and "diversity" in untuned:  # it needs two images per prompt
-        ratio = tuned["diversity"] / max(untuned["diversity"], 1e-12)
-        rules["diversity_ratio"] = _at_least(ratio, settings.min_diversity_ratio)
+    kind = "open_diversity" if "open_diversity" in tuned and "open_diversity" in untuned else "diversity"
+    if kind in tuned and kind in untuned:  # it needs two images per prompt
+        ratio = tuned[kind] / max(untuned[kind], 1e-12)
+        rules[f"{kind}_ratio"] = _at_least(ratio, settings.min_diversity_ratio)
     if settings.max_image_stat_shift is not None:
         for name, shift in image_stat_shifts(sweep, base).items():
             rules[f"{name}_shift"] = _at_most(abs(shift["z"]), settings.max_image_stat_shift)

@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from srpo.evaluation.bootstrap import Estimate, mean_interval
-from srpo.evaluation.diversity import diversity
+from srpo.evaluation.diversity import diversity, open_diversity
 from srpo.evaluation.frechet import Gaussian, frechet_distance, merge_moments, moments, unpack_moments
 from srpo.evaluation.kernel import cmmd, kid
 
@@ -72,6 +72,16 @@ class Diversity(_GroupedMetric):
     def compute(self) -> Estimate | None:
         """Return the mean over prompts and its 95 % interval; None if no prompt has two images."""
         return diversity(*self.arrays())
+
+
+class OpenDiversity(_GroupedMetric):
+    """The chance that two right images of one prompt differ in what it leaves open, from attributes int64 [n, k]."""
+
+    higher_is_better = True
+
+    def compute(self) -> Estimate | None:
+        """Return the mean over prompts and its 95 % interval; None if no prompt has two right images."""
+        return open_diversity(*self.arrays())
 
 
 class KernelDistance(_GroupedMetric):

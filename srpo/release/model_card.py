@@ -15,7 +15,7 @@ from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.lineage.dvc_lock import round_hashes
 from srpo.lineage.identity import HUB_ID
 from srpo.lineage.record import read_lineage
-from srpo.reporting.table import SET_MEASURES, show, verdict
+from srpo.reporting.table import set_measures, show, verdict
 from srpo.rounds import BASE, Round
 from srpo.sampling.sizes import allowed_sizes, names_of
 
@@ -111,7 +111,7 @@ def _measures(round: Round) -> list[dict[str, str]]:
     base_sweep = read_sweep(round.base_files)
     guidance = str(read_metrics(round.files)["guidance"])
     rows = []
-    for name in (*round.params.rewards, *SET_MEASURES, *IMAGE_STATS):
+    for name in (*round.params.rewards, *set_measures(round.params), *IMAGE_STATS):
         if name not in sweep[guidance]:
             continue
         role = (

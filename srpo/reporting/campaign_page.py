@@ -14,7 +14,7 @@ from srpo.errors import MissingFile, UserError
 from srpo.lineage.record import read_lineage
 from srpo.reporting import charts, contact_sheets
 from srpo.reporting.html import chart, embedded_image, numbers, render_page
-from srpo.reporting.table import CAMPAIGN_PAGE, SET_MEASURES
+from srpo.reporting.table import CAMPAIGN_PAGE, set_measures
 from srpo.rounds import BASE, RoundFiles
 from srpo.storage.files import atomic_write
 
@@ -50,7 +50,7 @@ def write_campaign(params: Params, root: Path) -> Path:
         base=lineages[BASE].get("base"),
         selects=params.reward_names("select"),
         judges=params.reward_names("judge"),
-        names=[*params.rewards, *SET_MEASURES, *_of_people(measured)],
+        names=[*params.rewards, *set_measures(params), *_of_people(measured)],
         people=_people(root, shown),
         charts=_charts(params, root, measured, paths),
         strip=_strip(root, shown),
@@ -104,7 +104,7 @@ def _charts(
         above = [BASE, *tree.ancestors(params.rounds, path[-1])] if path[-1] != BASE else []
         whole.append([key for key in (*above, path[-1]) if key in measured])
     sections = {role: [name for name in roles if roles[name] == role] for role in ("select", "judge")}
-    sections["measure"] = list(SET_MEASURES)
+    sections["measure"] = list(set_measures(params))
     drawn = {
         role: [(name, chart(charts.over_rounds(measured, paths, name, role))) for name in names]
         for role, names in sections.items()

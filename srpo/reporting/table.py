@@ -16,20 +16,24 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 CAMPAIGN_PAGE = "rounds/index.html"
-SET_MEASURES = ("fid", "kid", "cmmd", "diversity", "drift")
+
+
+def set_measures(params: Params) -> tuple[str, ...]:
+    """Return the metrics of image sets that tables and pages show."""
+    return ("fid", "kid", "cmmd", params.evaluate.diversity_name, "drift")
 
 
 def campaign_rows(root: Path, params: Params) -> list[dict[str, Any]]:
     """Return one row per evaluated round: base first, parents before children.
 
-    Keys: round, every reward's name, SET_MEASURES (numbers at the reported guidance) and verdict, with the gate's
+    Keys: round, every reward's name, `set_measures` (numbers at the reported guidance) and verdict, with the gate's
     finding.
     """
     rows = []
     for key in (tree.BASE, *tree.order(params.rounds)):
         if (RoundFiles(root, key).evaluation / "metrics.json").exists():
             metrics = read_metrics(RoundFiles(root, key))
-            numbers = {name: metrics.get(name) for name in (*params.rewards, *SET_MEASURES)}
+            numbers = {name: metrics.get(name) for name in (*params.rewards, *set_measures(params))}
             rows.append({"round": key} | numbers | {"verdict": verdict(metrics)})
     return rows
 

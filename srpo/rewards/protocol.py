@@ -26,3 +26,15 @@ class FeatureReward(Reward, Protocol):
     def features(self, images: Pixels) -> torch.Tensor:
         """Return image features, float32 [n, dim] on the CPU."""
         ...
+
+
+class AttributeReward(Reward, Protocol):
+    """A judge that also says what an image shows of what its prompt leaves open, for `open_diversity`."""
+
+    def attributes(self, images: Pixels, prompts: Sequence[str]) -> torch.Tensor:
+        """Return the value of each of k attributes, int64 [n, k] on the CPU.
+
+        A value is any number from 0 on, with the same meaning for all images of one prompt; k is the same for all
+        prompts. It is -1 where the prompt says the attribute, and for all attributes of an image that is not right.
+        """
+        ...

@@ -28,10 +28,9 @@ class ValidatedReward:
         """
         with reward_errors(self.name, "score"):
             scores = self.reward.score(images, list(prompts))
-        returned = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, torch.Tensor) else type(scores).__name__
         if not isinstance(scores, torch.Tensor) or scores.shape != (len(images),) or scores.is_complex():
             raise UserError(
-                f"rewards.{self.name}: score returned {returned} for {len(images)} images;"
+                f"rewards.{self.name}: score returned {_described(scores)} for {len(images)} images;"
                 f" it must return a float32 tensor [{len(images)}]"
             )
         return scores.detach().float().cpu()
@@ -58,6 +57,34 @@ class ValidatedReward:
             )
         with reward_errors(self.name, "features"):
             return self.reward.features(images)
+
+    def require_attributes(self) -> None:
+        """Raise a UserError if the reward has no attributes."""
+        if not hasattr(self.reward, "attributes"):
+            raise UserError(
+                f"evaluate.diversity_judge: rewards.{self.name} has no attributes; name a judge whose class has the"
+                " method `attributes`, or remove the key"
+            )
+
+    def attributes(self, images: Pixels, prompts: Sequence[str]) -> torch.Tensor:
+        """Return what images show of what their prompts leave open, int64 [n, k], see `AttributeReward`.
+
+        Raises:
+            UserError: the reward has no attributes, raised, or did not return whole numbers for n images.
+        """
+        self.require_attributes()
+        with reward_errors(self.name, "attributes"):
+            values = self.reward.attributes(images, list(prompts))  # type: ignore[attr-defined]
+        if not isinstance(values, torch.Tensor) or values.dtype != torch.int64 or values.shape[:-1] != (len(images),):
+            raise UserError(
+                f"rewards.{self.name}: attributes returned {_described(values)} for {len(images)} images;"
+                f" it must return an int64 tensor [{len(images)}, k]"
+            )
+        return values.detach().cpu()
+
+
+def _described(values: object) -> str:
+    return f"{values.dtype} {list(values.shape)}" if isinstance(values, torch.Tensor) else type(values).__name__
 
 
 @contextmanager

@@ -93,6 +93,8 @@ def evaluate(round: Round) -> None:
     if not distributed.is_worker():
         base_features = None if round.key == BASE else read_base_features(round.base_files)
         rewards = load_pinned_rewards(params, round.root)
+        if params.evaluate.diversity_judge:
+            rewards[params.evaluate.diversity_judge].require_attributes()
         references = {
             name: load_reference(round.root / params.evaluate.reference, extractor, round.root / ".srpo" / "cache")
             for name, extractor in load_extractors(params, round.root, rewards).items()
@@ -143,6 +145,7 @@ def _load_models(
     sampler.release_text_encoders()
     rewards = load_pinned_rewards(params, round.root) if rewards is None else rewards
     extractors = load_extractors(params, round.root, rewards)
+    attributes = {name: judge for name, judge in rewards.items() if name == params.evaluate.diversity_judge}
     texts = [
         [prompts[row].prompt for row, _ in batch.places]
         for batch in batches.values()
@@ -156,7 +159,7 @@ def _load_models(
             batch = batches[unit.name]
             images = _sample(round, sampler, embeds, prompts, batch, progress)
             texts = [prompts[row].prompt for row, _ in batch.places]
-            _save(unit, measure(images, texts, rewards, extractors), images[batch.sampled])
+            _save(unit, measure(images, texts, rewards, extractors, attributes), images[batch.sampled])
 
         yield make
 

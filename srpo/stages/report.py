@@ -16,7 +16,7 @@ from srpo.data.scores import read_scores
 from srpo.lineage.record import read_lineage
 from srpo.reporting import charts, contact_sheets
 from srpo.reporting.html import chart, embedded_image, numbers, render_page
-from srpo.reporting.table import SET_MEASURES
+from srpo.reporting.table import set_measures
 from srpo.reporting.tags import TagRow, scores_by_tag
 from srpo.rounds import BASE, Round, RoundFiles
 from srpo.selection.audit import PREFIX
@@ -51,7 +51,7 @@ def report(round: Round) -> None:
         metrics=measured[round.key],
         gate=read_gate(round.files),
         rows=list(measured.values()),
-        names=[*round.params.rewards, *SET_MEASURES],
+        names=[*round.params.rewards, *set_measures(round.params)],
         steps=training.height,
         tuned=[_figure(pair) for pair in tuned],
         learned=[_figure(pair) for pair in learned],
@@ -99,7 +99,7 @@ def _charts(
     winners = parquet.table(files.winners, ["candidate_id"]).join(scores, on="candidate_id", how="left")
     sweeps = {name if name == BASE else f"round {name}": sweep for name, sweep in sweeps.items()}
     path = [list(measured)]
-    roles = rewards | dict.fromkeys(SET_MEASURES, "measure")
+    roles = rewards | dict.fromkeys(set_measures(params), "measure")
     drawn = {
         "rounds": {name: charts.over_rounds(measured, path, name, role) for name, role in roles.items()},
         "sweep": {name: charts.sweep(sweeps, name) for name in [*rewards, "fid", "cmmd", "saturation"]},

@@ -15,7 +15,7 @@ from srpo.data.records import read_metrics, read_sweep
 from srpo.lineage.dvc_lock import read_dvc_lock, recorded, round_hashes
 from srpo.lineage.identity import base_identity
 from srpo.lineage.record import read_lineage
-from srpo.reporting.table import SET_MEASURES, show, verdict
+from srpo.reporting.table import set_measures, show, verdict
 from srpo.rounds import BASE, Round
 from srpo.storage import git
 from srpo.storage.hashing import value_digest
@@ -132,11 +132,11 @@ def headline(params: Params, metrics: dict[str, Any]) -> dict[str, float]:
 def headline_names(params: Params) -> list[str]:
     """Return the metrics of every evaluation to look at first: rewards, win rates of judges, measures of image sets."""
     rates = [f"{judge}_win_rate" for judge in params.reward_names("judge")]
-    return [*params.rewards, *rates, *SET_MEASURES]
+    return [*params.rewards, *rates, *set_measures(params)]
 
 
 def _sweep_points(round: Round) -> list[Point]:
-    names = {*round.params.rewards, *SET_MEASURES, *IMAGE_STATS}
+    names = {*round.params.rewards, *set_measures(round.params), *IMAGE_STATS}
     return [
         (f"sweep/{name}", value, int(float(guidance) * GUIDANCE_STEPS + 0.5))
         for guidance, values in read_sweep(round.files).items()
