@@ -40,8 +40,8 @@ def make_world(out: Path, effort: Effort = Effort()) -> None:
     train, held_out = split(scenes)
     write_prompts(out / "prompts" / "train.jsonl", train, "train")
     write_prompts(out / "prompts" / "eval.jsonl", held_out, "eval")
-    write_images(out / "templates.parquet", [(scene, render(scene)) for scene in scenes])
-    reference = [(scene, render(scene, rng)) for scene in held_out for _ in range(6)]
+    write_images(out / "templates.parquet", [(scene.caption, render(scene)) for scene in scenes])
+    reference = [(scene.caption, render(scene, rng)) for scene in held_out for _ in range(6)]
     write_images(out / "reference" / "reference.parquet", reference)
     labels = np.repeat(np.arange(len(scenes)), effort.images_per_scene)
     images = np.stack([render(scenes[label], rng) for label in labels])
@@ -64,9 +64,9 @@ def write_prompts(path: Path, scenes: list[Scene], prefix: str) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_images(path: Path, images: list[tuple[Scene, np.ndarray]]) -> None:
-    """A parquet file with columns image and prompt."""
-    rows = [{"image": encode_image(pixels), "prompt": scene.caption} for scene, pixels in images]
+def write_images(path: Path, images: list[tuple[str, np.ndarray]]) -> None:
+    """A parquet file with columns image and prompt, from pairs of prompt and image."""
+    rows = [{"image": encode_image(pixels), "prompt": prompt} for prompt, pixels in images]
     parquet.write_table(path, rows, {"image": IMAGE, "prompt": pa.string()})
 
 

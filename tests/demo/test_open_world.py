@@ -1,0 +1,156 @@
+"""The open world: every caption can be read back, scenes are as said and else free, and the judge is exact."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from demo.open_world.captions import KINDS, PARTS, Caption, all_captions, alternatives, draw_scene, miscaption, parse
+from demo.open_world.judge import SceneJudge
+from demo.open_world.make import QUICK, choose_prompts, make_world
+from demo.open_world.scenes import BACKGROUNDS, SIZE, Scene, render
+from demo.open_world.truth import ATTRIBUTES, Seen, matched, open_attributes, parts_right, read_image, true_of
+from srpo.errors import UserError
+from srpo.evaluation.diversity import open_diversity
+
+CAPTIONS = all_captions()
+ALL = [caption for captions in CAPTIONS.values() for caption in captions]
+
+
+def some(kind: str, number: int, seed: int = 0) -> list[Caption]:
+    picks = np.random.default_rng(seed).integers(len(CAPTIONS[kind]), size=number)
+    return [CAPTIONS[kind][i] for i in picks]
+
+
+def seen(scene: Scene) -> Seen:
+    return Seen(scene.background, scene.items)
+
+
+def as_pixels(images: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def test_every_caption_is_parsed_back() -> None:
+    texts = [caption.text for caption in ALL]
+    assert [parse(text) for text in texts] == ALL and len(set(texts)) == len(texts) > 2000
+    assert {"an orange shape on the left", "three crosses", "a red circle left of a blue square"} <= set(texts)
+    assert [caption.kind for captions in CAPTIONS.values() for caption in captions] == [
+        kind for kind, captions in CAPTIONS.items() for _ in captions
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "a dog", "an red circle", "two circle", "a red circle on the left ", "A circle"])
+def test_other_text_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a caption of the open world"):
+        parse(text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_judge_reads_what_is_rendered(kind: str) -> None:
+    """With noise, too; and a caption that says one part otherwise is not true of the image."""
+    rng, judge = np.random.default_rng(1), SceneJudge("", None, torch.device("cpu"))
+    captions = some(kind, 60)
+    scenes = [draw_scene(caption, rng) for caption in captions]
+    images = [render(scene, rng) for scene in scenes]
+    noisy = [np.clip(image + rng.normal(0, 12, image.shape), 0, 255).astype(np.uint8) for image in images]
+    texts = [caption.text for caption in captions]
+    assert judge.score(as_pixels(images), texts).tolist() == [1.0] * 60
+    assert judge.score(as_pixels(noisy), texts).mean() >= 0.95
+    for image, caption, scene in zip(images, captions, scenes, strict=True):
+        # a shape on the left can be at the top as well
+        for part in set(PARTS) - {"relation", "place"}:
+            for other in alternatives(caption, part):
+                assert matched(other, read_image(image)) is None, (other.text, scene)
+
+
+def test_scenes_are_free_in_what_their_caption_leaves_open() -> None:
+    rng = np.random.default_rng(2)
+    shown = [open_attributes(parse("a red circle"), seen(draw_scene(parse("a red circle"), rng))) for _ in range(600)]
+    columns = dict(zip(ATTRIBUTES, np.array(shown).T, strict=True))
+    assert set(columns["color"]) == set(columns["shape"]) == {-1}, "the caption says them"
+    for name in ("column", "row", "size", "background"):
+        assert sorted(set(columns[name])) == [0, 1, 2] and min(Counter(columns[name]).values()) > 120
+    said = np.array(
+        [open_attributes(parse("a shape on the left"), seen(draw_scene(parse("a shape on the left"), rng)))]
+    )
+    assert said[0, ATTRIBUTES.index("column")] == -1 and said[0, ATTRIBUTES.index("row")] >= 0
+
+
+def test_collapse_and_mistakes_are_told_apart() -> None:
+    rng, caption = np.random.default_rng(3), parse("two squares")
+    free = [open_attributes(caption, seen(draw_scene(caption, rng))) for _ in range(40)]
+    wrong = [open_attributes(caption, seen(draw_scene(parse("three squares"), rng))) for _ in range(40)]
+    assert np.array(wrong).max() == -1, "an image that is wrong has no attributes"
+    varied, alone, collapsed = (
+        open_diversity(np.array(rows), ["a"] * len(rows)) for rows in (free, free[:20] + wrong, free[:1] * 40)
+    )
+    assert varied and alone and collapsed
+    assert varied.value > 0.6 and abs(varied.value - alone.value) < 0.1 and collapsed.value == 0
+
+
+def test_the_colors_of_two_shapes_exchanged_are_wrong() -> None:
+    caption = parse("a red circle left of a blue square")
+    scene = draw_scene(parse("a blue circle left of a red square"), np.random.default_rng(4))
+    assert matched(caption, seen(scene)) is None
+    right = parts_right(caption, seen(scene))
+    assert right == {"count": True, "color": True, "shape": True, "relation": False}
+
+
+def test_an_image_of_nothing_is_wrong() -> None:
+    for shade in BACKGROUNDS.values():
+        image = np.full((SIZE, SIZE, 3), shade, dtype=np.uint8)
+        assert matched(parse("a shape on the left"), read_image(image)) is None
+    noise = np.random.default_rng(5).integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)
+    assert matched(parse("a shape on the left"), read_image(noise)) is None
+
+
+def test_many_at_once_are_judged_as_one() -> None:
+    rng = np.random.default_rng(6)
+    scenes = [draw_scene(ALL[i], rng) for i in rng.integers(len(ALL), size=30)]
+    expected = [[matched(caption, seen(scene)) is not None for caption in ALL] for scene in scenes]
+    assert true_of(ALL, scenes).tolist() == expected
+
+
+def test_wrong_captions_are_scattered() -> None:
+    rng, caption = np.random.default_rng(7), parse("a red circle on a black background")
+    told = Counter(miscaption(caption, rng, 0.1).text for _ in range(3000))
+    # a replacement may be the right value by chance
+    right = (1 - 0.1 * 5 / 6) * (1 - 0.1 * 3 / 4) * (1 - 0.1 * 2 / 3)
+    assert abs(told.pop(caption.text) / 3000 - right) < 0.03 and len(told) > 8
+    assert parse(next(iter(told))).kind == "background"
+
+
+def test_prompts_to_judge_by_are_others_of_all_kinds() -> None:
+    train, held_out = choose_prompts()
+    assert (len(train), len(held_out)) == (144, 60) and not set(train) & set(held_out)
+    for captions in (train, held_out):
+        assert {caption.kind for caption in captions} == set(KINDS)
+
+
+def test_prompts_and_images_that_the_judge_cant_read_are_refused() -> None:
+    judge, image = SceneJudge("", None, torch.device("cpu")), torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)
+    with pytest.raises(UserError, match="'a dog' is not a caption of the open world; this judge reads only its"):
+        judge.score(image, ["a dog"])
+    with pytest.raises(UserError, match="images of 32 x 64; this judge reads images of 64 x 64"):
+        judge.attributes(image[..., :32], ["a circle"])
+
+
+@pytest.mark.slow
+def test_a_minute_of_making_it_gives_every_part(tmp_path: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    make_world(tmp_path, QUICK)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path / "base")
+    pipeline("a red circle", height=SIZE, width=SIZE, num_inference_steps=1)
+    shipped = [path for path in tmp_path.rglob("*") if path.is_file() and "work" not in path.parts]
+    assert sum(path.stat().st_size for path in shipped) < 15e6
+    assert {"reward", "judge", "base", "prompts", "reference"} <= {
+        path.relative_to(tmp_path).parts[0] for path in shipped
+    }
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    make_world(tmp_path, QUICK)
+    assert {path: path.stat().st_mtime_ns for path in made} == made, "what is there is kept"
