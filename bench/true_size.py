@@ -1,6 +1,6 @@
 """The stages around the models at SDXL's true sizes: time, memory and traffic per candidate.
 
-    python -m bench.true_size [--prompts 40] [--per-prompt 8]
+    python -m bench.true_size [--prompts 40 400 4000] [--per-prompt 8] [--plot docs/images/true_size.png]
 
 Makes a round of synthetic candidates with images of 1024 x 1024 pixels and latents of 65,536 numbers, and runs on it,
 each as a process of its own, imports included: `srpo score` with rewards that cost nothing, `srpo select`, the reading
@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,20 +160,12 @@ def least(images: int, prompts: int, image_mb: float, costs: Costs) -> dict[str,
     }
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--prompts", type=int, default=40)
-    parser.add_argument("--per-prompt", type=int, default=8)
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # of a child process
-    arguments = parser.parse_args()
-    if arguments.part:
-        PARTS[arguments.part]()
-        return
-    images = arguments.prompts * arguments.per_prompt
+def measure(prompts: int, per_prompt: int) -> tuple[dict[str, Usage], str]:
+    """Measure every stage; return what each used, and the table of it as text."""
+    images = prompts * per_prompt
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         root = Path(folder)
-        image_mb = make_project(root, arguments.prompts, arguments.per_prompt)
+        image_mb = make_project(root, prompts, per_prompt)
         costs = measure_costs(root)
         used: dict[str, Usage] = {"score": measured(["srpo", "score", KEY], root)}
         used["select"] = measured(["srpo", "select", KEY], root)
@@ -185,10 +177,9 @@ def main() -> None:
         used["dvc"] = measured(
             ["dvc", "add", "--quiet", *(f"rounds/{KEY}/{n}" for n in ("candidates", "winners"))], root
         )
-        floor = least(images, arguments.prompts, image_mb, costs)
+        floor = least(images, prompts, image_mb, costs)
     table = Table(
-        title=f"{images} candidates of {arguments.prompts} prompts, {image_mb:.2f} MB per image;"
-        f" load {os.getloadavg()[0]:.1f}"
+        title=f"{images} candidates of {prompts} prompts, {image_mb:.2f} MB per image; load {os.getloadavg()[0]:.1f}"
     )
     for column in (
         *("stage", "seconds", "CPU seconds", "GB at peak", "ms per candidate", "CPU ms", "least CPU ms"),
@@ -201,11 +192,54 @@ def main() -> None:
             *(f"{1e3 * seconds / images:.2f}" for seconds in (usage.wall, usage.cpu, floor[stage])),
             *(f"{mb / images:.2f}" for mb in (usage.read, usage.written)),
         )
-    Console(width=140).print(table)
-    print(
-        f"CPU ms: {1e3 * costs.read:.2f} to read, {1e3 * costs.write:.2f} to write, {1e3 * costs.md5:.2f} to hash a MB;"
-        f" {1e3 * costs.decode:.0f} to decode an image; {len(os.sched_getaffinity(0))} cores"
+    console = Console(width=140)
+    with console.capture() as text:
+        console.print(table)
+    return used, (
+        f"{text.get()}CPU ms: {1e3 * costs.read:.2f} to read, {1e3 * costs.write:.2f} to write,"
+        f" {1e3 * costs.md5:.2f} to hash a MB; {1e3 * costs.decode:.0f} to decode an image;"
+        f" {len(os.sched_getaffinity(0))} cores"
     )
+
+
+def plot(candidates: Sequence[int], found: Sequence[Mapping[str, Usage]], path: Path) -> None:
+    """Draw CPU milliseconds per candidate, and peak memory, over the number of candidates."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for stage in found[0]:
+        left.plot(
+            candidates,
+            [1e3 * used[stage].cpu / count for used, count in zip(found, candidates, strict=True)],
+            marker="o",
+            label=stage,
+        )
+        right.plot(candidates, [used[stage].memory for used in found], marker="o", label=stage)
+    left.set(xscale="log", yscale="log", xlabel="candidates", ylabel="CPU ms per candidate")
+    right.set(xscale="log", ylim=(0, None), xlabel="candidates", ylabel="GB at peak")
+    left.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Print a table for each number of prompts, and draw them."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[40])
+    parser.add_argument("--per-prompt", type=int, default=8)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # of a child process
+    arguments = parser.parse_args()
+    if arguments.part:
+        PARTS[arguments.part]()
+        return
+    found = []
+    for prompts in arguments.prompts:
+        used, text = measure(prompts, arguments.per_prompt)
+        print(text, flush=True)
+        found.append(used)
+    if arguments.plot:
+        plot([prompts * arguments.per_prompt for prompts in arguments.prompts], found, arguments.plot)
 
 
 if __name__ == "__main__":
