@@ -22,10 +22,9 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -33,13 +32,14 @@ from bench import synthetic
 from bench.measured import Usage, measured
 from srpo.config.loader import PARAMS_FILE
 from srpo.data import parquet
-from srpo.data.decoding import decode_images
 from srpo.data.images import encode_images
 from srpo.data.parquet import RowReader
-from srpo.evaluation.image_stats import image_stats
 from srpo.rounds import RoundFiles
 from srpo.storage.hashing import dvc_digest
 from tests.support.campaign import build_campaign
+
+if TYPE_CHECKING:
+    import torch
 
 KEY = "001"
 SIDE = 1024
@@ -110,6 +110,9 @@ def read_winners() -> None:
 
 def measure_images() -> None:
     """Decode all candidates and compute their image statistics, as evaluation does."""
+    from srpo.data.decoding import decode_images  # these two import torch, which the reading of winners does not need
+    from srpo.evaluation.image_stats import image_stats
+
     for batch in parquet.read_batches(RoundFiles(Path.cwd(), KEY).candidates, ["image"]):
         image_stats(decode_images(batch["image"].to_pylist()).transpose(0, 3, 1, 2))
 
@@ -119,6 +122,8 @@ PARTS: dict[str, Callable[[], None]] = {"read": read_winners, "metrics": measure
 
 def measure_costs(root: Path) -> Costs:
     """Measure with 64 MB and 8 images."""
+    from srpo.data.decoding import decode_images
+
     size = 64
     data = np.random.default_rng(0).bytes(size * 10**6)
     file = root / "speed"

@@ -32,7 +32,7 @@ class Effort:
     images: int = 24_000
     vae_steps: int = 3000
     clip_steps: int = 3000
-    base_steps: int = 9000
+    base_steps: int = 12_000
 
 
 QUICK = Effort(images=60, vae_steps=5, clip_steps=5, base_steps=5)
