@@ -42,7 +42,13 @@ def make_unet(text_width: int, pooled_width: int) -> UNet2DConditionModel:
 
 
 def make_pipeline(vae: AutoencoderKL, tokenizer: CLIPTokenizer, clips: tuple[Path, Path]) -> StableDiffusionXLPipeline:
-    """Return all parts in diffusers' own pipeline, the UNet untrained, all in float32."""
+    """Return all parts in diffusers' own pipeline, the UNet untrained, all in float32.
+
+    The UNet predicts v: where shapes are and on what background is decided at high noise, and there an error of the
+    noise is next to nothing.
+    """
+    scheduler = make_scheduler()
+    scheduler.register_to_config(prediction_type="v_prediction")
     one = CLIPTextModel.from_pretrained(clips[0]).float().eval()
     two = CLIPTextModelWithProjection.from_pretrained(clips[1]).float().eval()
     return StableDiffusionXLPipeline(
@@ -52,7 +58,7 @@ def make_pipeline(vae: AutoencoderKL, tokenizer: CLIPTokenizer, clips: tuple[Pat
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=make_unet(one.config.hidden_size + two.config.hidden_size, two.config.projection_dim),
-        scheduler=make_scheduler(),
+        scheduler=scheduler,
         add_watermarker=False,
     )
 
@@ -68,9 +74,8 @@ def train_base(
     on_checkpoint: Shown = lambda pipeline, step: None,
     checkpoint_every: int = 1500,
 ) -> None:
-    """Train the UNet and write the pipeline to `out`, in half precision: epsilon prediction, EMA, and a tenth of the
-    captions dropped. The loss is weighted by min-SNR (https://arxiv.org/abs/2303.09556) with gamma 1, because where
-    shapes are is decided at high noise.
+    """Train the UNet and write the pipeline to `out`, in half precision: v-prediction, EMA, and a tenth of the captions
+    dropped.
 
     Each caption is encoded once, since the text encoders stay as they are. They are stored in float32: transformers
     loads them in the dtype of their file and diffusers the UNet in float32, and a pipeline needs one dtype.
@@ -93,8 +98,6 @@ def train_base(
     optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
     noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
-    snr = noise_schedule.alphas_cumprod / (1 - noise_schedule.alphas_cumprod)
-    weights = (snr.clamp(max=1) / snr).to(device)
     time_ids = torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]] * batch_size, dtype=torch.float32, device=device)
     for step in tqdm(range(1, steps + 1), desc="base", mininterval=10):
         picks = torch.randint(0, len(latents), (batch_size,), generator=generator)
@@ -102,12 +105,12 @@ def train_base(
         timesteps = torch.randint(0, 1000, (batch_size,), generator=generator).to(device)
         kept = torch.rand(batch_size, generator=generator) > 0.1
         rows = labels[picks].where(kept, torch.tensor(index[""])).to(device)
+        clean = latents[picks.to(device)]
         predicted = unet(
-            noise_schedule.add_noise(latents[picks.to(device)], noise, timesteps), timesteps, hidden[rows],
+            noise_schedule.add_noise(clean, noise, timesteps), timesteps, hidden[rows],
             added_cond_kwargs={"text_embeds": pooled[rows], "time_ids": time_ids},
         ).sample  # fmt: skip
-        errors = functional.mse_loss(predicted, noise, reduction="none").mean(dim=(1, 2, 3))
-        loss = (weights[timesteps] * errors).mean()
+        loss = functional.mse_loss(predicted, noise_schedule.get_velocity(clean, noise, timesteps))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

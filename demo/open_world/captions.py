@@ -197,7 +197,7 @@ def miscaption(caption: Caption, rng: np.random.Generator, wrong: float) -> Capt
     if caption.kind == "count":
         item = Named(again(caption.items[0].color, COLORS), again(caption.items[0].shape, SHAPES))
         number = int(rng.integers(1, 4)) if rng.random() < wrong else len(caption.items)
-        return Caption((item,) * number)
+        return Caption((item,) * number, background=again(caption.background, BACKGROUNDS))
     items = tuple(Named(again(item.color, COLORS), again(item.shape, SHAPES)) for item in caption.items)
     if caption.kind == "pair" and rng.random() < wrong:
         items = (replace(items[0], color=items[1].color), replace(items[1], color=items[0].color))

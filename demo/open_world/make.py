@@ -15,12 +15,13 @@ from PIL import Image
 
 from demo.make import write_images
 from demo.open_world.captions import KINDS, Caption, all_captions, draw_scene, miscaption
+from demo.open_world.describe import describe
 from demo.open_world.scenes import Scene, render
 
 log = logging.getLogger("demo")
 WRONG = 0.1  # of each part of a caption
 SHARES = {"object": 2, "place": 3, "background": 3, "count": 2, "pair": 1, "relation": 1}
-"""How often each kind of caption is drawn: two shapes are the hardest, for real models too."""
+"""How many of the prompts are of each kind: two shapes are the hardest, for real models too."""
 TRAIN_PROMPTS, EVAL_PROMPTS, REFERENCES = 12, 5, 6
 """Prompts of a kind for each of its shares, and reference images of each evaluation prompt."""
 
@@ -74,12 +75,11 @@ def choose_prompts() -> tuple[list[Caption], list[Caption]]:
 
 
 def draw_examples(number: int) -> Examples:
-    """Draw scenes for captions of all kinds, each by its share, and render them."""
+    """Draw scenes for captions of all kinds, each equally often, and render them."""
     rng, by_kind = np.random.default_rng(0), all_captions()
     captions = [caption for kind in KINDS for caption in by_kind[kind]]
     first = dict(zip(KINDS, np.cumsum([0, *(len(by_kind[kind]) for kind in KINDS)]), strict=False))
-    turns = [kind for kind, share in SHARES.items() for _ in range(share)]
-    kinds = [turns[i % len(turns)] for i in range(number)]
+    kinds = [KINDS[i % len(KINDS)] for i in range(number)]
     labels = np.array([first[kind] + rng.integers(len(by_kind[kind])) for kind in kinds])
     scenes = [draw_scene(captions[label], rng) for label in labels]
     return Examples(captions, labels, scenes, np.stack([render(scene, rng) for scene in scenes]))
@@ -120,7 +120,7 @@ def _train_models(out: Path, effort: Effort, examples: Examples, device: torch.d
     if not (out / "base").exists():
         latents = encode(vae.to(device), images)
         rng = np.random.default_rng(2)
-        told = [miscaption(examples.captions[label], rng, WRONG).text for label in examples.labels]
+        told = [miscaption(describe(scene, rng), rng, WRONG).text for scene in examples.scenes]
         pipeline = make_pipeline(vae, tokenizer, (out / "reward", out / "judge"))
         train_base(latents, told, pipeline, out / "base", steps=effort.base_steps, on_checkpoint=_show(out))
 

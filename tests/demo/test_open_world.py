@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from demo.open_world.captions import KINDS, PARTS, Caption, all_captions, alternatives, draw_scene, miscaption, parse
+from demo.open_world.describe import describe
 from demo.open_world.judge import SceneJudge
 from demo.open_world.make import QUICK, choose_prompts, make_world
 from demo.open_world.scenes import BACKGROUNDS, SIZE, Scene, render
@@ -122,6 +123,20 @@ def test_wrong_captions_are_scattered() -> None:
     right = (1 - 0.1 * 5 / 6) * (1 - 0.1 * 3 / 4) * (1 - 0.1 * 2 / 3)
     assert abs(told.pop(caption.text) / 3000 - right) < 0.03 and len(told) > 8
     assert parse(next(iter(told))).kind == "background"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scenes_are_described_rightly(kind: str) -> None:
+    """Every part is said of some scenes and left open in others."""
+    rng = np.random.default_rng(8)
+    scenes = [draw_scene(caption, rng) for caption in some(kind, 200)]
+    described = [describe(scene, rng) for scene in scenes]
+    assert all(matched(caption, seen(scene)) for caption, scene in zip(described, scenes, strict=True))
+    assert all(parse(caption.text) == caption for caption in described)
+    parts = {"background", "relation"} if kind in ("pair", "relation") else {"background"}
+    parts |= {"place"} if kind in ("object", "place", "background") else set()
+    for part in parts:
+        assert 40 < sum(getattr(caption, part) is not None for caption in described) < 180
 
 
 def test_prompts_to_judge_by_are_others_of_all_kinds() -> None:
