@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import synthetic
-from bench.measured import Usage, measured
+from bench.measured import Usage, measured, plot_usage
 from srpo.config.loader import PARAMS_FILE
 from srpo.rounds import RoundFiles
 from tests.support.campaign import build_campaign
@@ -55,23 +55,6 @@ def make_project(root: Path, candidates: int) -> None:
     synthetic.write_candidates(files, candidates // PER_PROMPT, PER_PROMPT, images)
 
 
-def plot(sizes: list[int], found: dict[str, list[Usage]], path: Path) -> None:
-    """Seconds and peak memory over candidates, both axes logarithmic but memory's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for stage, rows in found.items():
-        left.plot(sizes, [row.wall for row in rows], marker="o", label=stage)
-        right.plot(sizes, [row.memory for row in rows], marker="o", label=stage)
-    left.set(xscale="log", yscale="log", xlabel="candidates", ylabel="seconds")
-    right.set(xscale="log", ylim=(0, None), xlabel="candidates", ylabel="GB at peak")
-    left.legend()
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     """Print the table, and draw it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -93,7 +76,8 @@ def main() -> None:
         table.add_row(f"{size:,}", *(f"{wall:.1f} ({cpu:.1f}), {memory:.2f}" for wall, cpu, memory, *_ in cells))
     Console(width=120).print(table)
     if arguments.plot:
-        plot(arguments.sizes, found, arguments.plot)
+        walls = {stage: [row.wall for row in rows] for stage, rows in found.items()}
+        plot_usage(arguments.sizes, walls, found, arguments.plot, unit="seconds")
 
 
 if __name__ == "__main__":

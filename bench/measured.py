@@ -1,4 +1,4 @@
-"""Commands as child processes, with their time, memory and traffic."""
+"""Commands as child processes, with their time, memory and traffic, and a plot of how these grow."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,3 +64,31 @@ def measured(module: list[str], root: Path) -> Usage:
     if status:
         raise SystemExit(f"{' '.join(module)}: failed")
     return Usage(*usage)
+
+
+def plot_usage(
+    candidates: Sequence[int],
+    times: Mapping[str, Sequence[float]],
+    found: Mapping[str, Sequence[Usage]],
+    path: Path,
+    *,
+    unit: str,
+) -> None:
+    """Draw time and peak memory of every stage over the number of candidates; all axes but memory's are logarithmic.
+
+    Args:
+        times: by stage, a time for each number of candidates.
+        found: by stage, what was used for each number of candidates.
+        unit: of `times`, the label of their axis.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for stage, rows in found.items():
+        left.plot(candidates, times[stage], marker="o", label=stage)
+        right.plot(candidates, [row.memory for row in rows], marker="o", label=stage)
+    left.set(xscale="log", yscale="log", xlabel="candidates", ylabel=unit)
+    right.set(xscale="log", ylim=(0, None), xlabel="candidates", ylabel="GB at peak")
+    left.legend()
+    figure.savefig(path, dpi=110)

@@ -20,26 +20,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench.true_size import KEY, make_project
+from bench.true_size import KEY, PAIR, make_project, paired_rows, read_pairs
 from srpo.data.parquet import RowReader
 from srpo.rounds import RoundFiles
 
-COLUMNS = ("latents", "loser_latents")
 BATCH = 8
 EPOCHS = 10
-
-
-def read_rows(reader: RowReader, order: np.ndarray) -> None:
-    """Read the latents of these pairs, a batch at a time."""
-    for start in range(0, len(order), BATCH):
-        for column in COLUMNS:
-            reader.latents(order[start : start + BATCH], column)
 
 
 def write_lists(reader: RowReader, paired: np.ndarray, path: Path) -> None:
     """Write the latents of these pairs as lists of float16."""
     columns = {}
-    for name in COLUMNS:
+    for name in PAIR:
         rows = np.concatenate([reader.latents(paired[i : i + BATCH], name) for i in range(0, len(paired), BATCH)])
         columns[name] = pa.array(list(rows.reshape(len(rows), -1)), type=pa.list_(pa.float16()))
     pq.write_table(pa.table(columns), path, row_group_size=BATCH)
@@ -48,7 +40,7 @@ def write_lists(reader: RowReader, paired: np.ndarray, path: Path) -> None:
 def read_lists(path: Path) -> None:
     """Read all pairs in order, a batch at a time."""
     for batch in pq.ParquetFile(path).iter_batches(batch_size=BATCH):
-        for column in COLUMNS:
+        for column in PAIR:
             np.array(batch[column].to_pylist(), dtype=np.float16)
 
 
@@ -71,14 +63,14 @@ def main() -> None:
             subprocess.run(["srpo", stage, KEY], cwd=root, check=True, capture_output=True)
         winners, lists = RoundFiles(root, KEY).winners, root / "lists.parquet"
         reader = RowReader(winners)
-        paired = np.flatnonzero(reader.has("loser_latents"))
+        paired = paired_rows(reader)
         write_lists(reader, paired, lists)
         print("CPU ms a pair: in order, in random batches, through Python lists")
         for seed in range(3):
             rng = np.random.default_rng(seed)
             shuffled = np.concatenate([rng.permutation(paired) for _ in range(EPOCHS)])
-            in_order = milliseconds(lambda: read_rows(RowReader(winners), paired), len(paired))
-            at_random = milliseconds(lambda order=shuffled: read_rows(RowReader(winners), order), len(shuffled))
+            in_order = milliseconds(lambda: read_pairs(RowReader(winners), paired, BATCH), len(paired))
+            at_random = milliseconds(lambda order=shuffled: read_pairs(RowReader(winners), order, BATCH), len(shuffled))
             slow = milliseconds(lambda: read_lists(lists), len(paired))
             print(f"{in_order:.2f} {at_random:.2f} {slow:.1f}: {slow / in_order:.0f} and {slow / at_random:.0f} times")
 

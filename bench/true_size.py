@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import synthetic
-from bench.measured import Usage, measured
+from bench.measured import Usage, measured, plot_usage
 from srpo.config.loader import PARAMS_FILE
 from srpo.data import parquet
 from srpo.data.images import encode_images
@@ -48,6 +48,7 @@ LATENT_MB = 2 * 4 * (SIDE // 8) ** 2 / 1e6
 IMAGES = 16
 PROMPTS_PER_SHARD = 28
 BATCH = 16
+PAIR = ("latents", "loser_latents")
 COMPARED = 24  # images of winners and losers in a report
 DVC_CONFIG = "[core]\n    no_scm = True\n    analytics = False\n[cache]\n    type = hardlink\n"
 
@@ -98,14 +99,22 @@ def make_project(root: Path, prompts: int, per_prompt: int) -> float:
     return sum(len(cell["bytes"]) for cell in encode_images(images)) / IMAGES / 1e6
 
 
+def paired_rows(reader: RowReader) -> np.ndarray:
+    """Return the numbers of the winners that have a loser, int64 [n]."""
+    return np.flatnonzero(reader.has("loser_latents"))
+
+
+def read_pairs(reader: RowReader, order: np.ndarray, batch_size: int = BATCH) -> None:
+    """Read the latents of these winners and of their losers, a batch at a time."""
+    for start in range(0, len(order), batch_size):
+        for column in PAIR:
+            reader.latents(order[start : start + batch_size], column)
+
+
 def read_winners() -> None:
     """Read every winner's latents and its loser's in random order, as training does."""
     reader = RowReader(RoundFiles(Path.cwd(), KEY).winners)
-    paired = np.flatnonzero(reader.has("loser_latents"))
-    order = np.random.default_rng(0).permutation(paired)
-    for start in range(0, len(order), BATCH):
-        for column in ("latents", "loser_latents"):
-            reader.latents(order[start : start + BATCH], column)
+    read_pairs(reader, np.random.default_rng(0).permutation(paired_rows(reader)))
 
 
 def measure_images() -> None:
@@ -165,8 +174,8 @@ def least(images: int, prompts: int, image_mb: float, costs: Costs) -> dict[str,
     }
 
 
-def measure(prompts: int, per_prompt: int) -> tuple[dict[str, Usage], str]:
-    """Measure every stage; return what each used, and the table of it as text."""
+def measure(prompts: int, per_prompt: int) -> dict[str, Usage]:
+    """Measure every stage, print the table, and return what each used."""
     images = prompts * per_prompt
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         root = Path(folder)
@@ -197,34 +206,13 @@ def measure(prompts: int, per_prompt: int) -> tuple[dict[str, Usage], str]:
             *(f"{1e3 * seconds / images:.2f}" for seconds in (usage.wall, usage.cpu, floor[stage])),
             *(f"{mb / images:.2f}" for mb in (usage.read, usage.written)),
         )
-    console = Console(width=140)
-    with console.capture() as text:
-        console.print(table)
-    return used, (
-        f"{text.get()}CPU ms: {1e3 * costs.read:.2f} to read, {1e3 * costs.write:.2f} to write,"
-        f" {1e3 * costs.md5:.2f} to hash a MB; {1e3 * costs.decode:.0f} to decode an image;"
-        f" {len(os.sched_getaffinity(0))} cores"
+    Console(width=140).print(table)
+    print(
+        f"CPU ms: {1e3 * costs.read:.2f} to read, {1e3 * costs.write:.2f} to write, {1e3 * costs.md5:.2f} to hash a MB;"
+        f" {1e3 * costs.decode:.0f} to decode an image; {len(os.sched_getaffinity(0))} cores",
+        flush=True,
     )
-
-
-def plot(candidates: Sequence[int], found: Sequence[Mapping[str, Usage]], path: Path) -> None:
-    """Draw CPU milliseconds per candidate, and peak memory, over the number of candidates."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for stage in found[0]:
-        left.plot(
-            candidates,
-            [1e3 * used[stage].cpu / count for used, count in zip(found, candidates, strict=True)],
-            marker="o",
-            label=stage,
-        )
-        right.plot(candidates, [used[stage].memory for used in found], marker="o", label=stage)
-    left.set(xscale="log", yscale="log", xlabel="candidates", ylabel="CPU ms per candidate")
-    right.set(xscale="log", ylim=(0, None), xlabel="candidates", ylabel="GB at peak")
-    left.legend()
-    figure.savefig(path, dpi=110)
+    return used
 
 
 def main() -> None:
@@ -238,13 +226,15 @@ def main() -> None:
     if arguments.part:
         PARTS[arguments.part]()
         return
-    found = []
-    for prompts in arguments.prompts:
-        used, text = measure(prompts, arguments.per_prompt)
-        print(text, flush=True)
-        found.append(used)
+    runs = [measure(prompts, arguments.per_prompt) for prompts in arguments.prompts]
     if arguments.plot:
-        plot([prompts * arguments.per_prompt for prompts in arguments.prompts], found, arguments.plot)
+        candidates = [prompts * arguments.per_prompt for prompts in arguments.prompts]
+        found = {stage: [used[stage] for used in runs] for stage in runs[0]}
+        times = {
+            stage: [1e3 * row.cpu / count for row, count in zip(rows, candidates, strict=True)]
+            for stage, rows in found.items()
+        }
+        plot_usage(candidates, times, found, arguments.plot, unit="CPU ms per candidate")
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def all_captions() -> dict[str, list[Caption]]:
 
 def draw_scene(caption: Caption, rng: np.random.Generator) -> Scene:
     """Draw a scene that `caption` is true of. What it leaves open is uniform; places are, among scenes that fit."""
-    background = caption.background or _pick(rng, BACKGROUNDS)
+    background = caption.background or pick(rng, BACKGROUNDS)
     while True:
         items = tuple(_draw_item(named, len(caption.items), rng) for named in caption.items)
         if _well_placed(caption, items):
@@ -151,7 +151,7 @@ def _draw_item(named: Named, number: int, rng: np.random.Generator) -> Item:
     radius = rng.uniform(*RADII[number])
     edge = EXTENT * radius + GAP
     x, y = rng.uniform(edge, SIZE - edge, 2)
-    return Item(named.color or _pick(rng, COLORS), named.shape or _pick(rng, SHAPES), x, y, radius)
+    return Item(named.color or pick(rng, COLORS), named.shape or pick(rng, SHAPES), x, y, radius)
 
 
 def _well_placed(caption: Caption, items: tuple[Item, ...]) -> bool:
@@ -192,7 +192,7 @@ def miscaption(caption: Caption, rng: np.random.Generator, wrong: float) -> Capt
     """
 
     def again(value: str | None, values: object) -> str | None:
-        return _pick(rng, values) if value and rng.random() < wrong else value
+        return pick(rng, values) if value and rng.random() < wrong else value
 
     if caption.kind == "count":
         item = Named(again(caption.items[0].color, COLORS), again(caption.items[0].shape, SHAPES))
@@ -237,6 +237,7 @@ def alternatives(caption: Caption, part: str) -> list[Caption]:
     return [replace(caption, **{part: value}) for value in values if value != said] if said else []
 
 
-def _pick(rng: np.random.Generator, values: object) -> str:
+def pick(rng: np.random.Generator, values: object) -> str:
+    """Draw one of these names."""
     names = list(values)  # type: ignore[call-overload]
     return names[int(rng.integers(len(names)))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from demo.open_world.captions import CLEAR, DRAWN_APART, PLACES, RELATIONS, Caption, Named, ahead, at_place
+from demo.open_world.captions import CLEAR, DRAWN_APART, PLACES, RELATIONS, Caption, Named, ahead, at_place, pick
 from demo.open_world.scenes import Scene
 
 NAMED, PLACED, RELATED, BACKGROUND = 0.85, 0.6, 0.7, 0.5
@@ -39,4 +39,4 @@ def _named(color: str | None, shape: str | None, rng: np.random.Generator) -> Na
 
 
 def _one_of(values: list[str], share: float, rng: np.random.Generator) -> str | None:
-    return values[int(rng.integers(len(values)))] if values and rng.random() < share else None
+    return pick(rng, values) if values and rng.random() < share else None
