@@ -7,7 +7,7 @@ import numpy as np
 from demo.open_world.captions import CLEAR, DRAWN_APART, PLACES, RELATIONS, Caption, Named, ahead, at_place, pick
 from demo.open_world.scenes import Scene
 
-NAMED, PLACED, RELATED, BACKGROUND = 0.85, 0.6, 0.7, 0.5
+NAMED, PLACED, RELATED, BACKGROUND = 0.85, 0.9, 0.9, 0.5
 """How often a color or shape, a place, a relation and the background are said where they could be."""
 
 

@@ -16,7 +16,9 @@ from srpo.rewards.protocol import Pixels
 class SceneJudge:
     """1.0 if the image shows what its prompt says, and nothing else, else 0.0. The mean is prompt accuracy."""
 
-    def __init__(self, model: str, revision: str | None, device: torch.device) -> None:
+    def __init__(
+        self, model: str | None, revision: str | None, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
         """Take srpo's arguments; there is nothing to load."""
 
     def score(self, images: Pixels, prompts: Sequence[str]) -> torch.Tensor:

@@ -19,7 +19,8 @@ from demo.open_world.describe import describe
 from demo.open_world.scenes import Scene, render
 
 log = logging.getLogger("demo")
-WRONG = 0.1  # of each part of a caption
+WRONG, CARELESS = 0.1, 0.25
+"""Probability that a part of a caption is wrong: of those that the base learns from first, and of the last ones."""
 SHARES = {"object": 2, "place": 3, "background": 3, "count": 2, "pair": 1, "relation": 1}
 """How many of the prompts are of each kind: two shapes are the hardest, for real models too."""
 TRAIN_PROMPTS, EVAL_PROMPTS, REFERENCES = 12, 5, 6
@@ -31,12 +32,13 @@ class Effort:
     """How much of everything."""
 
     images: int = 24_000
-    vae_steps: int = 3000
+    vae_steps: int = 6000
     clip_steps: int = 3000
     base_steps: int = 12_000
+    careless_steps: int = 1_500
 
 
-QUICK = Effort(images=60, vae_steps=5, clip_steps=5, base_steps=5)
+QUICK = Effort(images=60, vae_steps=5, clip_steps=5, base_steps=5, careless_steps=5)
 
 
 @dataclass(frozen=True)
@@ -54,24 +56,24 @@ def make_world(out: Path, effort: Effort = Effort(), device: str = "cpu") -> Non
     train, held_out = choose_prompts()
     write_prompts(out / "prompts" / "train.jsonl", train, "train")
     write_prompts(out / "prompts" / "eval.jsonl", held_out, "eval")
-    rng = np.random.default_rng(1)
-    reference = [
-        (caption.text, render(draw_scene(caption, rng), rng)) for caption in held_out for _ in range(REFERENCES)
-    ]
-    write_images(out / "reference" / "reference.parquet", reference)
+    write_reference(out / "reference" / "reference.parquet", held_out, np.random.default_rng(1))
     _train_models(out, effort, draw_examples(effort.images), torch.device(device))
 
 
 def choose_prompts() -> tuple[list[Caption], list[Caption]]:
     """Return 144 prompts to train on and 60 others to judge by, each kind by its share."""
-    rng, by_kind = np.random.default_rng(3), all_captions()
     train: list[Caption] = []
     held_out: list[Caption] = []
-    for kind, share in SHARES.items():
-        order = [by_kind[kind][i] for i in rng.permutation(len(by_kind[kind]))]
-        held_out += order[: EVAL_PROMPTS * share]
-        train += order[EVAL_PROMPTS * share :][: TRAIN_PROMPTS * share]
+    for captions, share in shuffled_captions():
+        held_out += captions[: EVAL_PROMPTS * share]
+        train += captions[EVAL_PROMPTS * share :][: TRAIN_PROMPTS * share]
     return train, held_out
+
+
+def shuffled_captions() -> list[tuple[list[Caption], int]]:
+    """Return for each kind all its captions, in a random order that is always the same, and its share of prompts."""
+    rng, by_kind = np.random.default_rng(3), all_captions()
+    return [([by_kind[kind][i] for i in rng.permutation(len(by_kind[kind]))], share) for kind, share in SHARES.items()]
 
 
 def draw_examples(number: int) -> Examples:
@@ -95,16 +97,21 @@ def write_prompts(path: Path, captions: list[Caption], prefix: str) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def write_reference(path: Path, captions: list[Caption], rng: np.random.Generator) -> None:
+    """REFERENCES images that show each caption, as `write_images` writes them."""
+    shown = [(caption.text, render(draw_scene(caption, rng), rng)) for caption in captions for _ in range(REFERENCES)]
+    write_images(path, shown)
+
+
 def _train_models(out: Path, effort: Effort, examples: Examples, device: torch.device) -> None:
     from diffusers import AutoencoderKL
 
-    from demo.open_world.base import make_pipeline, train_base
+    from demo.open_world.base import make_pipeline, save_base, train_base
     from demo.open_world.clip import JUDGE, REWARD, train_clip
     from demo.open_world.vae import encode, train_vae
     from demo.text import make_tokenizer
 
-    texts = [caption.text for caption in examples.captions]
-    tokenizer = make_tokenizer(texts, out / "work" / "tokenizer")
+    tokenizer = make_tokenizer([caption.text for caption in examples.captions], out / "work" / "tokenizer")
     images = torch.from_numpy(examples.images).permute(0, 3, 1, 2).contiguous().to(device)
     vae_folder = out / "work" / "vae"
     if not vae_folder.exists():
@@ -119,17 +126,19 @@ def _train_models(out: Path, effort: Effort, examples: Examples, device: torch.d
             )  # fmt: skip
     if not (out / "base").exists():
         latents = encode(vae.to(device), images)
-        rng = np.random.default_rng(2)
-        told = [miscaption(describe(scene, rng), rng, WRONG).text for scene in examples.scenes]
-        pipeline = make_pipeline(vae, tokenizer, (out / "reward", out / "judge"))
-        train_base(latents, told, pipeline, out / "base", steps=effort.base_steps, on_checkpoint=_show(out))
+        pipeline = make_pipeline(vae, tokenizer, out / "reward").to(device)
+        for wrong, steps, rate in ((WRONG, effort.base_steps, 1.5e-3), (CARELESS, effort.careless_steps, 8e-4)):
+            rng = np.random.default_rng(2)
+            told = [miscaption(describe(scene, rng), rng, wrong).text for scene in examples.scenes]
+            train_base(pipeline, latents, told, steps=steps, learning_rate=rate, on_checkpoint=_show(out))
+        save_base(pipeline, out / "base")
 
 
 def _show(out: Path):
     """At a checkpoint: log the exact judge's accuracy on training prompts by kind, and keep a sheet of images."""
     from demo.open_world.judge import SceneJudge
 
-    judge = SceneJudge("", None, torch.device("cpu"))
+    judge = SceneJudge(None, None, torch.device("cpu"))
     train, _ = choose_prompts()
     captions = train[:: len(train) // 72]
 

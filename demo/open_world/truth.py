@@ -13,7 +13,7 @@ from scipy import ndimage
 from demo.open_world.captions import Caption, ahead, at_place
 from demo.open_world.scenes import BACKGROUNDS, COLORS, RADII, SHAPES, Item, Scene, outlines
 
-NEAR_COLOR, NEAR_BACKGROUND = 70.0, 60.0
+NEAR_COLOR, NEAR_BACKGROUND = 70.0, 100.0
 """Largest distance in RGB at which a color or background is still taken for one of the world's."""
 CONTRAST = 0.45
 """Share of the way from the background to the shape's color from which on a pixel belongs to the shape."""
