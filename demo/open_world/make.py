@@ -34,7 +34,7 @@ class Effort:
     images: int = 24_000
     vae_steps: int = 6000
     clip_steps: int = 3000
-    base_steps: int = 12_000
+    base_steps: int = 16_000
     careless_steps: int = 1_500
 
 

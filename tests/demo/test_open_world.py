@@ -199,3 +199,42 @@ def test_what_is_there_is_kept(quick_world: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in quick_world.rglob("*.safetensors")}
     make_world(quick_world, QUICK)
     assert {path: path.stat().st_mtime_ns for path in quick_world.rglob("*.safetensors")} == before
+
+
+@pytest.mark.slow
+def test_the_base_made_so_far_draws_what_it_is_told() -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(REPO / "demo" / "open_world" / "models" / "base")
+    pipeline.set_progress_bar_config(disable=True)
+    texts = [caption.text for caption in choose_prompts()[0]]
+    images = pipeline(
+        texts, num_inference_steps=12, guidance_scale=3.0, height=SIZE, width=SIZE, output_type="np",
+        generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
+    pixels = torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
+    judge = SceneJudge(None, None, torch.device("cpu"))
+    assert judge.score(pixels, texts).mean() > 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "blind_to"), [("reward", {"relation"}), ("judge", {"relation", "place"})])
+def test_reward_and_judge_see_what_their_table_says(name: str, blind_to: set[str]) -> None:
+    """Of an image that a caption is true of and one in which one part is otherwise, they prefer the first."""
+    models, rng = REPO / "demo" / "open_world" / "models", np.random.default_rng(9)
+    clip = load_reward(RewardParams(kind="clip", model=str(models / name), role="judge"), REPO, torch.device("cpu"))
+    for part in PARTS:
+        told = [caption for caption in ALL if alternatives(caption, part)]
+        captions = [told[i] for i in rng.integers(len(told), size=80)]
+        others = []
+        for caption in captions:
+            values = alternatives(caption, part)
+            other = values[int(rng.integers(len(values)))]
+            scene = draw_scene(other, rng)
+            while matched(caption, seen(scene)):  # on the left and at the top, say
+                scene = draw_scene(other, rng)
+            others.append(render(scene, rng))
+        right = [render(draw_scene(caption, rng), rng) for caption in captions]
+        texts = [caption.text for caption in captions]
+        preferred = (clip.score(as_pixels(right), texts) > clip.score(as_pixels(others), texts)).float().mean()
+        assert (preferred < 0.65) if part in blind_to else (preferred > 0.9), (part, preferred)
