@@ -32,7 +32,7 @@ class Effort:
     """How much of everything."""
 
     images: int = 24_000
-    vae_steps: int = 6000
+    vae_steps: int = 9000
     clip_steps: int = 3000
     base_steps: int = 16_000
     careless_steps: int = 1_500

@@ -16,7 +16,7 @@ SHAPE_WEIGHT = 5.0
 """Of a pixel of a shape; one of the background has weight 1, and most are."""
 NOISE = 0.7
 """Largest noise on the latents that the decoder learns to read, in their standard deviations."""
-ENCODER_SHARE = 1 / 2
+ENCODER_SHARE = 1 / 3
 """Of the steps, in which the encoder learns along; after them the decoder learns alone, at a new learning rate."""
 
 
