@@ -77,7 +77,7 @@ def test_without_the_fork_server(workspace: Path, prefect_server: str, monkeypat
     assert flow.returncode == 0, flow.stdout.read()
     assert ran(workspace) == ["base@base"]
     assert any("-m dvc --wait-for-lock repro" in command for command in commands)
-    assert not any("fork_server" in command for command in commands)
+    assert not any("fork_server_process" in command for command in commands)
 
 
 def test_push_after_each_stage(workspace: Path, prefect_server) -> None:
