@@ -131,10 +131,7 @@ def train_base(
     on_checkpoint: Callable[[StableDiffusionXLPipeline, int], None] = lambda pipeline, step: None,
     checkpoint_every: int = 1000,
 ) -> None:
-    """Write the pipeline to `out`, in half precision: epsilon prediction, a tenth of the captions dropped, EMA.
-
-    The text encoders' numbers are stored as float32: transformers loads them in the dtype of their file and diffusers
-    the UNet as float32, and a pipeline needs one dtype.
+    """Train and save the pipeline: epsilon prediction, a tenth of the captions dropped, EMA.
 
     Args:
         latents: [n, 4, 8, 8], as from `encode`.
@@ -171,14 +168,23 @@ def train_base(
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
-        _average(averaged, parts, min(EMA_DECAY, step / (step + 10)))
+        average(averaged, parts, min(EMA_DECAY, step / (step + 10)))
         if step % checkpoint_every == 0 or step == steps:
             for name, part in averaged.items():
                 setattr(pipeline, name, part)
             on_checkpoint(pipeline, step)
     for name, part in averaged.items():
         setattr(pipeline, name, part)
-    pipeline.to(dtype=torch.float16)
+    save_base(pipeline, out)
+
+
+def save_base(pipeline: StableDiffusionXLPipeline, out: Path) -> None:
+    """Write the pipeline to `out`, in half precision.
+
+    The text encoders' numbers are stored as float32: transformers loads them in the dtype of their file and diffusers
+    the UNet as float32, and a pipeline needs one dtype.
+    """
+    pipeline.to("cpu", dtype=torch.float16)
     pipeline.text_encoder.float()
     pipeline.text_encoder_2.float()
     pipeline.save_pretrained(out, safe_serialization=True)
@@ -191,7 +197,8 @@ def _text_embeds(parts: dict[str, torch.nn.Module], tokens: torch.Tensor) -> tup
 
 
 @torch.no_grad()
-def _average(averaged: dict[str, torch.nn.Module], parts: dict[str, torch.nn.Module], decay: float) -> None:
+def average(averaged: dict[str, torch.nn.Module], parts: dict[str, torch.nn.Module], decay: float) -> None:
+    """Move every averaged weight toward its trained one, by 1 - decay."""
     for name, part in parts.items():
         torch._foreach_lerp_(list(averaged[name].parameters()), list(part.parameters()), 1 - decay)
 

@@ -7,17 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from demo.base import make_scheduler
+from demo.base import average, make_scheduler
 from demo.open_world.scenes import SIZE
 from demo.text import text_config, tokenize
 
@@ -130,21 +125,9 @@ def train_base(
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
-        _average(averaged, parts, min(EMA_DECAY, step / (step + 10)))
+        average(averaged, parts, min(EMA_DECAY, step / (step + 10)))
         if step % checkpoint_every == 0 or step == steps:
             on_checkpoint(pipeline, step)
-
-
-def save_base(pipeline: StableDiffusionXLPipeline, out: Path) -> None:
-    """Write the pipeline to `out`, in half precision.
-
-    The text encoders are stored in float32: transformers loads them in the dtype of their file and diffusers the UNet
-    in float32, and a pipeline needs one dtype.
-    """
-    pipeline.to("cpu", dtype=torch.float16)
-    pipeline.text_encoder.float()
-    pipeline.text_encoder_2.float()
-    pipeline.save_pretrained(out, safe_serialization=True)
 
 
 @torch.inference_mode()
@@ -152,9 +135,3 @@ def _encode(encoder: CLIPTextModelWithProjection, tokens: torch.Tensor) -> tuple
     outputs = [encoder(rows, output_hidden_states=True) for rows in tokens.split(256)]
     hidden = torch.cat([output.hidden_states[-2] for output in outputs])
     return hidden.clone(), torch.cat([output.text_embeds for output in outputs]).clone()
-
-
-@torch.no_grad()
-def _average(averaged: dict[str, torch.nn.Module], parts: dict[str, torch.nn.Module], decay: float) -> None:
-    for name, part in parts.items():
-        torch._foreach_lerp_(list(averaged[name].parameters()), list(part.parameters()), 1 - decay)

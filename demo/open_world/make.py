@@ -106,7 +106,8 @@ def write_reference(path: Path, captions: list[Caption], rng: np.random.Generato
 def _train_models(out: Path, effort: Effort, examples: Examples, device: torch.device) -> None:
     from diffusers import AutoencoderKL
 
-    from demo.open_world.base import make_pipeline, save_base, train_base
+    from demo.base import save_base
+    from demo.open_world.base import make_pipeline, train_base
     from demo.open_world.clip import JUDGE, REWARD, train_clip
     from demo.open_world.vae import encode, train_vae
     from demo.text import make_tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,23 +12,14 @@ import torch
 
 from demo.make import QUICK, make_world, split
 from demo.scenes import COLORS, POSITIONS, SHAPES, all_scenes, miscaptioned, render
+from tests.demo.made import assert_srpo_reads_the_models, assert_what_is_there_is_kept, make_quickly
 
 REPO = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def quick_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from diffusers import StableDiffusionXLPipeline
-
-    out, sample = tmp_path_factory.mktemp("quick") / "data", StableDiffusionXLPipeline.__call__
-    with pytest.MonkeyPatch.context() as patch:  # the sheets of progress were half of the time
-        patch.setattr(
-            StableDiffusionXLPipeline,
-            "__call__",
-            lambda self, *args, **options: sample(self, *args, **options | {"num_inference_steps": 1}),
-        )
-        make_world(out, QUICK)
-    return out
+    return make_quickly(partial(make_world, effort=QUICK), tmp_path_factory.mktemp("quick") / "data")
 
 
 def test_no_two_scenes_share_a_caption_or_an_image() -> None:
@@ -68,25 +60,7 @@ def test_the_exact_judge_reads_images_of_the_world(quick_world: Path) -> None:
 
 
 def test_the_models_are_in_the_formats_that_srpo_reads(quick_world: Path) -> None:
-    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-
-    from srpo.config.schema import RewardParams
-    from srpo.rewards.loading import load_reward
-
-    pipeline = StableDiffusionXLPipeline.from_pretrained(quick_world / "base")
-    assert isinstance(pipeline.vae, AutoencoderKL) and pipeline.vae_scale_factor == 8
-    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
-    assert 2e6 < sum(parameter.numel() for part in parts for parameter in part.parameters()) < 4e6
-    assert pipeline.unet.config.addition_embed_type == "text_time"
-    scores = {}
-    for name, role in (("reward", "select"), ("judge", "judge")):
-        spec = RewardParams(kind="clip", model=str(quick_world / name), role=role)
-        clip = load_reward(spec, quick_world, torch.device("cpu"))
-        scores[name] = clip.score(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), ["a red circle", "a blue cross"])
-    assert not torch.equal(scores["reward"], scores["judge"])
-    shipped = [path for path in quick_world.rglob("*") if path.is_file() and "work" not in path.parts]
-    assert sum(path.stat().st_size for path in shipped) < 10e6
-    assert not [path.name for path in shipped if path.suffix in (".bin", ".pt", ".pkl")]
+    assert_srpo_reads_the_models(quick_world, parameters=(2e6, 4e6), most_bytes=10e6)
 
 
 @pytest.mark.parametrize("made", ["now", "shipped"])
@@ -117,6 +91,4 @@ def test_plain_diffusers_samples_with_an_adapter(made: str, quick_world: Path, t
 
 
 def test_what_is_there_is_kept(quick_world: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in quick_world.rglob("*.safetensors")}
-    make_world(quick_world, QUICK)
-    assert {path: path.stat().st_mtime_ns for path in quick_world.rglob("*.safetensors")} == before
+    assert_what_is_there_is_kept(partial(make_world, effort=QUICK), quick_world)
