@@ -33,23 +33,25 @@ def open_diversity(attributes: np.ndarray, groups: Groups) -> Estimate | None:
     """Return the chance that two right images of one prompt differ in an attribute that the prompt leaves open.
 
     It is the Gini-Simpson index in its unbiased form, 1 - sum n_i (n_i - 1) / (n (n - 1)) over the n_i images with each
-    value (Simpson, Measurement of Diversity, Nature 1949), averaged over a prompt's attributes and then over prompts;
-    0 to 1. It does not depend on the number of images, so a model that is right more often is not more diverse by that.
-    None if no prompt has two right images.
+    value (Simpson, Measurement of Diversity, Nature 1949), averaged over attributes and prompts by their n (n - 1) / 2
+    pairs of images; 0 to 1. Equal weights would have the prompts with only two right images decide, whose index is
+    mostly chance. It does not depend on the number of images, so a model that is right more often is not more diverse
+    by that. None if no prompt has two right images.
 
     Args:
         attributes: int64 [n, k], as of `AttributeReward`.
         groups: the prompt of each row.
     """
     names = np.asarray(groups)
-    found = {}
+    indexes, pairs, prompts = [], [], []
     for name in dict.fromkeys(names.tolist()):
-        rows = attributes[names == name]
-        columns = [column[column >= 0] for column in rows.T]
-        indexes = [_gini_simpson(column) for column in columns if len(column) > 1]
-        if indexes:
-            found[name] = float(np.mean(indexes))
-    return mean_interval(np.array(list(found.values())), list(found)) if found else None
+        for column in attributes[names == name].T:
+            shown = column[column >= 0]
+            if len(shown) > 1:
+                indexes.append(_gini_simpson(shown))
+                pairs.append(len(shown) * (len(shown) - 1) // 2)
+                prompts.append(name)
+    return mean_interval(np.repeat(indexes, pairs), np.repeat(prompts, pairs)) if indexes else None
 
 
 def _gini_simpson(values: np.ndarray) -> float:

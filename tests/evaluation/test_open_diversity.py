@@ -68,6 +68,12 @@ def test_attributes_count_alike_and_said_ones_not_at_all() -> None:
     assert open_diversity(attributes[2:], ["a", "b"]) is None
 
 
+def test_every_pair_of_images_counts_alike() -> None:
+    attributes = np.array([[0], [0], [0], [1], [0], [1]])
+    found = open_diversity(attributes, ["a", "a", "a", "a", "b", "b"])
+    assert found is not None and found.value == pytest.approx((3 + 1) / (6 + 1))
+
+
 def test_the_gate_takes_it_in_place_of_the_embeddings() -> None:
     limits = GateParams(min_diversity_ratio=0.9)
     base = {key: record | {"open_diversity": 0.6} for key, record in BASE.items()}
