@@ -20,12 +20,13 @@ def table() -> None:
     params, root = project()
     from rich.console import Console
 
-    from srpo.reporting.table import addresses, campaign_rows, findings, render
+    from srpo.reporting.table import addresses, best_rows, campaign_rows, findings, render
 
     rows, console = campaign_rows(root, params), Console()
     if not rows:
         raise UserError("rounds/: no round is evaluated yet; `make demo` or `dvc repro` runs them")
-    console.print(render(rows))
+    console.print(render(rows, f"SRPO campaign, on held-out prompts at guidance {params.evaluate.guidance_scale:g}"))
+    console.print(render(best_rows(root, params), "Each model at its own best guidance, and win rates"))
     for line in findings(rows):
         console.print(line, highlight=False)
     for name, value in addresses(params, rows[-1]["round"]).items():

@@ -14,7 +14,7 @@ from srpo.errors import MissingFile, UserError
 from srpo.lineage.record import read_lineage
 from srpo.reporting import charts, contact_sheets
 from srpo.reporting.html import chart, embedded_image, numbers, render_page
-from srpo.reporting.table import CAMPAIGN_PAGE, set_measures
+from srpo.reporting.table import CAMPAIGN_PAGE, best_rows, set_measures
 from srpo.rounds import BASE, RoundFiles
 from srpo.storage.files import atomic_write
 
@@ -51,6 +51,7 @@ def write_campaign(params: Params, root: Path) -> Path:
         selects=params.reward_names("select"),
         judges=params.reward_names("judge"),
         names=[*params.rewards, *set_measures(params), *_of_people(measured)],
+        best=best_rows(root, params),
         people=_people(root, shown),
         charts=_charts(params, root, measured, paths),
         strip=_strip(root, shown),

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from srpo.config import tree
 from srpo.config.loader import PARAMS_FILE, Params, load_params
-from srpo.data.records import read_metrics
+from srpo.data.records import read_gate, read_metrics, read_sweep
 from srpo.errors import without_secrets
+from srpo.evaluation.gate import best_of_sweep
 from srpo.rounds import RoundFiles
 
 if TYPE_CHECKING:
@@ -38,6 +39,29 @@ def campaign_rows(root: Path, params: Params) -> list[dict[str, Any]]:
     return rows
 
 
+def best_rows(root: Path, params: Params) -> list[dict[str, Any]]:
+    """Return one row per evaluated round with each model at its own best guidance, as the gate compares them.
+
+    Keys: round, every reward's name, fid, and per judge `<judge> > base` and `<judge> > parent`: win rates, None for
+    base. None where `guidance.csv` or `gate.json` is not checked out.
+    """
+    rows: list[dict[str, Any]] = []
+    for key in (tree.BASE, *tree.order(params.rounds)):
+        files = RoundFiles(root, key)
+        if not (files.evaluation / "metrics.json").exists():
+            continue
+        sweep = read_sweep(files) if (files.evaluation / "guidance.csv").exists() else None
+        best = best_of_sweep(sweep, params.rewards) if sweep else {}
+        row = {"round": key} | {name: best.get(f"{name}_best") for name in (*params.rewards, "fid")}
+        decided = key != tree.BASE and (files.evaluation / "gate.json").exists()
+        rates = read_gate(files)["win_rate"] if decided else {}
+        for judge in params.reward_names("judge"):
+            for over, recorded in (("base", "best"), ("parent", "parent_best")):
+                row[f"{judge} > {over}"] = rates[judge][recorded]["value"] if judge in rates else None
+        rows.append(row)
+    return rows
+
+
 def verdict(metrics: Mapping[str, Any]) -> str:
     """Return the verdict of a `metrics.json`, with the gate's finding if there is one."""
     finding = metrics.get("finding", "-")
@@ -62,14 +86,14 @@ def addresses(params: Params, key: str) -> dict[str, str]:
     }
 
 
-def render(rows: list[dict[str, Any]]) -> Table:
+def render(rows: list[dict[str, Any]], title: str = "SRPO campaign, on held-out prompts") -> Table:
     """Return the rows as a table for the terminal, without the gate's findings; `-` where a value is missing."""
     from rich import box
     from rich.table import Table
 
     # fits 80 columns: with long names the verdict wraps, numbers never do
     table = Table(
-        title="SRPO campaign, on held-out prompts",
+        title=title,
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
@@ -77,10 +101,11 @@ def render(rows: list[dict[str, Any]]) -> Table:
     )
     for name in rows[0] if rows else ("round",):
         words = name in ("round", "verdict")
-        table.add_column(name, justify="left" if words else "right", no_wrap=name != "verdict")
+        header = name.replace(" > ", "\n> ").replace("open_", "open_\n")
+        table.add_column(header, justify="left" if words else "right", no_wrap=name != "verdict")
     for row in rows:
-        cells = row | {"verdict": row["verdict"].partition(":")[0]}
-        table.add_row(*(show(value) for value in cells.values()))
+        cells = row | ({"verdict": row["verdict"].partition(":")[0]} if "verdict" in row else {})
+        table.add_row(*(show(cells.get(name)) for name in rows[0]))
     return table
 
 

@@ -20,7 +20,7 @@ from srpo.data.records import read_gate, read_sweep
 from srpo.errors import UserError
 from srpo.lineage.record import read_lineage
 from srpo.reporting import charts, contact_sheets
-from srpo.reporting.table import campaign_table, render, show
+from srpo.reporting.table import best_rows, campaign_table, render, show
 from srpo.rounds import Round, RoundFiles
 from srpo.stages.report import report
 from tests.support.campaign import PROMPTS, build_campaign
@@ -223,3 +223,19 @@ def test_table_has_a_row_per_round(reported: Path) -> None:
     assert [column.header for column in render(rows).columns] == [
         "round", "reward", "judge", "accuracy", "fid", "kid", "cmmd", "diversity", "drift", "verdict",
     ]  # fmt: skip
+
+
+def test_models_are_compared_at_their_own_best_guidance(reported: Path) -> None:
+    params = load_params(reported / "params.yaml")
+    base, first, second = best_rows(reported, params)
+    assert base["round"] == "base" and base["judge > base"] is None and base["judge > parent"] is None
+    assert list(second) == [
+        "round", "reward", "judge", "accuracy", "fid", "judge > base", "judge > parent", "accuracy > base",
+        "accuracy > parent",
+    ]  # fmt: skip
+    for row in (base, first, second):
+        sweep = read_sweep(RoundFiles(reported, row["round"])).values()
+        assert row["accuracy"] == max(values["accuracy"] for values in sweep)
+        assert row["fid"] == min(values["fid"] for values in sweep)
+    rates = read_gate(RoundFiles(reported, "002"))["win_rate"]["judge"]
+    assert (second["judge > base"], second["judge > parent"]) == (rates["best"]["value"], rates["parent_best"]["value"])

@@ -123,7 +123,8 @@ def write_evaluation(params: Params, root: Path, key: str, size: int = 16, shift
         best = win._asdict() | {"guidance": 1.5, "base_guidance": 3.0}
         gate["best_fid"] = {"guidance": float(best_guidance(sweep, "fid")), "base_guidance": 3.0}
         gate["win_rate"] = {
-            name: {"best": best, "base": win._asdict(), "parent": win._asdict()} for name in params.rewards
+            name: {"best": best, "base": win._asdict(), "parent": win._asdict(), "parent_best": best}
+            for name in params.rewards
         }
         write_json(files.evaluation / "gate.json", gate | {"image_stats": image_stat_shifts(sweep, base)})
         for judge in params.reward_names("judge"):
@@ -154,6 +155,9 @@ def _write_params(root: Path) -> Params:
     parents = {"001": BASE, "002": "001", "002b": "001"}
     raw["rounds"] = {key: {"parent": parent} | nothing for key, parent in parents.items()}
     raw["rounds"]["002b"]["select"] = {"top_fraction": 0.5}
+    raw["rewards"]["accuracy"] = {"kind": "templates", "model": "data/templates.parquet", "role": "judge"}
+    raw["evaluate"] |= {"diversity_judge": None, "guidance_scales": [1.0, 1.5, 2.0, 3.0], "guidance_scale": 2.0}
+    raw["gate"] |= {"min_judge_win_rate": 0.4, "min_diversity_ratio": 0.1}
     raw["tracking"] = {"uri": "sqlite:///mlflow.db", "experiment": "srpo", "campaign": "tiny"}
     write_json(root / "params.yaml", raw)  # JSON is YAML, and keeps the order of keys
     return load_params(root / "params.yaml")
