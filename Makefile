@@ -19,7 +19,7 @@ data: env
 	$(BIN)/dvc pull --quiet --remote assets data.dvc
 
 demo: data  # one process serves all stages, because their imports would take most of its time
-	SRPO_WARM=1 $(BIN)/python -m flows.rounds
+	SRPO_WARM=1 $(BIN)/python -m flows.rounds --round 002
 	@$(BIN)/python -m srpo table
 
 test: data  # one test process per core, each with one thread of computation

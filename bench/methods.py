@@ -1,8 +1,8 @@
 """Ways of making rounds compared on the tiny world: the same candidates' budget, several seeds, every round evaluated.
 
-    python -m bench.methods RUNS --arm "sft" --arm "dpo" --seeds 3 --rounds 5 [--tuning]
+    python -m bench.methods RUNS --arm "preset" --arm "dpo" --seeds 3 --rounds 5 [--tuning]
     python -m bench.methods RUNS --table
-    python -m bench.methods RUNS --plot docs/images/methods.png --arm ...
+    python -m bench.methods RUNS --plot docs/images/frontier.png --arm ...
 
 Run it in the project's folder. RUNS keeps each campaign's files, so a killed run goes on where it was. `--tuning`
 examines rounds by 60 prompts that are neither train nor eval prompts: choose settings by those, report the others.
@@ -26,45 +26,25 @@ from srpo.config.loader import Params, load_params
 from srpo.rounds import BASE, Round, RoundFiles
 from srpo.storage.hashing import value_digest
 
-# what an arm changes of params.yaml: sections for all rounds, or {"rounds": {number: sections}} for some; "pool" makes
-# the train prompts all 300 scenes that nobody evaluates
-BARE = {"replay": 0.0}
-PLAIN_LATER = {n: {"generate": {"guidance_scale": 1.0}} for n in range(2, 6)}
+# what an arm changes of params.yaml: sections for all rounds, or {"rounds": {number: sections}} for some
 ARMS: dict[str, dict[str, Any]] = {
-    "sft": {},  # params.yaml as it is
-    "no replay": {"train": BARE},
-    "no replay; from base on all winners": {"train": BARE | {"start": "base"}},
-    "no replay; guidance 3, then 1.5": {"train": BARE, "rounds": {1: {"generate": {"guidance_scale": 3.0}}}},
-    "no replay; half of the prompts, by margin": {"train": BARE, "select": {"top_fraction": 0.5}},
-    "no replay; 80 steps": {"train": BARE | {"steps": 80}},
-    "no replay; learning rate falls": {
-        "train": BARE,
-        "rounds": {n: {"train": {"learning_rate": 1e-3 * 0.6 ** (n - 1)}} for n in range(2, 6)},
-    },
-    "no replay; learning rate falls after round 3": {
-        "train": BARE,
-        "rounds": {n: {"train": {"learning_rate": 3e-4}} for n in (4, 5)},
-    },
-    "guidance 1 after round 1": {"rounds": PLAIN_LATER},
-    "guidance 1": {"generate": {"guidance_scale": 1.0}},
-    "temperature 2": {"select": {"temperature": 2.0}},
+    "preset": {},
+    "guided candidates, half as many": {"generate": {"guidance_scale": 1.5, "candidates_per_prompt": 4}},
+    "half of the prompts, twice the candidates": {"generate": {"prompts_per_round": 100, "candidates_per_prompt": 16}},
+    "twice the prompts, half the candidates": {"generate": {"prompts_per_round": 400, "candidates_per_prompt": 4}},
     "temperature 4": {"select": {"temperature": 4.0}},
-    "guidance 1 after round 1; temperature 4": {"select": {"temperature": 4.0}, "rounds": PLAIN_LATER},
-    "guidance 1 after round 1; temperature 8": {"select": {"temperature": 8.0}, "rounds": PLAIN_LATER},
-    "guidance 1 after round 1; temperature 4; learning rate halves": {
-        "select": {"temperature": 4.0},
-        "rounds": {
-            n: changes | {"train": {"learning_rate": 1e-3 * 0.5 ** (n - 1)}} for n, changes in PLAIN_LATER.items()
-        },
-    },
+    "half of the prompts, by margin": {"select": {"top_fraction": 0.5}},
     "weights by advantage": {"select": {"weighting": "advantage"}},
+    "half of the steps": {"train": {"steps": 150}},
+    "twice the batch": {"train": {"batch_size": 32}},
+    "learning rate 1e-3": {"train": {"learning_rate": 1e-3}},
+    "learning rate 1e-3 after round 1": {"rounds": {n: {"train": {"learning_rate": 1e-3}} for n in range(2, 6)}},
+    "learning rate 5e-3": {"train": {"learning_rate": 5e-3}},
+    "no replay": {"train": {"replay": 0.0}},
+    "from base on all winners": {"train": {"start": "base", "replay": 0.0}},
     "weights averaged (EMA .97)": {"train": {"ema_decay": 0.97}},
-    "fresh prompts": {"generate": {"prompts_per_round": 140}, "pool": True},
-    "dpo": {"train": {"objective": "dpo"}},
-    "dpo, lr 3e-4": {"train": {"objective": "dpo", "learning_rate": 3e-4}},
-    "dpo, beta 200": {"train": {"objective": "dpo", "dpo_beta": 200.0}},
-    "nft": {"train": {"objective": "nft"}},
-    "nft, lr 3e-4": {"train": {"objective": "nft", "learning_rate": 3e-4}},
+    "dpo": {"train": {"objective": "dpo", "dpo_beta": 200.0, "steps": 112}},
+    "nft": {"train": {"objective": "nft", "steps": 112}},
 }
 
 
@@ -85,8 +65,7 @@ def run(project: Path, runs: Path, arm: str, seed: int, rounds: int, steps: int 
     for folder in (shared, root):
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "data").exists():
-            pool = folder is root and ARMS[arm].get("pool", False)
-            (folder / "data").symlink_to(_data(project, runs, tuning, pool).resolve())
+            (folder / "data").symlink_to(_data(project, runs, tuning).resolve())
     params = _params(project, arm, seed, rounds, steps)
     _base(params.model_copy(update={"seed": 0}), shared, pin_base, evaluate)
     if not (root / "rounds" / BASE).exists():  # every seed meets the same examination of base
@@ -106,11 +85,10 @@ def run(project: Path, runs: Path, arm: str, seed: int, rounds: int, steps: int 
         if first and not known.exists():
             shutil.copytree(files.candidates, known, copy_function=os.link)
         if not (files.folder / "methods.json").exists():
-            examined = params.evaluate.model_copy(update={"guidance_scales": [2.0, 3.0]})
-            evaluated = Round.of(params.model_copy(update={"seed": 0, "evaluate": examined}), root, key)
+            evaluated = Round.of(params.model_copy(update={"seed": 0}), root, key)
             evaluate(evaluated)
             gate(evaluated)
-            _note(params, root, key, files.adapter)
+            _note(root, key)
 
 
 def _base(params: Params, root: Path, pin_base, evaluate) -> None:
@@ -118,57 +96,26 @@ def _base(params: Params, root: Path, pin_base, evaluate) -> None:
     if not (files.folder / "methods.json").exists():
         pin_base(Round.of(params, root, "base"))
         evaluate(Round.of(params, root, BASE))
-        _note(params, root, BASE, files.adapter)
+        _note(root, BASE)
 
 
-def _note(params: Params, root: Path, key: str, adapter: Path) -> None:
-    """What metrics.json says, the sweep's best accuracy, and the diversity among right images."""
+def _note(root: Path, key: str) -> None:
+    """What metrics.json says, and what the gate compares: FID and diversity as shares of base's."""
     files = RoundFiles(root, key)
     found = json.loads((files.evaluation / "metrics.json").read_text())
-    sweep = pl.read_csv(files.evaluation / "guidance.csv")
-    found["best_accuracy"] = sweep["accuracy"].max()
-    found["fid_ratio_best"] = sweep["fid"].min()
-    found["diversity_right"] = diversity_among_right(params, root, adapter)
+    found |= {"fid_ratio": 1.0, "diversity_ratio": 1.0, "passed": 0.0, "judge_win_rate_low": 0.5} | found
+    found.setdefault("accuracy_best", pl.read_csv(files.evaluation / "guidance.csv")["accuracy"].max())
+    if key != BASE:
+        record = json.loads((files.evaluation / "gate.json").read_text())
+        found["fid_ratio"] = record["rules"]["fid_ratio"]["value"]
+        found["diversity_ratio"] = record["rules"]["open_diversity_ratio"]["value"]
+        found["passed"] = float(record["verdict"] == "pass")
     (files.folder / "methods.json").write_text(json.dumps(found, indent=1))
-
-
-def diversity_among_right(params: Params, root: Path, adapter: Path, images_per_prompt: int = 8) -> float:
-    """Mean pairwise pixel RMS (0 to 1) of a prompt's images that show it, mean over prompts with two or more.
-
-    A model's plain diversity is mostly its mistakes when it errs often; this one mistakes do not raise.
-    """
-    import torch
-
-    from srpo.data.prompts import load_prompts
-    from srpo.rewards.templates import TemplateReward
-    from srpo.sampling.sampler import Sampler, sample_images
-    from srpo.storage.hashing import derive_seed
-
-    sampler, settings = Sampler(params, adapter), params.evaluate
-    judge = TemplateReward(str(root / params.rewards["accuracy"].model), None, torch.device("cpu"))
-    prompts = load_prompts(root / params.prompts.eval)
-    embeds = sampler.encode([prompt.prompt for prompt in prompts])
-    places = [(row, index) for row in range(len(prompts)) for index in range(images_per_prompt)]
-    _, images = sample_images(
-        sampler,
-        embeds,
-        [row for row, _ in places],
-        [derive_seed(0, "diversity", prompts[row].id, index) for row, index in places],
-        settings,
-    )
-    right = judge.score(images.permute(0, 3, 1, 2), [prompts[row].prompt for row, _ in places]).bool()
-    spreads = []
-    for row in range(len(prompts)):
-        mine = [i for i, (at, _) in enumerate(places) if at == row and right[i]]
-        if len(mine) > 1:
-            flat = images[mine].flatten(1).float() / 255
-            spreads.append((torch.pdist(flat) / flat.shape[1] ** 0.5).mean().item())
-    return float(np.mean(spreads))
 
 
 def _params(project: Path, arm: str, seed: int, rounds: int, steps: int | None) -> Params:
     params = load_params(project / "params.yaml")
-    changes = {name: values for name, values in ARMS[arm].items() if name not in ("rounds", "pool")}
+    changes = {name: values for name, values in ARMS[arm].items() if name != "rounds"}
     raw = params.model_dump() | {"seed": seed}
     for section, values in changes.items():
         raw[section] = raw[section] | values
@@ -183,47 +130,29 @@ def _params(project: Path, arm: str, seed: int, rounds: int, steps: int | None) 
     return Params.model_validate(raw)
 
 
-def _pool(project: Path, runs: Path) -> Path:
-    folder = runs / "pool"
-    if not folder.exists():
-        from demo.make import split, write_prompts
-        from demo.scenes import all_scenes
-
-        train, held_out = split(all_scenes())
-        others = [scene for scene in all_scenes() if scene not in (*train, *held_out)]
-        (folder / "prompts").mkdir(parents=True)
-        for item in (project / "data").iterdir():
-            if item.name != "prompts":
-                (folder / item.name).symlink_to(item.resolve())
-        shutil.copy(project / "data" / "prompts" / "eval.jsonl", folder / "prompts")
-        write_prompts(folder / "prompts" / "train.jsonl", [*train, *others], "train")
-    return folder
-
-
-def _data(project: Path, runs: Path, tuning: bool, pool: bool = False) -> Path:
-    """data/ of the project, or a copy whose eval prompts and reference are 60 scenes that nothing else uses.
-
-    With `pool`, a copy whose train prompts are all scenes but the eval prompts'.
-    """
-    if pool:
-        return _pool(project, runs)
+def _data(project: Path, runs: Path, tuning: bool) -> Path:
+    """data/ of the project, or with `tuning` one whose eval prompts and reference are of captions left for this."""
     if not tuning:
         return project / "data"
     folder = runs / "data"
     if not folder.exists():
-        from demo.make import write_images, write_prompts
-        from demo.scenes import all_scenes, render
+        from demo.make import EVAL_PROMPTS, choose_prompts, write_prompts, write_reference
 
         partial = runs / "data.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(project / "data", partial)
-        scenes, order = all_scenes(), np.random.default_rng(3).permutation(360)
-        held_out, rng = [scenes[i] for i in order[200:260]], np.random.default_rng(5)
+        (partial / "prompts").mkdir(parents=True)
+        for item in (project / "data").iterdir():
+            if item.name not in ("prompts", "reference"):
+                (partial / item.name).symlink_to(item.resolve())
+        shutil.copy(project / "data" / "prompts" / "train.jsonl", partial / "prompts")
+        _, _, left = choose_prompts()
+        held_out = [
+            caption
+            for kind, number in EVAL_PROMPTS.items()
+            for caption in [one for one in left if one.kind == kind][:number]
+        ]
         write_prompts(partial / "prompts" / "eval.jsonl", held_out, "tuning")
-        write_images(
-            partial / "reference" / "reference.parquet",
-            [(scene, render(scene, rng)) for scene in held_out for _ in range(6)],
-        )
+        write_reference(partial / "reference" / "reference.parquet", held_out, np.random.default_rng(5))
         partial.rename(folder)
     return folder
 
@@ -248,7 +177,7 @@ def main(
         plot(runs, plot_to, arm or [], {name for name, changes in ARMS.items() if not changes})
     elif not table:
         for seed in range(first_seed, first_seed + seeds):
-            for name in arm or ["sft"]:
+            for name in arm or ["preset"]:
                 run(Path.cwd(), runs, name, seed, rounds, steps, tuning)
     if table or not plot_to:
         show(runs)

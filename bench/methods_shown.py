@@ -11,7 +11,7 @@ from rich.table import Table
 
 from srpo.rounds import BASE
 
-MEASURES = ("accuracy", "best_accuracy", "judge", "fid", "diversity_right")
+MEASURES = ("accuracy", "accuracy_best", "judge_win_rate_low", "fid_ratio", "diversity_ratio", "passed")
 
 
 def read(runs: Path) -> pl.DataFrame:
@@ -44,7 +44,10 @@ def show(runs: Path) -> None:
 
 
 def plot(runs: Path, path: Path, arms: list[str], shipped: set[str]) -> None:
-    """Accuracy and FID over rounds, a line an arm, the range over seeds shaded; `shipped` arms are params.yaml."""
+    """Draw variety against accuracy, a line an arm from base over its rounds; `shipped` arms are params.yaml.
+
+    Points are means over seeds, and bars the range of seeds after the last round.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -52,21 +55,25 @@ def plot(runs: Path, path: Path, arms: list[str], shipped: set[str]) -> None:
 
     frame = read(runs)
     arms = arms or frame["arm"].unique(maintain_order=True).to_list()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    for axis, measure, label in zip(
-        axes, ("accuracy", "fid"), ("accuracy on held-out prompts", "FID (lower is better)"), strict=True
-    ):
-        for arm in arms:
-            label = f"{arm}, as in params.yaml" if arm in shipped else arm
-            rows = frame.filter(pl.col("arm") == arm).group_by("round").agg(
-                pl.col(measure).mean().alias("mean"), pl.col(measure).min().alias("low"),
-                pl.col(measure).max().alias("high"),
-            ).sort("round")  # fmt: skip
-            (line,) = axis.plot(rows["round"], rows["mean"], marker="o", markersize=4, label=label)
-            axis.fill_between(rows["round"], rows["low"], rows["high"], alpha=0.12, color=line.get_color(), lw=0)
-        axis.set(xlabel="round", ylabel=label, xticks=sorted(frame["round"].unique()))
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure, axis = plt.subplots(figsize=(9, 5.6), layout="constrained")
+    for arm in arms:
+        rows = frame.filter(pl.col("arm") == arm).sort("round")
+        means = rows.group_by("round", maintain_order=True).mean()
+        last = rows.filter(pl.col("round") == rows["round"].max())
+        x, y = last["diversity_ratio"], last["accuracy_best"]
+        chosen = arm in shipped
+        (line,) = axis.plot(
+            means["diversity_ratio"], means["accuracy_best"], marker="o", markersize=4, zorder=3 if chosen else 2,
+            linewidth=2.4 if chosen else 1.2, label=f"{arm}, as in params.yaml" if chosen else arm,
+        )  # fmt: skip
+        axis.errorbar(
+            x.mean(), y.mean(), fmt="none", color=line.get_color(), alpha=0.6,
+            xerr=[[x.mean() - x.min()], [x.max() - x.mean()]], yerr=[[y.mean() - y.min()], [y.max() - y.mean()]],
+        )  # fmt: skip
+    axis.axvline(0.9, color="gray", linestyle=":", label="least that the gate accepts")
+    axis.set(xlabel="variety of what prompts leave open, as a share of base's", ylabel="accuracy at its best guidance")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -24,6 +24,8 @@ from peft import LoraConfig
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
+from demo.captions import parse
+from demo.truth import matched, read_image
 from srpo.config.loader import Params, load_params
 from srpo.data import parquet
 from srpo.data.images import decode_image
@@ -51,16 +53,15 @@ def clip(scorer: Scorer, image: Image.Image, prompt: str | None = None) -> tuple
     return 100 * (found.image_embeds @ found.text_embeds.T).item(), found.image_embeds[0].numpy()
 
 
-def score(scorers: dict[str, Scorer], templates: list[tuple[str, np.ndarray]], prompts: list[Prompt], folder: Path):
+def score(scorers: dict[str, Scorer], prompts: list[Prompt], folder: Path) -> list[dict]:
     """Return each image's scores and features, in the order of prompts and indices."""
     rows = []
     for prompt in prompts:
         for path in sorted(folder.glob(f"{prompt.id}-*.png")):
             image = Image.open(path).convert("RGB")
             values = {name: clip(scorer, image, prompt.prompt) for name, scorer in scorers.items()}
-            pixels = np.asarray(image, np.float32)
-            nearest = min(templates, key=lambda one, pixels=pixels: ((one[1] - pixels) ** 2).sum())[0]
-            rows.append({"prompt": prompt, "path": path, "accuracy": nearest == prompt.prompt} | values)
+            right = matched(parse(prompt.prompt), read_image(np.asarray(image))) is not None
+            rows.append({"prompt": prompt, "path": path, "accuracy": right} | values)
     return rows
 
 
@@ -97,7 +98,7 @@ def fine_tune(pipeline: StableDiffusionXLPipeline, winners: list[dict], params: 
         conditions = {"text_embeds": pooled, "time_ids": ids}
         noisy = schedule.add_noise(latents, noise, timesteps)
         predicted = unet(noisy, timesteps, tokens, added_cond_kwargs=conditions).sample
-        loss = torch.nn.functional.mse_loss(predicted, noise)
+        loss = torch.nn.functional.mse_loss(predicted, schedule.get_velocity(latents, noise, timesteps))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
         optimizer.step()
@@ -106,14 +107,14 @@ def fine_tune(pipeline: StableDiffusionXLPipeline, winners: list[dict], params: 
     unet.eval()
 
 
-def evaluate(pipeline, scorers, templates, moments, prompts: list[Prompt], folder: Path, params: Params) -> None:
+def evaluate(pipeline, scorers, moments, prompts: list[Prompt], folder: Path, params: Params) -> None:
     """Sample and score images at every guidance scale, and compute FID with the judge's features."""
     settings = params.evaluate
     size = {"height": settings.height, "width": settings.width, "num_inference_steps": settings.num_inference_steps}
     for guidance in settings.guidance_scales:
         images = folder / str(guidance)
         sample(pipeline, prompts, images, settings.images_per_prompt, guidance_scale=guidance, **size)
-        rows = score(scorers, templates, prompts, images)
+        rows = score(scorers, prompts, images)
         features = np.stack([row["judge"][1] for row in rows])
         fid = frechet_distance(features.mean(0), np.cov(features, rowvar=False), *moments)
         accuracy = np.mean([row["accuracy"] for row in rows])
@@ -141,10 +142,6 @@ def main() -> None:
         for name, spec in params.rewards.items()
         if spec.kind == "clip"
     }
-    templates = [
-        (row["prompt"], np.asarray(decode_image(row["image"]), np.float32))
-        for row in parquet.read_rows(Path(params.rewards["accuracy"].model))
-    ]
     prompts, held_out = load_prompts(Path(params.prompts.train)), load_prompts(Path(params.prompts.eval))
     finished("load")
     reference = np.stack(
@@ -154,13 +151,13 @@ def main() -> None:
         ]
     )
     moments = [reference.mean(0), np.cov(reference, rowvar=False)]
-    evaluate(pipeline, scorers, templates, moments, held_out, folder / "base", params)
+    evaluate(pipeline, scorers, moments, held_out, folder / "base", params)
     finished("evaluate base")
     size = {"height": settings.height, "width": settings.width, "num_inference_steps": settings.num_inference_steps}
     count, guidance = settings.candidates_per_prompt, settings.guidance_scale
     sample(pipeline, prompts, folder / "candidates", count, guidance_scale=guidance, **size)
     finished("generate")
-    rows = score(scorers, templates, prompts, folder / "candidates")
+    rows = score(scorers, prompts, folder / "candidates")
     best: dict[str, dict] = {}
     for row in rows:
         if row["reward"][0] > best.get(row["prompt"].id, {"reward": (-1e9,)})["reward"][0]:
@@ -169,7 +166,7 @@ def main() -> None:
     fine_tune(pipeline, list(best.values()), params)
     pipeline.save_lora_weights(folder / "adapter", unet_lora_layers=_lora(pipeline))
     finished("train")
-    evaluate(pipeline, scorers, templates, moments, held_out, folder / "round", params)
+    evaluate(pipeline, scorers, moments, held_out, folder / "round", params)
     finished("evaluate")
     print(json.dumps(seconds))
 

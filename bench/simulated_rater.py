@@ -4,8 +4,8 @@
     python -m bench.simulated_rater FOLDER --control    # the same candidates, selected by the shipped reward
 
 Run it in the project's folder. The rater meets 100 prompts with base's candidates and picks the smallest shape among
-the images that show what the prompt says; without such an image, all are bad. A shape is small if it covers less than
-in the template of its prompt. FOLDER keeps the campaigns, so a killed run goes on where it was.
+the images that show what the prompt says; without such an image, all are bad. A shape is small if its radius is in the
+lower half of the world's. FOLDER keeps the campaigns, so a killed run goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,56 +23,58 @@ import torch
 import typer
 from ruamel.yaml import YAML
 
+from demo.judge import SceneJudge
+from demo.scenes import RADII
+from demo.truth import read_image
 from srpo.config.loader import load_params
 from srpo.data import parquet
-from srpo.data.images import decode_image
 from srpo.evaluation.bootstrap import mean_interval
 from srpo.rewards.batches import to_tensor
-from srpo.rewards.templates import TemplateReward
 from srpo.rounds import BASE, Round
 
 PICKS = 100
 KEYS = ("001", "002")
 
 
-def area(pixels: np.ndarray) -> int:
-    """Pixels of the shape: those that differ from the border's median color by half as much as the shape does."""
-    image = pixels.astype(float)
-    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
-    distance = np.abs(image - np.median(border, axis=0)).sum(axis=-1)
-    return int((distance > 0.5 * np.percentile(distance, 97)).sum())
+def sizes(images: torch.Tensor) -> np.ndarray:
+    """Return the mean radius of each image's shapes between the world's smallest (0) and largest (1), float [n].
+
+    Images in which no shape can be read are 1.
+    """
+    found = []
+    for image in images.permute(0, 2, 3, 1).numpy():
+        items = read_image(image).items
+        low, high = RADII[len(items)] if items else (0.0, 1.0)
+        found.append(np.mean([(item.radius - low) / (high - low) for item in items]) if items else 1.0)
+    return np.array(found)
 
 
-def judge(root: Path) -> TemplateReward:
-    """The exact judge."""
-    return TemplateReward(str(root / "data" / "templates.parquet"), None, torch.device("cpu"))
+def right_of(images: torch.Tensor, prompts: list[str]) -> np.ndarray:
+    """Return whether each image shows what its prompt says, bool [n]."""
+    return SceneJudge(None, None, torch.device("cpu")).score(images, prompts).bool().numpy()
 
 
 def pick(round: Round) -> None:
     """Decide about PICKS prompts as the page would save it."""
     from srpo.review.state import Review
 
-    review, right_of = Review(round, BASE), judge(round.root)
+    review = Review(round, BASE)
     for item in review.items["picks"][:PICKS]:
         rows = review.prompts[item].to_dicts()
         images = to_tensor({"bytes": review.images.bytes_at(row["place"])} for row in rows)
-        right = right_of.score(images, [row["prompt"] for row in rows]).bool().numpy()
-        areas = np.array([area(image) for image in images.permute(0, 2, 3, 1).numpy()], float)
-        best = int(np.where(right, areas, np.inf).argmin())
+        right = right_of(images, [row["prompt"] for row in rows])
+        best = int(np.where(right, sizes(images), np.inf).argmin())
         data = {"id": uuid4().hex, "rater": "simulated", "item": item, "seconds": 1.0, "scores_shown": False}
         review.save_pick(data | {"picked": rows[best]["candidate_id"] if right.any() else None})
 
 
-def report(root: Path, name: str, dataset: Path) -> None:
+def report(name: str, dataset: Path) -> None:
     """Print accuracy, and the share of small shapes among right images."""
-    templates = parquet.read_rows(root / "data" / "templates.parquet", ["prompt", "image"])
-    usual = {row["prompt"]: area(np.asarray(decode_image(row["image"]))) for row in templates}
     rows = list(parquet.read_rows(dataset, ["prompt_id", "prompt", "image"]))
     images, texts = to_tensor(row["image"] for row in rows), [row["prompt"] for row in rows]
     prompts = np.array([row["prompt_id"] for row in rows])
-    right = judge(root).score(images, texts).bool().numpy()
-    sizes = [area(image) / usual[text] for image, text in zip(images.permute(0, 2, 3, 1).numpy(), texts, strict=True)]
-    small = mean_interval((np.array(sizes) < 1)[right].astype(float), prompts[right])
+    right = right_of(images, texts)
+    small = mean_interval((sizes(images) < 0.5)[right].astype(float), prompts[right])
     accuracy = mean_interval(right.astype(float), prompts)
     print("{}: accuracy {:.3f} ({:.3f} to {:.3f}), ".format(name, *accuracy), end="")
     print("small {:.3f} ({:.3f} to {:.3f})".format(*small), flush=True)
@@ -134,7 +136,7 @@ def main(
                 stage(at(key))
         if not (files.evaluation / "samples.parquet").exists():
             evaluate(at(key))
-        report(root, key, files.evaluation / "samples.parquet")
+        report(key, files.evaluation / "samples.parquet")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def presets() -> list[str]:
 def init_project(folder: Path, preset: str) -> list[str]:
     """Write params.yaml, dvc.yaml, prefect.yaml, data and a README under `folder`; make it a Git and DVC repository.
 
-    The tiny preset's data is copied from the clone that this code runs in.
+    The data of the tiny world is copied from the clone that this code runs in, and `demo/`, which has its exact judge.
 
     Returns:
         The files and folders written, relative to `folder`.
@@ -53,7 +53,7 @@ def init_project(folder: Path, preset: str) -> list[str]:
         ".gitignore": _template("gitignore"),
     }
     examples = {"data/prompts": PROJECT / "prompts", "README.md": PROJECT / "README.md"}
-    plan |= _tiny_data() if preset == TINY else examples
+    plan |= _tiny_world() if preset == TINY else examples
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a folder")
     for name in plan:
@@ -63,7 +63,7 @@ def init_project(folder: Path, preset: str) -> list[str]:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
-            shutil.copytree(source, target)
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copyfile(source, target)
     _name_deployments(folder)
@@ -87,13 +87,14 @@ def _template(name: str) -> Path:
     return packaged if packaged.exists() else CLONE / AT_ROOT[name]
 
 
-def _tiny_data() -> dict[str, Path]:
-    if not (CLONE / "data.dvc").is_file() or not (CLONE / "assets").is_dir():
+def _tiny_world() -> dict[str, Path]:
+    plan = {name: CLONE / name for name in ("data.dvc", "assets", "demo")}
+    if not all(source.exists() for source in plan.values()):
         raise UserError(
-            "--preset tiny: its models and images are in the source repository and not in the package;"
-            " clone that and run `make demo`, or use --preset sdxl"
+            "--preset tiny: its models, images and exact judge are in the source repository and not in the"
+            " package; clone that and run `make demo`, or use --preset sdxl"
         )
-    return {"data.dvc": CLONE / "data.dvc", "assets": CLONE / "assets"}
+    return plan
 
 
 def _name_deployments(folder: Path) -> None:

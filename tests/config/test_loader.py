@@ -70,7 +70,7 @@ BAD = {
         "rewards.reward.kind: unknown reward 'clap'",
     ),
     "reward without a model": (
-        "kind: templates, model: data/templates.parquet",
+        'kind: "demo.judge:SceneJudge"',
         "kind: templates",
         "rewards.accuracy.model: missing; templates has no default model",
     ),
@@ -119,24 +119,24 @@ BAD = {
         "rounds.001.generate.cfg: unknown key",
     ),
     "a rejection that rejects none": (
-        "prompts_per_shard: 35",
-        "prompts_per_shard: 35\n  early_rejection: {reward: reward, checkpoints: [{step: 4, keep: 8}]}",
+        "prompts_per_shard: 50",
+        "prompts_per_shard: 50\n  early_rejection: {reward: reward, checkpoints: [{step: 4, keep: 8}]}",
         "generate: early_rejection.checkpoints: keep 8 rejects no candidate",
     ),
     "a rejection after the last step": (
-        "prompts_per_shard: 35",
-        "prompts_per_shard: 35\n  early_rejection: {reward: reward, checkpoints: [{step: 12, keep: 2}]}",
+        "prompts_per_shard: 50",
+        "prompts_per_shard: 50\n  early_rejection: {reward: reward, checkpoints: [{step: 12, keep: 2}]}",
         "generate: early_rejection.checkpoints: step 12 is not before the last step",
     ),
     "rejections that do not narrow": (
-        "prompts_per_shard: 35",
-        "prompts_per_shard: 35\n  early_rejection:"
+        "prompts_per_shard: 50",
+        "prompts_per_shard: 50\n  early_rejection:"
         " {reward: reward, checkpoints: [{step: 4, keep: 2}, {step: 6, keep: 2}]}",
         "generate.early_rejection: checkpoints: each must have a later step and a smaller keep",
     ),
     "a judge that rejects": (
-        "prompts_per_shard: 35",
-        "prompts_per_shard: 35\n  early_rejection: {reward: judge, checkpoints: [{step: 4, keep: 2}]}",
+        "prompts_per_shard: 50",
+        "prompts_per_shard: 50\n  early_rejection: {reward: judge, checkpoints: [{step: 4, keep: 2}]}",
         "generate.early_rejection.reward: 'judge' is not a reward with role select",
     ),
     "a round's rejection that DVC does not follow": (

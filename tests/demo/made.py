@@ -1,4 +1,4 @@
-"""What holds of either world once it is made: `make_quickly` makes it in a minute, the rest checks it."""
+"""Checks of a made world: `make_quickly` makes it in a minute, the rest checks it."""
 
 from __future__ import annotations
 

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
 from srpo import cli
 from srpo.config.loader import load_params
 from srpo.data.prompts import check_disjoint, load_prompts
+from srpo.rewards.loading import load_reward
 from srpo.scaffold import init
 
 REPO = Path(__file__).parents[2]
@@ -65,25 +67,27 @@ def test_existing_files_stay(name: str, tmp_path: Path, capfd: pytest.CaptureFix
     assert files(tmp_path) == {name: b"mine"}
 
 
-def test_tiny_preset_needs_a_clone(tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch) -> None:
+def test_the_tiny_world_needs_a_clone(tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch) -> None:
     shutil.copytree(REPO / "presets", tmp_path / "elsewhere" / "presets")
     for name in ("dvc.yaml", "prefect.yaml", ".gitignore"):
         shutil.copy(REPO / name, tmp_path / "elsewhere")
     monkeypatch.setattr(init, "CLONE", tmp_path / "elsewhere")
     assert cli.run(["init", "--preset", "tiny", str(tmp_path / "new")]) == 2
     error = capfd.readouterr().err.strip()
-    assert "clone that and run `make demo`" in error and "\n" not in error
+    assert "--preset tiny: " in error and "clone that and run `make demo`" in error and "\n" not in error
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow
-def test_tiny_project_pulls_its_data(tmp_path: Path) -> None:
+def test_a_project_of_the_tiny_world_pulls_its_data(tmp_path: Path) -> None:
     root = tmp_path / "tiny"
     assert cli.run(["init", "--preset", "tiny", str(root)]) == 0
     command = [sys.executable, "-m", "dvc", "pull", "-q", "--remote", "assets", "data.dvc"]
     subprocess.run(command, cwd=root, check=True)
     for name in ("prompts/train.jsonl", "base/model_index.json"):
         assert (root / "data" / name).is_file()
+    judge = load_params(root / "params.yaml").rewards["accuracy"]
+    load_reward(judge, root, torch.device("cpu")).require_attributes()
 
 
 def test_without_git(tmp_path: Path, monkeypatch) -> None:

@@ -46,7 +46,7 @@ def of_role(role):
 
 if stage == "base":
     write("adapter/lineage.json", mix(params["model"]))
-    write("rewards.json", json.dumps({{name: spec["model"] for name, spec in rewards.items()}}))
+    write("rewards.json", json.dumps({{name: spec.get("model") for name, spec in rewards.items()}}))
     write("selecting.json", json.dumps(of_role("select")))
     write("preview.json", "{{}}")
 if stage == "generate":
@@ -54,7 +54,7 @@ if stage == "generate":
 if stage == "score":
     for role in ("select", "judge"):
         for name, spec in of_role(role).items():
-            write(f"scores/{{role}}/{{name}}.parquet", mix(folder / "candidates/x", spec["model"]))
+            write(f"scores/{{role}}/{{name}}.parquet", mix(folder / "candidates/x", spec.get("model")))
         for path in (folder / "scores" / role).iterdir():
             if path.stem not in rewards:
                 path.unlink()

@@ -32,6 +32,9 @@ from srpo.data.schemas import IMAGE
 REPO = Path(__file__).parents[2]
 COLORS, SHAPES = ["red", "green", "blue"], ["circle", "square"]
 SIZE, LENGTH = 32, 16
+TARGET_MODULES = (
+    "  target_modules: [to_q, to_k, to_v, to_out.0, conv1, conv2, ff.net.0.proj, ff.net.2, proj_in, proj_out]\n"
+)
 
 
 def build_world(root: Path) -> Path:
@@ -70,17 +73,23 @@ def write_params(root: Path) -> None:
     """The shipped params.yaml at unit-test size."""
     text = (REPO / "params.yaml").read_text()
     changes = {
-        "num_inference_steps: 12": "num_inference_steps: 3",
+        "num_inference_steps: 8": "num_inference_steps: 3",
         "candidates_per_prompt: 8": "candidates_per_prompt: 3",
-        "prompts_per_shard: 35": "prompts_per_shard: 2",
+        "prompts_per_shard: 50": "prompts_per_shard: 2",
         "height: 64": f"height: {SIZE}",
         "width: 64": f"width: {SIZE}",
-        "images_per_prompt: 3": "images_per_prompt: 2",
-        "guidance_scales: [1.0, 1.5, 2.0, 3.0]": "guidance_scales: [1.0, 2.0]",
+        "images_per_prompt: 6": "images_per_prompt: 2",
+        "guidance_scales: [2.0, 3.0]": "guidance_scales: [1.0, 2.0]",
+        "guidance_scale: 3.0": "guidance_scale: 2.0",
+        "guidance_scale: 1.0": "guidance_scale: 1.5",
+        "  prompts_per_round: 200\n": "",
+        "steps: 300": "steps: 3",
+        "batch_size: 16": "batch_size: 4",
         "replay: 0.5": "replay: 0.0",
-        "steps: 150": "steps: 3",
-        "batch_size: 32": "batch_size: 4",
         "rank: 16": "rank: 2",
+        TARGET_MODULES: "",
+        'kind: "demo.judge:SceneJudge"': "kind: templates, model: data/templates.parquet",
+        "  diversity_judge: accuracy  # variety of what the prompt leaves open, among right images\n": "",
     }
     for old, new in changes.items():
         assert old in text, f"params.yaml no longer holds {old!r}"

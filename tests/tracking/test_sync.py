@@ -218,7 +218,7 @@ def test_retrained_round_gets_a_run_of_its_own(project: Path) -> None:
     new, client = story(project), client_of(project)
     rounds = [run for run in runs_of(client, ViewType.ALL) if run.data.tags.get("srpo.round") == "002"]
     assert sorted((run.data.params["train.steps"], run.data.tags["srpo.current"]) for run in rounds) == [
-        ("150", "false"),
+        ("300", "false"),
         ("40", "true"),
     ]
     assert [step for step, _ in new["round 002"]["metrics"]["train/loss"]] == list(range(1, 41))

@@ -112,7 +112,7 @@ def test_other_inputs_start_anew(params: Params, root: Path, caplog: pytest.LogC
     caplog.set_level(logging.INFO, "srpo")
     wanted = with_runtime(with_train(params, steps=STEPS), checkpoint_every=1)
     interrupted(wanted, root, 4)
-    train(Round.of(with_train(wanted, learning_rate=2e-3), root, "001"))
+    train(Round.of(with_train(wanted, learning_rate=3e-3), root, "001"))
     assert "resuming" not in caplog.text
 
 

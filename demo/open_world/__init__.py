@@ -1,1 +1,0 @@
-"""The open world, in the making: prompts that leave things free, and an exact judge of what images show."""
