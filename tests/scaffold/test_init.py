@@ -87,7 +87,8 @@ def test_a_project_of_the_tiny_world_pulls_its_data(tmp_path: Path) -> None:
     for name in ("prompts/train.jsonl", "base/model_index.json"):
         assert (root / "data" / name).is_file()
     judge = load_params(root / "params.yaml").rewards["accuracy"]
-    load_reward(judge, root, torch.device("cpu")).require_attributes()
+    pixels = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    assert load_reward(judge, root, torch.device("cpu")).score(pixels, ["a red circle"]).tolist() == [0.0]
 
 
 def test_without_git(tmp_path: Path, monkeypatch) -> None:
