@@ -5,7 +5,7 @@
     python -m bench.methods RUNS --plot docs/images/frontier.png --arm ...
 
 Run it in the project's folder. RUNS keeps each campaign's files, so a killed run goes on where it was. `--tuning`
-examines rounds by 60 prompts that are neither train nor eval prompts: choose settings by those, report the others.
+examines rounds by 50 prompts that are neither train nor eval prompts: choose settings by those, report the others.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import polars as pl
 import typer
 
 from bench.methods_shown import plot, show
 from srpo.config.loader import Params, load_params
+from srpo.data.records import read_gate, read_metrics, read_sweep
+from srpo.evaluation.gate import best_of_sweep
 from srpo.rounds import BASE, Round, RoundFiles
 from srpo.storage.hashing import value_digest
 
@@ -102,11 +103,10 @@ def _base(params: Params, root: Path, pin_base, evaluate) -> None:
 def _note(root: Path, key: str) -> None:
     """What metrics.json says, and what the gate compares: FID and diversity as shares of base's."""
     files = RoundFiles(root, key)
-    found = json.loads((files.evaluation / "metrics.json").read_text())
-    found |= {"fid_ratio": 1.0, "diversity_ratio": 1.0, "passed": 0.0, "judge_win_rate_low": 0.5} | found
-    found.setdefault("accuracy_best", pl.read_csv(files.evaluation / "guidance.csv")["accuracy"].max())
+    even = {"fid_ratio": 1.0, "diversity_ratio": 1.0, "passed": 0.0, "judge_win_rate_low": 0.5}
+    found = even | best_of_sweep(read_sweep(files), ["accuracy"]) | read_metrics(files)
     if key != BASE:
-        record = json.loads((files.evaluation / "gate.json").read_text())
+        record = read_gate(files)
         found["fid_ratio"] = record["rules"]["fid_ratio"]["value"]
         found["diversity_ratio"] = record["rules"]["open_diversity_ratio"]["value"]
         found["passed"] = float(record["verdict"] == "pass")

@@ -58,7 +58,7 @@ def plot(runs: Path, path: Path, arms: list[str], shipped: set[str]) -> None:
     figure, axis = plt.subplots(figsize=(9, 5.6), layout="constrained")
     for arm in arms:
         rows = frame.filter(pl.col("arm") == arm).sort("round")
-        means = rows.group_by("round", maintain_order=True).mean()
+        means = rows.group_by("round", maintain_order=True).agg(pl.col(MEASURES).mean())
         last = rows.filter(pl.col("round") == rows["round"].max())
         x, y = last["diversity_ratio"], last["accuracy_best"]
         chosen = arm in shipped

@@ -142,7 +142,9 @@ def main() -> None:
         for name, spec in params.rewards.items()
         if spec.kind == "clip"
     }
-    prompts, held_out = load_prompts(Path(params.prompts.train)), load_prompts(Path(params.prompts.eval))
+    # as many as a round of the project draws
+    prompts = load_prompts(Path(params.prompts.train))[: settings.prompts_per_round]
+    held_out = load_prompts(Path(params.prompts.eval))
     finished("load")
     reference = np.stack(
         [
