@@ -124,18 +124,21 @@ def parse(text: str) -> Caption:
     return caption
 
 
+EXACT = tuple(Named(color, shape) for color, shape in product(COLORS, SHAPES))
+"""Every shape that is named fully."""
+
+
 def all_captions() -> dict[str, list[Caption]]:
     """Return every caption there is, by kind, in a fixed order."""
-    exact = [Named(color, shape) for color, shape in product(COLORS, SHAPES)]
     open_ones = [Named(color, None) for color in COLORS] + [Named(None, shape) for shape in SHAPES]
-    pairs = [(one, two) for one, two in product(exact, exact) if one.color != two.color and one.shape != two.shape]
+    pairs = [(one, two) for one, two in product(EXACT, EXACT) if one.color != two.color and one.shape != two.shape]
     return {
-        "object": [Caption((item,)) for item in exact + open_ones],
+        "object": [Caption((item,)) for item in (*EXACT, *open_ones)],
         "place": [
-            Caption((item,), place=place) for item in [*exact, *open_ones, Named(None, None)] for place in PLACES
+            Caption((item,), place=place) for item in (*EXACT, *open_ones, Named(None, None)) for place in PLACES
         ],
-        "background": [Caption((item,), background=name) for item in exact + open_ones for name in BACKGROUNDS],
-        "count": [Caption((item,) * number) for item in exact + open_ones for number in (2, 3)],
+        "background": [Caption((item,), background=name) for item in (*EXACT, *open_ones) for name in BACKGROUNDS],
+        "count": [Caption((item,) * number) for item in (*EXACT, *open_ones) for number in (2, 3)],
         "pair": [Caption(pair) for pair in pairs],
         "relation": [Caption(pair, relation=relation) for pair in pairs for relation in RELATIONS],
     }
@@ -143,8 +146,7 @@ def all_captions() -> dict[str, list[Caption]]:
 
 def detailed_captions() -> list[Caption]:
     """Return captions that say place and background, in a fixed order. They leave little open: for training only."""
-    exact = [Named(color, shape) for color, shape in product(COLORS, SHAPES)]
-    return [Caption((item,), place, background) for item, place, background in product(exact, PLACES, BACKGROUNDS)]
+    return [Caption((item,), place, background) for item, place, background in product(EXACT, PLACES, BACKGROUNDS)]
 
 
 def draw_scene(caption: Caption, rng: np.random.Generator) -> Scene:

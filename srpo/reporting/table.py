@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srpo.config import tree
 from srpo.config.loader import PARAMS_FILE, Params, load_params
-from srpo.data.records import read_gate, read_metrics, read_sweep
+from srpo.data.records import read_metrics, read_sweep
 from srpo.errors import without_secrets
 from srpo.evaluation.gate import best_of_sweep
 from srpo.rounds import RoundFiles
@@ -31,11 +31,9 @@ def campaign_rows(root: Path, params: Params) -> list[dict[str, Any]]:
     finding.
     """
     rows = []
-    for key in (tree.BASE, *tree.order(params.rounds)):
-        if (RoundFiles(root, key).evaluation / "metrics.json").exists():
-            metrics = read_metrics(RoundFiles(root, key))
-            numbers = {name: metrics.get(name) for name in (*params.rewards, *set_measures(params))}
-            rows.append({"round": key} | numbers | {"verdict": verdict(metrics)})
+    for key, metrics in _evaluated(root, params):
+        numbers = {name: metrics.get(name) for name in (*params.rewards, *set_measures(params))}
+        rows.append({"round": key} | numbers | {"verdict": verdict(metrics)})
     return rows
 
 
@@ -43,23 +41,26 @@ def best_rows(root: Path, params: Params) -> list[dict[str, Any]]:
     """Return one row per evaluated round with each model at its own best guidance, as the gate compares them.
 
     Keys: round, every reward's name, fid, and per judge `<judge> > base` and `<judge> > parent`: win rates, None for
-    base. None where `guidance.csv` or `gate.json` is not checked out.
+    base. Means and FID are None where `guidance.csv` is not checked out.
     """
-    rows: list[dict[str, Any]] = []
-    for key in (tree.BASE, *tree.order(params.rounds)):
+    rows = []
+    for key, metrics in _evaluated(root, params):
         files = RoundFiles(root, key)
-        if not (files.evaluation / "metrics.json").exists():
-            continue
         sweep = read_sweep(files) if (files.evaluation / "guidance.csv").exists() else None
         best = best_of_sweep(sweep, params.rewards) if sweep else {}
         row = {"round": key} | {name: best.get(f"{name}_best") for name in (*params.rewards, "fid")}
-        decided = key != tree.BASE and (files.evaluation / "gate.json").exists()
-        rates = read_gate(files)["win_rate"] if decided else {}
         for judge in params.reward_names("judge"):
-            for over, recorded in (("base", "best"), ("parent", "parent_best")):
-                row[f"{judge} > {over}"] = rates[judge][recorded]["value"] if judge in rates else None
+            row |= {f"{judge} > base": metrics.get(f"{judge}_win_rate")}
+            row |= {f"{judge} > parent": metrics.get(f"{judge}_win_rate_parent")}
         rows.append(row)
     return rows
+
+
+def _evaluated(root: Path, params: Params) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the key and `metrics.json` of each evaluated round, in the order of rows."""
+    for key in (tree.BASE, *tree.order(params.rounds)):
+        if (RoundFiles(root, key).evaluation / "metrics.json").exists():
+            yield key, read_metrics(RoundFiles(root, key))
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:

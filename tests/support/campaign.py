@@ -129,6 +129,7 @@ def write_evaluation(params: Params, root: Path, key: str, size: int = 16, shift
         write_json(files.evaluation / "gate.json", gate | {"image_stats": image_stat_shifts(sweep, base)})
         for judge in params.reward_names("judge"):
             metrics |= {f"{judge}_win_rate": win.value, f"{judge}_win_rate_low": win.low}
+            metrics[f"{judge}_win_rate_parent"] = win.value
         metrics |= {"verdict": gate["verdict"], "finding": gate["finding"] or "-"}
     write_json(files.evaluation / "metrics.json", metrics)
     with (files.evaluation / "guidance.csv").open("w", newline="") as file:
